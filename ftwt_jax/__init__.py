@@ -1,0 +1,38 @@
+"""Dynamic channel pruning for JAX/Flax, after "Fire Together Wire Together" (CVPR 2022, arXiv 2110.08232)."""
+
+from ftwt_jax.activations import Activations, LayerRecord, residual_add
+from ftwt_jax.errors import UserError
+from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
+from ftwt_jax.gates import GateConfig, GateControl, GateHead, GateOutput
+from ftwt_jax.losses import gate_loss
+from ftwt_jax.macs import dense_macs, layer_macs, macs
+from ftwt_jax.models import create_model
+from ftwt_jax.ranking import filter_mass, topk_mass_mask
+from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
+from ftwt_jax.version import __version__
+
+__all__ = [
+    "Activations",
+    "Classifier",
+    "GateConfig",
+    "GateControl",
+    "GateHead",
+    "GateOutput",
+    "GateReport",
+    "GatedUnit",
+    "LayerRecord",
+    "Outputs",
+    "PlainConv",
+    "UserError",
+    "__version__",
+    "count_gates",
+    "create_model",
+    "dense_macs",
+    "filter_mass",
+    "gate_loss",
+    "layer_macs",
+    "macs",
+    "residual_add",
+    "summarize_gates",
+    "topk_mass_mask",
+]

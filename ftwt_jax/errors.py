@@ -1,0 +1,19 @@
+"""The one exception of the library, and the message that goes with a misspelt name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that its reader can mend; the message says what, where and how, on one line.
+
+    The command line prints it without a traceback and exits with status 2. In a program it is an ordinary `ValueError`.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not one of `known`: gives the nearest one and the whole list."""
+    choices = list(known)
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(choices) or 'none'}")

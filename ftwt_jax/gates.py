@@ -1,0 +1,125 @@
+"""The gate head, its settings, and what a gate gives back (sections 3.1 and 3.2 of the paper)."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from ftwt_jax.errors import UserError, unknown_name
+
+MODES = ("decoupled", "joint")
+POOLS = ("max", "mean")
+MASK_SOURCES = ("heads", "targets", "open")
+
+
+def check_r(r: float) -> float:
+    """Returns `r` if it is a mass threshold, a number in (0, 1]; raises `UserError` otherwise."""
+    if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 < r <= 1:
+        raise UserError(f"r is the share of heatmap mass to keep and must lie in (0, 1]; got {r!r}")
+    return float(r)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """How every unit of a network is gated.
+
+    Attributes:
+      r: mass threshold of the targets, in (0, 1]; smaller keeps fewer filters.
+      mode: `decoupled`: the heads read their input through stop_gradient, so that the gate loss never moves the backbone;
+        `joint`: it does.
+      pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
+      softmax: normalise the pooled channels by a softmax times their number; off: read them as they are.
+      after_block: in residual blocks, rank and mask after the addition and its activation instead of before it.
+      min_filters: fewest filters a target keeps in a sample that is not all zero (0: the published rule).
+    """
+
+    r: float = 0.9
+    mode: Literal["decoupled", "joint"] = "decoupled"
+    pool: Literal["max", "mean"] = "max"
+    softmax: bool = True
+    after_block: bool = False
+    min_filters: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "r", check_r(self.r))
+        if self.mode not in MODES:
+            raise unknown_name("gate mode", self.mode, MODES)
+        if self.pool not in POOLS:
+            raise unknown_name("gate pool", self.pool, POOLS)
+        if self.min_filters < 0:
+            raise UserError(f"min_filters counts filters and cannot be negative; got {self.min_filters}")
+
+
+@struct.dataclass
+class GateControl:
+    """What may change from one call of a gated network to the next; travels with the activations.
+
+    Attributes:
+      r: mass threshold to use in place of the config's; a scalar, traced under jit, so a sweep does not recompile.
+      masks: where masks come from. `heads`: the gate logits; `targets`: the targets themselves, which needs no trained
+        head (a dense network's variables will do); `open`: every filter on.
+      targets: compute targets. Off, `GateOutput.target` is None and ranking costs nothing.
+    """
+
+    r: Float[Array, ""] | float | None = None
+    masks: str = struct.field(pytree_node=False, default="heads")
+    targets: bool = struct.field(pytree_node=False, default=True)
+
+    def __post_init__(self):
+        if self.masks not in MASK_SOURCES:
+            raise unknown_name("source of masks", self.masks, MASK_SOURCES)
+        if self.masks == "targets" and not self.targets:
+            raise UserError("masks='targets' needs the targets: leave targets=True")
+
+
+@struct.dataclass
+class GateOutput:
+    """What one gate said of a batch.
+
+    Attributes:
+      logits: float32 [N, C], the gate logits P; None when the masks did not come from the heads.
+      mask: bool [N, C], the filters that are on.
+      target: bool [N, C], the filters that carry the heatmap mass; None when targets were not asked for.
+    """
+
+    logits: Float[Array, "N C"] | None
+    mask: Bool[Array, "N C"]
+    target: Bool[Array, "N C"] | None
+
+
+class GateHead(nn.Module):
+    """Predicts which filters of a unit will matter from the unit's input: P = e W + b.
+
+    e is the global pool of the input per channel, then `softmax(e) * C_in`. The factor C_in is not in the paper: a plain
+    softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's average at the published
+    learning rate. It is the same class of functions: a published kernel divided by C_in gives the published logits.
+
+    The first logits are all 1, that is, every filter on: a gated network starts as the dense one it was made from.
+
+    Attributes:
+      features: number of filters of the unit, C.
+      pool, softmax: see `GateConfig`.
+    """
+
+    features: int
+    pool: str = "max"
+    softmax: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
+        reduce = jnp.max if self.pool == "max" else jnp.mean
+        summary = reduce(inputs.astype(jnp.float32), axis=(1, 2))
+        if self.softmax:
+            summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
+        dense = nn.Dense(
+            self.features,
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.ones,
+            dtype=jnp.float32,
+            name="dense",
+        )
+        return dense(summary)

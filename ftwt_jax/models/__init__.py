@@ -1,0 +1,94 @@
+"""Networks by name. A new architecture is one file here and one line in `REGISTRY`."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.gates import GateConfig
+from ftwt_jax.models.mobilenet import MobileNetV1, MobileNetV2
+from ftwt_jax.models.resnet import ResNet
+from ftwt_jax.models.vgg import PLANS, POOL, VGG
+
+STEMS = ("cifar", "imagenet")
+
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+    "vgg_bn": VGG,
+    **{name: functools.partial(VGG, plan=plan) for name, plan in PLANS.items()},
+    "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    "resnet34": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3)),
+    "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=True),
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+}
+# What a caller may set besides `num_classes` and `gates`; everything else belongs to the architecture.
+OPTIONS = ("width", "stem", "plan", "dtype")
+
+
+def _cifar_resnet(name: str) -> Callable[..., nn.Module] | None:
+    """ResNet-(6n+2) for names such as "resnet56", with 16, 32 and 64 filters; None for other names."""
+    match = re.fullmatch(r"resnet(\d+)", name)
+    depth = int(match.group(1)) if match else 0
+    if depth < 8 or depth % 6 != 2:
+        return None
+    blocks = (depth - 2) // 6
+    return functools.partial(ResNet, stage_sizes=(blocks,) * 3, features=16, projection=False, stem="cifar")
+
+
+def _options(name: str, build: Callable[..., nn.Module]) -> list[str]:
+    fields = inspect.signature(build.func if isinstance(build, functools.partial) else build).parameters
+    fixed = {"stem"} if _cifar_resnet(name) and name not in REGISTRY else set()
+    return [option for option in OPTIONS if option in fields and option not in fixed]
+
+
+def create_model(name: str, num_classes: int, gates: GateConfig | None = None, **arch: Any) -> nn.Module:
+    """Builds a network, dense or gated, from one definition.
+
+    `model.apply(variables, images, train=False, control=None)` takes images [N, H, W, channels] and returns `Outputs`;
+    with `train=True` add `mutable=["batch_stats"]`, as for any Linen module with batch norm.
+
+    Args:
+      name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`, any CIFAR
+        `resnet(6n+2)` such as `resnet56`, `mobilenet_v1`, `mobilenet_v2`.
+      num_classes: number of logits.
+      gates: settings of the gates; None: the dense network. Parameters have the same names in both, the gated network
+        only adds its heads.
+      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50 default to `imagenet`,
+        MobileNets to `cifar`); `plan` (VGG: filters per unit, "M" for a pool); `dtype` of the computation.
+
+    Raises:
+      UserError: unknown name or option, or a value outside its range.
+    """
+    build = REGISTRY.get(name) or _cifar_resnet(name)
+    if build is None:
+        raise unknown_name("network", name, [*REGISTRY, "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"num_classes must be a positive whole number; got {num_classes!r}")
+    if gates is not None and not isinstance(gates, GateConfig):
+        raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
+    for option in arch:
+        if option not in _options(name, build):
+            raise unknown_name(f"option of {name}", option, _options(name, build))
+    if "stem" in arch and arch["stem"] not in STEMS:
+        raise unknown_name("stem", arch["stem"], STEMS)
+    if not arch.get("width", 1) > 0:
+        raise UserError(f"width multiplies the number of filters and must be positive; got {arch['width']!r}")
+    if "plan" in arch:
+        arch["plan"] = _check_plan(arch["plan"])
+    elif name == "vgg_bn":
+        raise UserError("vgg_bn needs a plan, the filters of each unit and 'M' for a pool: plan=(16, 'M', 32, 'M')")
+    return build(num_classes=num_classes, gates=gates, **arch)
+
+
+def _check_plan(plan: Any) -> tuple[int | str, ...]:
+    plan = tuple(plan)
+    for step in plan:
+        if step != POOL and (not isinstance(step, int) or step < 1):
+            raise UserError(f"a VGG plan holds numbers of filters and 'M' for a pool; got {step!r} in {plan}")
+    if not any(step != POOL for step in plan):
+        raise UserError("a VGG plan needs at least one unit")
+    return plan

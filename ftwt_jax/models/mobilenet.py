@@ -1,0 +1,135 @@
+"""MobileNetV1 (https://arxiv.org/abs/1704.04861) and MobileNetV2 (https://arxiv.org/abs/1801.04381), CIFAR and ImageNet."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array
+
+from ftwt_jax.activations import Activations, residual_add
+from ftwt_jax.gates import GateConfig, GateControl
+from ftwt_jax.models.common import scaled, start
+from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
+
+# (filters, stride) of each depthwise-separable pair.
+V1_PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+# (expansion, filters, blocks, stride) of each stage; stride of the second stage: 1 on CIFAR, 2 on ImageNet.
+V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, None),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def divisible(features: float, divisor: int = 8) -> int:
+    """Nearest multiple of 8 that loses at most a tenth: how ImageNet's MobileNetV2 rounds its widths."""
+    rounded = max(divisor, int(features + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * features else rounded
+
+
+class MobileNetV1(nn.Module):
+    """Depthwise-separable pairs; every convolution is a unit. ImageNet's has stride 2 at the start and ReLU6."""
+
+    num_classes: int
+    gates: GateConfig | None = None
+    stem: str = "cifar"
+    width: float = 1.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
+        """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
+        imagenet = self.stem == "imagenet"
+        x = start(images, control, shrinks=32 if imagenet else 16)
+        act = nn.relu6 if imagenet else nn.relu
+        unit = functools.partial(GatedUnit, act=act, gates=self.gates, dtype=self.dtype)
+        x = unit(scaled(32, self.width), strides=2 if imagenet else 1, name="stem")(x, train)
+        for index, (features, strides) in enumerate(V1_PAIRS):
+            inputs = x.values.shape[-1]
+            x = unit(inputs, strides=strides, groups=inputs, name=f"pair{index}_depthwise")(x, train)
+            x = unit(scaled(features, self.width), kernel_size=1, name=f"pair{index}_pointwise")(x, train)
+        return Classifier(self.num_classes, dtype=self.dtype, name="classifier")(x)
+
+
+class InvertedResidual(nn.Module):
+    """Expand (1x1), filter (depthwise 3x3), project (1x1, no activation).
+
+    Attributes:
+      features: filters of the projection.
+      expansion: filters of the first two, as a multiple of the input's channels.
+      skip_unit_expansion: leave the first convolution out when it would not expand, as ImageNet's network does.
+      projection: shortcut through a 1x1 convolution where stride is 1 and the number of channels changes (CIFAR).
+    """
+
+    features: int
+    expansion: int
+    strides: int
+    skip_unit_expansion: bool
+    projection: bool
+    act: Any
+    gates: GateConfig | None = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Activations, train: bool = False) -> Activations:
+        unit = functools.partial(GatedUnit, gates=self.gates, dtype=self.dtype)
+        inputs = x.values.shape[-1]
+        hidden = inputs * self.expansion
+        y = x
+        if not (self.skip_unit_expansion and self.expansion == 1):
+            y = unit(hidden, kernel_size=1, act=self.act, name="expand")(y, train)
+        y = unit(hidden, strides=self.strides, groups=hidden, act=self.act, name="depthwise")(y, train)
+        y = unit(self.features, kernel_size=1, act=None, name="project")(y, train)
+        if self.strides != 1:
+            return y
+        if inputs == self.features:
+            return residual_add(y, x)
+        if self.projection:
+            return residual_add(y, PlainConv(self.features, dtype=self.dtype, name="shortcut")(x, train))
+        return y
+
+
+class MobileNetV2(nn.Module):
+    """Inverted residuals. ImageNet's shrinks more, uses ReLU6, and has no projection shortcuts."""
+
+    num_classes: int
+    gates: GateConfig | None = None
+    stem: str = "cifar"
+    width: float = 1.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
+        """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
+        imagenet = self.stem == "imagenet"
+        x = start(images, control, shrinks=32 if imagenet else 8)
+        act = nn.relu6 if imagenet else nn.relu
+        unit = functools.partial(GatedUnit, act=act, gates=self.gates, dtype=self.dtype)
+
+        def filters(features: int) -> int:
+            return divisible(features * self.width) if imagenet else scaled(features, self.width)
+
+        x = unit(filters(32), strides=2 if imagenet else 1, name="stem")(x, train)
+        index = 0
+        for expansion, features, blocks, first_stride in V2_STAGES:
+            strides = first_stride or (2 if imagenet else 1)
+            for block in range(blocks):
+                x = InvertedResidual(
+                    filters(features),
+                    expansion,
+                    1 if block else strides,
+                    skip_unit_expansion=imagenet,
+                    projection=not imagenet,
+                    act=act,
+                    gates=self.gates,
+                    dtype=self.dtype,
+                    name=f"block{index}",
+                )(x, train)
+                index += 1
+        last = max(1280, filters(1280)) if imagenet else filters(1280)
+        x = unit(last, kernel_size=1, name="last")(x, train)
+        return Classifier(self.num_classes, counted_pool=False, dtype=self.dtype, name="classifier")(x)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains a gated network on this machine: set-up if needed, then baseline, estimate, gates, evaluation, table.
+# usage: launch/local.sh [--config=FILE[:ARCH]] [--workdir=DIR] [--config.FIELD=VALUE ...]
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+# What is not given: the bundled digits, in a folder beside the code.
+config=--config=$root/configs/digits.py
+workdir=--workdir=$root/workdirs/digits
+for argument in "$@"; do
+    case $argument in
+        --config=* | -config=* | --config | -config) config= ;;
+        --workdir=* | -workdir=* | --workdir | -workdir) workdir= ;;
+    esac
+done
+exec "$venv/bin/python" -m ftwt_jax train ${config:+"$config"} ${workdir:+"$workdir"} "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set-up if needed, then linter, formatter, type checker and the whole test suite.
+# usage: launch/test.sh [--slow] [any pytest argument]
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh" test
+cd -- "$root"
+
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+
+# A worker per core; the run without a network must not notice.
+exec "$venv/bin/python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist loadgroup "$@"
