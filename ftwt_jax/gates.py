@@ -29,8 +29,8 @@ class GateConfig:
 
     Attributes:
       r: mass threshold of the targets, in (0, 1]; smaller keeps fewer filters.
-      mode: `decoupled`: the heads read their input through stop_gradient, so that the gate loss never moves the backbone;
-        `joint`: it does.
+      mode: `decoupled`: the heads read their input through stop_gradient, so that the gate loss never moves the
+        backbone; `joint`: it does.
       pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
       softmax: normalise the pooled channels by a softmax times their number; off: read them as they are.
       after_block: in residual blocks, rank and mask after the addition and its activation instead of before it.
@@ -94,9 +94,10 @@ class GateOutput:
 class GateHead(nn.Module):
     """Predicts which filters of a unit will matter from the unit's input: P = e W + b.
 
-    e is the global pool of the input per channel, then `softmax(e) * C_in`. The factor C_in is not in the paper: a plain
-    softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's average at the published
-    learning rate. It is the same class of functions: a published kernel divided by C_in gives the published logits.
+    e is the global pool of the input per channel, then `softmax(e) * C_in`. The factor C_in is not in the paper: a
+    plain softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's average at the
+    published learning rate. It is the same class of functions: a published kernel divided by C_in gives the published
+    logits.
 
     The first logits are all 1, that is, every filter on: a gated network starts as the dense one it was made from.
 

@@ -1,7 +1,7 @@
 """Counting work in multiply-accumulates (MACs), from the records that the activations carried through the network.
 
-Two conventions. `exact` is what a compact execution computes: every convolution, shortcut, classifier and gate head, with
-only the input channels that can be non-zero and the filters that are on. `published` is how the authors count, for
+Two conventions. `exact` is what a compact execution computes: every convolution, shortcut, classifier and gate head,
+with only the input channels that can be non-zero and the filters that are on. `published` is how the authors count, for
 comparison with their tables: units only, each with the mask count of the gated unit before it as its input channels.
 """
 
@@ -26,7 +26,8 @@ def _check(convention: str) -> None:
         raise unknown_name("convention", convention, CONVENTIONS)
 
 
-def _layer_dense(layer: LayerRecord) -> int:
+def layer_dense_macs(layer: LayerRecord) -> int:
+    """MACs of one layer with every input channel and every filter on, without a gate head."""
     pairs = layer.in_features * layer.out_features // layer.groups
     return layer.positions * layer.kernel_area * pairs
 
@@ -108,7 +109,7 @@ def dense_macs(outputs: Outputs, convention: Convention = "exact") -> float:
     the classifier, projection shortcuts, biases of convolutions and, in some networks, the outputs of the last pool.
     """
     _check(convention)
-    total = sum(_layer_dense(layer) for layer in outputs.layers)
+    total = sum(layer_dense_macs(layer) for layer in outputs.layers)
     if convention == "published":
         total += sum(layer.positions * layer.bias_terms for layer in outputs.layers)
     return np.float64(total)

@@ -30,8 +30,8 @@ def topk_mass_mask(
 
     Args:
       feature_maps: a layer's own output before masking, [N, H, W, C], any float dtype; the ranking runs in float32.
-      r: mass threshold in (0, 1]. A traced scalar: another value does not compile anew. Below the range it acts as "only
-        `min_filters`", above it as 1.
+      r: mass threshold in (0, 1]. A traced scalar: another value does not compile anew. Below the range it acts as
+        "only `min_filters`", above it as 1.
       min_filters: at least this many of the strongest filters are kept. The published rule is 0: it drops every filter
         where the strongest alone holds more than `r`.
 
@@ -45,19 +45,14 @@ def topk_mass_mask(
     # One sort of plain values; the way back to filters is a comparison with the weakest value kept, so that no index is
     # sorted along and nothing is scattered.
     descending = jnp.sort(mass, axis=-1, descending=True)
-    cumulative = jnp.cumsum(descending / safe_total, axis=-1)
-    kept = (cumulative <= r + TOLERANCE) | (jnp.arange(mass.shape[-1]) < min_filters)
+    share = descending / safe_total
+    kept = jnp.where(r >= 1, share > TOLERANCE, jnp.cumsum(share, axis=-1) <= r + TOLERANCE)
+    kept |= jnp.arange(mass.shape[-1]) < min_filters
     count = jnp.sum(kept, axis=-1, keepdims=True)
     weakest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
 
     stronger = mass > weakest
     tied = mass == weakest
     room = count - jnp.sum(stronger, axis=-1, keepdims=True)
-    by_mass = stronger | (tied & (jnp.cumsum(tied, axis=-1) <= room))
-
-    if min_filters:
-        strongest = mass >= descending[:, min(min_filters, mass.shape[-1]) - 1, None]
-    else:
-        strongest = False
-    lit = (mass / safe_total > TOLERANCE) | strongest
-    return jnp.where(r >= 1, lit, by_mass) & (total > 0)
+    chosen = stronger | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+    return chosen & (total > 0)

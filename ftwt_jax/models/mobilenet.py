@@ -1,4 +1,4 @@
-"""MobileNetV1 (https://arxiv.org/abs/1704.04861) and MobileNetV2 (https://arxiv.org/abs/1801.04381), CIFAR and ImageNet."""
+"""MobileNetV1 (https://arxiv.org/abs/1704.04861) and V2 (https://arxiv.org/abs/1801.04381), for CIFAR and ImageNet."""
 
 import functools
 from typing import Any

@@ -1,0 +1,36 @@
+"""Command line: `python -m ftwt_jax COMMAND --FLAG=VALUE ...`."""
+
+import os
+import sys
+
+from ftwt_jax.commands import COMMANDS, parse, usage
+from ftwt_jax.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; 0 if it went well, 2 with one line on stderr if the user can mend it, 130 if interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    # Neither Orbax's and Grain's chatter nor XLA's belongs in the output of a command.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import logging
+    from rich.console import Console
+
+    logging.set_verbosity(logging.ERROR)
+    try:
+        values = parse(arguments[0], arguments[1:])
+        if values is not None:
+            COMMANDS[arguments[0]].run(values, Console())
+    except UserError as error:
+        print(f"ftwt: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ftwt: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Checkpoints with Orbax: network, optimizer and input position together, the newest and the best kept."""
+
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from ftwt_jax.errors import UserError
+from ftwt_jax.training import TrainState
+
+FOLDER = "checkpoints"
+# Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
+NETWORK, OPTIMIZER, INPUT = "network", "optimizer", "input"
+
+
+class Checkpoints:
+    """The checkpoints of one stage (`baseline` or `gated`) of a run, in `workdir/checkpoints/STAGE/STEP`."""
+
+    def __init__(self, workdir: pathlib.Path, stage: str):
+        self.path = workdir / FOLDER / stage
+        best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
+        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best])
+        # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, best_fn=lambda metrics: metrics["accuracy"], enable_async_checkpointing=False
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in (NETWORK, OPTIMIZER):
+            handler = ocp.StandardCheckpointHandler()
+            registry.add(item, ocp.args.StandardSave, handler)
+            registry.add(item, ocp.args.StandardRestore, handler)
+        position = grain.checkpoint.CheckpointHandler()
+        registry.add(INPUT, grain.checkpoint.CheckpointSave, position)
+        registry.add(INPUT, grain.checkpoint.CheckpointRestore, position)
+        self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=registry)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the highest accuracy; None if there is none."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float]) -> None:
+        """Saves state and input position; `metrics["accuracy"]` says which checkpoint is the best."""
+        items = {
+            NETWORK: ocp.args.StandardSave(state.variables),
+            OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+            INPUT: grain.checkpoint.CheckpointSave(batches),
+        }
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, state: TrainState, sharding: NamedSharding, batches: grain.DatasetIterator) -> TrainState:
+        """The newest state, shaped like `state`; `batches` is set to the position it was saved with."""
+        optimizer = {"step": state.step, "state": state.opt_state}
+        items = {
+            NETWORK: ocp.args.StandardRestore(_targets(state.variables, sharding)),
+            OPTIMIZER: ocp.args.StandardRestore(_targets(optimizer, sharding)),
+            INPUT: grain.checkpoint.CheckpointRestore(batches),
+        }
+        found = self._restore(self.latest_step(), items)
+        network, optimizer = found[NETWORK], found[OPTIMIZER]
+        return TrainState(optimizer["step"], network["params"], network["batch_stats"], optimizer["state"])
+
+    def restore_network(self, variables: Any, sharding: NamedSharding, best: bool = False) -> dict[str, Any]:
+        """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits."""
+        step = self.best_step() if best else self.latest_step()
+        return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+    def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
+        if step is None:
+            raise UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {reason}") from error
+
+    def close(self) -> None:
+        """Waits for whatever is still being written."""
+        self._manager.close()
+
+
+def _targets(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,130 @@
+"""The commands and their flags. Each command has flags of its own, so that a flag of another is an unknown one."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from ftwt_jax.errors import UserError, unknown_name
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: one line of help, its flags, and what it runs once they are parsed."""
+
+    summary: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[[flags.FlagValues, Console], Any]
+
+
+def _define_workdir(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+
+
+def _define_train(values: flags.FlagValues) -> None:
+    _define_workdir(values)
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/DATA.py or configs/DATA.py:ARCH; fields by --config.FIELD=VALUE", flag_values=values
+    )
+
+
+def _define_estimate(values: flags.FlagValues) -> None:
+    _define_workdir(values)
+    flags.DEFINE_string("r", None, "mass thresholds to predict for, such as 0.8,0.9,1", flag_values=values)
+    flags.DEFINE_float("budget", None, "MACs reduction to find r for, such as 0.5", flag_values=values)
+
+
+def _define_evaluate(values: flags.FlagValues) -> None:
+    _define_workdir(values)
+    flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
+
+
+def _train(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.train import train
+
+    _need(values, "config", "--config=configs/digits.py")
+    train(values.config, _workdir(values), console)
+
+
+def _estimate(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.estimate import estimate, parse_rs
+
+    if values.r is not None and values.budget is not None:
+        raise UserError("give --r or --budget, not both")
+    estimate(_workdir(values), parse_rs(values.r) if values.r else None, values.budget, console)
+
+
+def _evaluate(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.evaluate import evaluate
+
+    evaluate(_workdir(values), values.best, console)
+
+
+COMMANDS = {
+    "train": Command("train a baseline, then its gates; goes on by itself where it stopped", _define_train, _train),
+    "estimate": Command("predict the MACs reduction from a trained baseline", _define_estimate, _estimate),
+    "evaluate": Command("accuracy, work and gates on the held-out split", _define_evaluate, _evaluate),
+}
+
+
+def _need(values: flags.FlagValues, name: str, example: str) -> Any:
+    value = values[name].value
+    if value is None:
+        raise UserError(f"--{name} is missing, for example {example}")
+    return value
+
+
+def _workdir(values: flags.FlagValues) -> str:
+    return _need(values, "workdir", "--workdir=workdirs/digits")
+
+
+def usage() -> str:
+    """How to call the program."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: python -m ftwt_jax COMMAND [--FLAG=VALUE ...]", *lines, "COMMAND --help lists its flags"])
+
+
+def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
+    """Reads a command's flags; None if they ask for help. Raises `UserError` for what is no flag of the command."""
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    values = flags.FlagValues()
+    COMMANDS[name].define(values)
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
+        print(f"{name}: {COMMANDS[name].summary}\n{values.get_help()}")
+        return None
+    try:
+        rest = values([name, *map(_find_config, arguments)])
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    except (OSError, ImportError, SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
+        # The config file is the user's own code, and ml_collections lets its errors through as they are.
+        raise UserError(f"bad config: {_one_line(error)}") from error
+    if rest[1:]:
+        raise UserError(f"{name} takes flags only; got {rest[1]!r}")
+    return values
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _find_config(argument: str) -> str:
+    """Lets `--config=configs/digits.py` be found beside the code from any current directory."""
+    flag, separator, value = argument.partition("=")
+    if flag.lstrip("-") != "config" or not separator:
+        return argument
+    file, colon, arch = value.partition(":")
+    if not pathlib.Path(file).exists():
+        beside = REPOSITORY / file
+        if not beside.exists():
+            raise UserError(f"no config file {file}; the ones that come with the code are in {REPOSITORY / 'configs'}")
+        file = str(beside)
+    return f"{flag}={file}{colon}{arch}"

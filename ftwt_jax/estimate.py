@@ -1,0 +1,77 @@
+"""The command `estimate`, and the choice of r between the two stages of training."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftwt_jax import workdir
+from ftwt_jax.errors import UserError
+from ftwt_jax.evaluation import Evaluation
+from ftwt_jax.gates import check_r
+from ftwt_jax.run import BASELINE, Run, make_run
+
+ESTIMATE = "estimate.json"
+
+
+def _entry(r: float, found: Evaluation) -> dict[str, float]:
+    return {
+        "r": r,
+        "macs_reduction": found.macs_reduction,
+        "macs_reduction_published": found.macs_reduction_published,
+    }
+
+
+def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
+    """The r to train gates for: the config's, or the one that its budget asks for; printed with its prediction.
+
+    The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
+    """
+    path = run.workdir / ESTIMATE
+    if path.exists():
+        return workdir.read_json(path, "estimate")
+    estimator = run.estimator(baseline)
+    budget, r = run.config.gates.budget, run.config.gates.r
+    if budget is None:
+        found = estimator.predict(r)
+    else:
+        r, found = estimator.solve(budget)
+    entry = _entry(r, found)
+    workdir.write_json(path, entry)
+    asked = "" if budget is None else f" for a budget of {budget:g}"
+    console.print(
+        f"estimate: r = {r:.4f}{asked}, predicted MACs reduction {found.macs_reduction:.3f} exact, "
+        f"{found.macs_reduction_published:.3f} published",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return entry
+
+
+def parse_rs(text: str) -> list[float]:
+    """Reads "0.8,0.9,1"; raises `UserError` for anything that is no list of thresholds."""
+    try:
+        return [check_r(float(part)) for part in text.split(",")]
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--r is a list of numbers in (0, 1], such as 0.8,0.9,1; got {text!r}") from None
+
+
+def estimate(folder: str, rs: list[float] | None, budget: float | None, console: Console) -> list[dict[str, float]]:
+    """Prints r and predicted reduction for each r, or for the r that a budget asks for, from a trained baseline."""
+    path, config = workdir.load(folder)
+    run = make_run(config, path)
+    estimator = run.estimator(run.trained(BASELINE))
+    if budget is not None:
+        r, found = estimator.solve(budget)
+        rows = [_entry(r, found)]
+    else:
+        rows = [_entry(r, estimator.predict(r)) for r in rs or [config.gates.r]]
+    table = Table(title=f"predicted from the dense baseline in {path}")
+    for heading in ("r", "MACs reduction (exact)", "MACs reduction (published)"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(f"{row['r']:.4f}", f"{row['macs_reduction']:.3f}", f"{row['macs_reduction_published']:.3f}")
+    console.print(table)
+    return rows

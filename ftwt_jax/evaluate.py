@@ -1,0 +1,88 @@
+"""The command `evaluate`: accuracy, work and gates on the held-out split, as a table and as `evaluation.json`."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftwt_jax import workdir
+from ftwt_jax.estimate import ESTIMATE
+from ftwt_jax.evaluation import Evaluation
+from ftwt_jax.run import BASELINE, GATED, Run, make_run
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate(folder: str, best: bool, console: Console) -> dict[str, Any]:
+    """Evaluates the newest (or best) gated network of a workdir beside its baseline."""
+    path, config = workdir.load(folder)
+    return evaluate_run(make_run(config, path), console, best)
+
+
+def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, Any]:
+    """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`."""
+    gated = run.trained(GATED, best)
+    baseline = run.trained(BASELINE)
+    estimate = workdir.read_json(run.workdir / ESTIMATE, "estimate")
+    found = run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
+    assert found.gates is not None
+    result = {
+        "accuracy": found.accuracy,
+        "dense_accuracy": dense.accuracy,
+        "macs_reduction": found.macs_reduction,
+        "macs_reduction_published": found.macs_reduction_published,
+        "predicted_macs_reduction": estimate["macs_reduction"],
+        "gate_accuracy": found.gates.gate_accuracy,
+        "static_gate_accuracy": found.gates.static_gate_accuracy,
+        "dynamic_filters": found.gates.dynamic_filters,
+        "units": list(found.gate_names),
+        "density": list(found.gates.density),
+        "samples": found.samples,
+        "r": estimate["r"],
+    }
+    workdir.write_json(run.workdir / EVALUATION, result)
+    console.print(unit_table(found))
+    console.print(summary_table(result, run))
+    return result
+
+
+def _count(macs: float) -> str:
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if macs >= size:
+            return f"{macs / size:.2f} {sign}"
+    return f"{macs:.0f}"
+
+
+def unit_table(found: Evaluation) -> Table:
+    """A row per layer: name, channels, density, MACs before and after, reduction."""
+    assert found.gates is not None
+    table = Table(title="MACs per picture, exact convention")
+    table.add_column("unit")
+    for heading in ("channels", "density", "MACs before", "MACs after", "reduction"):
+        table.add_column(heading, justify="right")
+    density = dict(zip(found.gate_names, found.gates.density, strict=True))
+    for work in found.layers:
+        name = work.layer.name
+        share = f"{density[name]:.2f}" if name in density else ""
+        cut = f"{1 - work.measured / work.dense:.2f}"
+        table.add_row(name, str(work.layer.out_features), share, _count(work.dense), _count(work.measured), cut)
+    before, after = (sum(getattr(work, kind) for work in found.layers) for kind in ("dense", "measured"))
+    table.add_section()
+    table.add_row("all", "", "", _count(before), _count(after), f"{1 - after / before:.2f}")
+    return table
+
+
+def summary_table(result: dict[str, Any], run: Run) -> Table:
+    """What was saved, and what it cost."""
+    table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures")
+    for heading in ("", "dense", "gated"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")
+    table.add_row("MACs reduction, exact", "", f"{result['macs_reduction']:.3f}")
+    table.add_row("  predicted before gate training", "", f"{result['predicted_macs_reduction']:.3f}")
+    table.add_row("MACs reduction, published", "", f"{result['macs_reduction_published']:.3f}")
+    table.add_row("gate accuracy", "", f"{result['gate_accuracy']:.3f}")
+    table.add_row("  of the best fixed mask", "", f"{result['static_gate_accuracy']:.3f}")
+    table.add_row("dynamic filters", "", f"{result['dynamic_filters']:.2f}")
+    return table

@@ -1,0 +1,123 @@
+"""What a config means: the data, the two networks and the devices of a run."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftwt_jax.checkpoints import Checkpoints
+from ftwt_jax.data import load_dataset
+from ftwt_jax.data.pipeline import eval_batches
+from ftwt_jax.data.source import Dataset
+from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.estimation import Estimator
+from ftwt_jax.evaluation import Evaluator
+from ftwt_jax.gates import GateConfig, check_r
+from ftwt_jax.models import create_model
+from ftwt_jax.sharding import check_batch_size, data_mesh, replicated
+from ftwt_jax.training import Normalize, normalizer
+
+BASELINE, GATED = "baseline", "gated"
+DTYPES = ("float32", "bfloat16")
+# Training pictures that the estimate runs over; more of them change the third digit.
+ESTIMATE_SAMPLES = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, made once from its config.
+
+    Attributes:
+      models: the same network under "baseline" (dense) and "gated".
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    dataset: Dataset
+    mesh: Mesh
+    normalize: Normalize
+    models: dict[str, nn.Module]
+
+    @property
+    def example_images(self) -> jax.Array:
+        """One blank picture, for shapes."""
+        return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
+
+    def key(self, stage: str) -> jax.Array:
+        """The key from which a stage's parameters are made."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), (BASELINE, GATED).index(stage))
+
+    def abstract_variables(self, stage: str) -> Any:
+        """Shapes and dtypes of a network's variables."""
+        return jax.eval_shape(self.models[stage].init, self.key(stage), self.example_images)
+
+    def trained(self, stage: str, best: bool = False, workdir: pathlib.Path | None = None) -> dict[str, Any]:
+        """A trained network from its newest (or best) checkpoint, of this workdir or another."""
+        checkpoints = Checkpoints(workdir or self.baseline_workdir(stage), stage)
+        try:
+            return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
+        finally:
+            checkpoints.close()
+
+    def baseline_workdir(self, stage: str = BASELINE) -> pathlib.Path:
+        """Where a stage's checkpoints are: here, or for the baseline where `config.init_from` says."""
+        if stage == BASELINE and self.config.init_from:
+            return pathlib.Path(self.config.init_from).expanduser().absolute()
+        return self.workdir
+
+    def evaluator(self, stage: str, masks: str = "heads") -> Evaluator:
+        """Evaluation of one of the two networks."""
+        return Evaluator(self.models[stage], self.normalize, self.mesh, masks)
+
+    def test_batches(self) -> Any:
+        """The held-out split."""
+        return eval_batches(self.dataset.test, self.config.eval_batch_size)
+
+    def estimator(self, variables: Any) -> Estimator:
+        """Predictions for the dense network with these variables."""
+        batches = eval_batches(self.dataset.train, self.config.eval_batch_size, limit=ESTIMATE_SAMPLES)
+        return Estimator(self.evaluator(GATED, masks="targets"), variables, list(batches))
+
+
+def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Builds the parts of a run; raises `UserError` for whatever in the config cannot work."""
+    mesh = data_mesh()
+    check_batch_size(config.batch_size, mesh, "config.batch_size")
+    check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
+    for field in ("log_every", "checkpoint_every"):
+        if config[field] < 1:
+            raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
+    dataset = load_dataset(**config.data)
+    gates = gate_config(config.gates)
+    models = {
+        stage: create_model(num_classes=dataset.num_classes, gates=setting, **arch_options(config.model))
+        for stage, setting in ((BASELINE, None), (GATED, gates))
+    }
+    run = Run(config, workdir, dataset, mesh, normalizer(dataset), models)
+    run.abstract_variables(BASELINE)  # Refuses pictures that the network cannot take, before anything is written.
+    return run
+
+
+def arch_options(model: ConfigDict) -> dict[str, Any]:
+    """Arguments of `create_model`; what the config leaves at None stays at the network's own default."""
+    options = {key: value for key, value in model.items() if value is not None}
+    if "dtype" in options:
+        if options["dtype"] not in DTYPES:
+            raise unknown_name("config.model.dtype", options["dtype"], DTYPES)
+        options["dtype"] = jnp.dtype(options["dtype"])
+    return options
+
+
+def gate_config(gates: ConfigDict) -> GateConfig:
+    """The gates' settings; r is checked even where a budget takes its place."""
+    fields = {field.name for field in dataclasses.fields(GateConfig)}
+    if gates.budget is not None and not 0 < gates.budget < 1:
+        raise UserError(f"config.gates.budget is a MACs reduction between 0 and 1; got {gates.budget}")
+    return GateConfig(
+        **{key: value for key, value in gates.items() if key in fields and key != "r"}, r=check_r(gates.r)
+    )

@@ -1,0 +1,185 @@
+"""The main job: dense baseline, estimate, gate training, evaluation."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ftwt_jax import optim, workdir
+from ftwt_jax.checkpoints import Checkpoints
+from ftwt_jax.data.pipeline import train_batches
+from ftwt_jax.errors import UserError
+from ftwt_jax.estimate import choose_r
+from ftwt_jax.evaluate import evaluate_run
+from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
+from ftwt_jax.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.sharding import put_batch, replicated
+from ftwt_jax.training import TrainState, create_state, make_train_step
+from ftwt_jax.transfer import init_from_dense
+
+Variables = dict[str, Any]
+
+
+def train(config: ConfigDict, folder: str, console: Console) -> None:
+    """Trains baseline and gates in `folder`, or goes on where an earlier run stopped, and evaluates the result.
+
+    Raises:
+      UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
+    """
+    started = time.perf_counter()
+    run = make_run(config, workdir.absolute(folder))
+    if config.init_from:
+        baseline = run.trained(BASELINE)
+    elif config.baseline.epochs <= 0:
+        raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
+    workdir.prepare(run.workdir, config)
+
+    if not config.init_from:
+        baseline = train_stage(run, BASELINE, console, lambda: init_dense(run))
+    if config.gates.epochs > 0:
+        estimate = choose_r(run, baseline, console)
+        train_stage(run, GATED, console, lambda: init_gated(run, baseline), estimate["r"])
+        evaluate_run(run, console)
+    seconds = time.perf_counter() - started
+    console.print(f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, soft_wrap=True)
+
+
+def init_dense(run: Run) -> Variables:
+    """Fresh variables of the dense network."""
+    return jax.jit(run.models[BASELINE].init)(run.key(BASELINE), run.example_images)
+
+
+def init_gated(run: Run, baseline: Variables) -> Variables:
+    """The baseline's variables with fresh gate heads."""
+    return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
+
+
+def stage_steps(run: Run, stage: str) -> tuple[int, float]:
+    """Number of steps of a stage, and of one epoch."""
+    epoch = len(run.dataset.train) / run.config.batch_size
+    epochs = run.config.baseline.epochs if stage == BASELINE else run.config.gates.epochs
+    return math.ceil(epochs * epoch), epoch
+
+
+def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Variables], r: float = 1.0) -> Variables:
+    """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
+
+    Args:
+      init: makes the variables to start from.
+      r: mass threshold of the targets (gated stage).
+    """
+    config, gated = run.config, stage == GATED
+    settings = config.gates if gated else config.baseline
+    total, epoch = stage_steps(run, stage)
+    optimizer, rate = optim.make_optimizer(settings, epoch, total)
+    checkpoints = Checkpoints(run.workdir, stage)
+    batches = train_batches(run.dataset, config.batch_size, config.seed + (BASELINE, GATED).index(stage))
+    whole = replicated(run.mesh)
+    try:
+        start = checkpoints.latest_step() or 0
+        if start >= total:
+            return checkpoints.restore_network(run.abstract_variables(stage), whole)
+        state = create_state(init(), optimizer)
+        if start:
+            state = checkpoints.restore(jax.eval_shape(lambda: state), whole, batches)
+            console.print(f"{stage}: going on from step {start} of {total}", highlight=False)
+        state = jax.device_put(state, whole)
+        step_fn = make_train_step(
+            run.models[stage],
+            optimizer,
+            run.normalize,
+            run.mesh,
+            optim.gate_weight(settings, total) if gated else None,
+            settings.loss_reduction if gated else "mean",
+        )
+        offset = 0 if stage == BASELINE or config.init_from else stage_steps(run, BASELINE)[0]
+        writer = MetricsWriter(run.workdir, stage, start, offset)
+        display = ProgressDisplay(console, stage, total, start)
+        try:
+            loop = _Loop(run, stage, r, checkpoints, writer, display, rate)
+            return loop.run(state, step_fn, batches, start, total).variables
+        finally:
+            display.close()
+            writer.close()
+    finally:
+        checkpoints.close()
+
+
+class _Loop:
+    """The steps of one stage, with reports, evaluations and checkpoints in between."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        r: float,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        display: ProgressDisplay,
+        rate: Callable[[int], Any],
+    ):
+        self._run, self._stage, self._r = run, stage, r
+        self._checkpoints, self._writer, self._display = checkpoints, writer, display
+        self._rate = rate
+        self._evaluator = run.evaluator(stage)
+
+    def run(self, state: TrainState, step_fn: Callable[..., Any], batches: Any, start: int, total: int) -> TrainState:
+        config = self._run.config
+        r = jax.device_put(jnp.float32(self._r), replicated(self._run.mesh))
+        watch, pending = Stopwatch(), []
+        for step in range(start + 1, total + 1):
+            state, metrics = step_fn(state, put_batch(next(batches), self._run.mesh), r)
+            pending.append(metrics)
+            if step == start + 1:
+                # The first step compiles; the rate that is shown leaves it out.
+                jax.block_until_ready(metrics)
+                watch = Stopwatch()
+            else:
+                watch.add(config.batch_size)
+            self._display.advance(step)
+            save = step % config.checkpoint_every == 0 or step == total
+            if save or step % config.log_every == 0:
+                scalars = self._collect(pending, step)
+                scalars |= {"learning_rate": float(self._rate(step - 1)), "images_per_second": watch.read()}
+                pending = []
+                if save:
+                    scalars |= self._evaluate(state)
+                    self._checkpoints.save(state, batches, {"accuracy": scalars["eval_accuracy"]})
+                self._writer.write(step, scalars)
+                self._display.report(step, scalars)
+                watch = Stopwatch()
+        return state
+
+    def _collect(self, pending: list[Any], step: int) -> dict[str, float]:
+        """Means of the steps since the last report; the one place where the loop waits for the device."""
+        rows = jax.device_get(pending)
+        first = step - len(rows) + 1
+        for index, row in enumerate(rows):
+            for name in ("loss", "gate_loss", "grad_norm"):
+                if name in row and not np.isfinite(row[name]):
+                    self._stop(name, row[name], first + index)
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+    def _stop(self, name: str, value: float, step: int) -> None:
+        newest = self._checkpoints.latest_step()
+        kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint had been written yet"
+        section = "gates" if self._stage == GATED else "baseline"
+        raise UserError(
+            f"{self._stage}: {name.replace('_', ' ')} is {value} at step {step}; {kept}; "
+            f"lower the learning rate (config.{section}.lr) in a new workdir"
+        )
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        found = self._evaluator.run(state.variables, self._run.test_batches(), self._r)
+        scalars = {"eval_accuracy": found.accuracy}
+        if found.gates is not None:
+            scalars["eval_macs_reduction"] = found.macs_reduction
+            scalars["eval_gate_accuracy"] = found.gates.gate_accuracy
+            scalars["eval_static_gate_accuracy"] = found.gates.static_gate_accuracy
+        return scalars
