@@ -18,10 +18,16 @@ NETWORK, OPTIMIZER, INPUT = "network", "optimizer", "input"
 
 
 class Checkpoints:
-    """The checkpoints of one stage (`baseline` or `gated`) of a run, in `workdir/checkpoints/STAGE/STEP`."""
+    """The checkpoints of one stage (`baseline` or `gated`) of a run, in `workdir/checkpoints/STAGE/STEP`.
 
-    def __init__(self, workdir: pathlib.Path, stage: str):
+    Args:
+      create: make the folder if it is missing; off, that is a `UserError`.
+    """
+
+    def __init__(self, workdir: pathlib.Path, stage: str, create: bool = False):
         self.path = workdir / FOLDER / stage
+        if not create and not self.path.is_dir():
+            raise self._missing()
         best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
         keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best])
         # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
@@ -74,12 +80,15 @@ class Checkpoints:
 
     def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
         if step is None:
-            raise UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
+            raise self._missing()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {reason}") from error
+
+    def _missing(self) -> UserError:
+        return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
 
     def close(self) -> None:
         """Waits for whatever is still being written."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from ftwt_jax.errors import UserError, unknown_name
@@ -19,7 +19,7 @@ class Command:
     """A command: one line of help, its flags, and what it runs once they are parsed."""
 
     summary: str
-    define: Callable[[flags.FlagValues], None]
+    define: Callable[[flags.FlagValues, list[str]], None]
     run: Callable[[flags.FlagValues, Console], Any]
 
 
@@ -27,20 +27,24 @@ def _define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
 
 
-def _define_train(values: flags.FlagValues) -> None:
+def _define_train(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     config_flags.DEFINE_config_file(
-        "config", None, "configs/DATA.py or configs/DATA.py:ARCH; fields by --config.FIELD=VALUE", flag_values=values
+        "config",
+        None,
+        "configs/DATA.py or configs/DATA.py:ARCH; fields by --config.FIELD=VALUE",
+        flag_values=values,
+        sys_argv=["train", *arguments],
     )
 
 
-def _define_estimate(values: flags.FlagValues) -> None:
+def _define_estimate(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_string("r", None, "mass thresholds to predict for, such as 0.8,0.9,1", flag_values=values)
     flags.DEFINE_float("budget", None, "MACs reduction to find r for, such as 0.5", flag_values=values)
 
 
-def _define_evaluate(values: flags.FlagValues) -> None:
+def _define_evaluate(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
 
@@ -95,36 +99,71 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
     """Reads a command's flags; None if they ask for help. Raises `UserError` for what is no flag of the command."""
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    values = flags.FlagValues()
-    COMMANDS[name].define(values)
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
-        print(f"{name}: {COMMANDS[name].summary}\n{values.get_help()}")
+        values = flags.FlagValues()
+        COMMANDS[name].define(values, [])
+        print(f"{name}: {COMMANDS[name].summary}\n{values.module_help(__name__)}")
         return None
+    arguments = _find_config(arguments)
+    overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
     try:
-        rest = values([name, *map(_find_config, arguments)])
+        without = _parse(name, [argument for argument in arguments if argument not in overrides])
+        if overrides and "config" in without and without.config is not None:
+            _check_fields(without.config, overrides)
+            return _parse(name, arguments)
+        return _parse(name, arguments) if overrides else without
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
-    except (OSError, ImportError, SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
-        # The config file is the user's own code, and ml_collections lets its errors through as they are.
-        raise UserError(f"bad config: {_one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # The config file is anybody's code, and ml_collections lets whatever it raises through as it is.
+        raise UserError(f"bad config: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    COMMANDS[name].define(values, arguments)
+    rest = values([name, *arguments])
     if rest[1:]:
         raise UserError(f"{name} takes flags only; got {rest[1]!r}")
     return values
+
+
+def _check_fields(config: ConfigDict, overrides: list[str]) -> None:
+    """Raises `UserError` for a `--config.FIELD` that the config file does not have, naming the nearest one."""
+    for argument in overrides:
+        node: Any = config
+        for key in argument.partition("=")[0].lstrip("-").split(".")[1:]:
+            known = list(node) if isinstance(node, ConfigDict) else []
+            if key not in known:
+                raise unknown_name("config field", key, known)
+            node = node[key]
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _find_config(argument: str) -> str:
+def _find_config(arguments: list[str]) -> list[str]:
     """Lets `--config=configs/digits.py` be found beside the code from any current directory."""
-    flag, separator, value = argument.partition("=")
-    if flag.lstrip("-") != "config" or not separator:
-        return argument
-    file, colon, arch = value.partition(":")
-    if not pathlib.Path(file).exists():
-        beside = REPOSITORY / file
-        if not beside.exists():
-            raise UserError(f"no config file {file}; the ones that come with the code are in {REPOSITORY / 'configs'}")
-        file = str(beside)
-    return f"{flag}={file}{colon}{arch}"
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--config", "-config") and rest:
+            argument = f"--config={rest.pop(0)}"
+        flag, _, value = argument.partition("=")
+        if flag.lstrip("-") == "config":
+            file, colon, arch = value.partition(":")
+            argument = f"--config={_config_file(file)}{colon}{arch}"
+        found.append(argument)
+    return found
+
+
+def _config_file(file: str) -> str:
+    if pathlib.Path(file).is_file():
+        return file
+    if (REPOSITORY / file).is_file():
+        return str(REPOSITORY / file)
+    known = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
+    raise unknown_name("config file", file, [f"configs/{name}" for name in known])

@@ -59,7 +59,7 @@ class Evaluator:
 
         def step(variables: Any, batch: dict[str, Array], r: Array) -> Sums:
             control = GateControl(r=r, masks=masks)
-            outputs = model.apply(variables, normalize(batch["image"]), train=False, control=control)
+            outputs: Any = model.apply(variables, normalize(batch["image"]), train=False, control=control)
             # What is known of the layers without running them is noted while tracing.
             self._layers = tuple(x.replace(active_in=None, active_out=None, gate=None) for x in outputs.layers)
             self._gate_names = outputs.gate_names
@@ -84,7 +84,7 @@ class Evaluator:
         self._step: Callable[..., Sums] = jax.jit(step, in_shardings=(whole, split(mesh), whole), out_shardings=whole)
 
     def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float) -> Evaluation:
-        """Evaluates `variables` on batches as `eval_batches` gives them; `r` sets the targets that masks are held to."""
+        """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`."""
         threshold = jnp.float32(r)
         parts = [self._step(variables, put_batch(batch, self._mesh), threshold) for batch in batches]
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))

@@ -113,7 +113,9 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=describe(scalars))
         else:
-            self._console.print(f"{self._stage} {step}/{self._total}  {describe(scalars)}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{self._stage} {step}/{self._total}  {describe(scalars)}", highlight=False, soft_wrap=True
+            )
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

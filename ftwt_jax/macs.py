@@ -84,7 +84,7 @@ def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") 
     return costs
 
 
-def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, "N"]:
+def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, "N"] | Float[np.ndarray, "N"]:
     """MACs that each sample of a batch took.
 
     Args:
@@ -98,7 +98,7 @@ def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, "N"
     samples = outputs.logits.shape[0]
     if not outputs.gates:
         return np.full(samples, dense_macs(outputs, convention))
-    total = sum(layer_macs(outputs.layers, convention))
+    total: Any = sum(layer_macs(outputs.layers, convention))
     return total if np.ndim(total) else np.full(samples, total)
 
 

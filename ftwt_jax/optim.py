@@ -17,7 +17,8 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
     """The backbone's learning rate at a step.
 
     Args:
-      stage: `lr`; `schedule`: "step" (times `lr_factor` at each epoch of `lr_boundaries`) or "cosine" (to 0 at the end).
+      stage: `lr`; `schedule`: "step" (times `lr_factor` at each epoch of `lr_boundaries`) or "cosine" (to 0 at the
+        end).
       steps_per_epoch: may be a fraction.
       total_steps: length of the stage.
     """

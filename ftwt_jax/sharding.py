@@ -26,7 +26,7 @@ def split(mesh: Mesh) -> NamedSharding:
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises `UserError` unless every device gets the same number of examples."""
     if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"{field}={batch_size} must be a positive multiple of the {mesh.size} devices")
+        raise UserError(f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}")
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

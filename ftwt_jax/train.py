@@ -78,7 +78,7 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
     settings = config.gates if gated else config.baseline
     total, epoch = stage_steps(run, stage)
     optimizer, rate = optim.make_optimizer(settings, epoch, total)
-    checkpoints = Checkpoints(run.workdir, stage)
+    checkpoints = Checkpoints(run.workdir, stage, create=True)
     batches = train_batches(run.dataset, config.batch_size, config.seed + (BASELINE, GATED).index(stage))
     whole = replicated(run.mesh)
     try:

@@ -49,12 +49,9 @@ def normalizer(dataset: Dataset) -> Normalize:
 
 def gate_metrics(gates: tuple[GateOutput, ...]) -> Metrics:
     """Gate accuracy (mean over units) and density (share of all filters on) of one batch."""
-    agreement = [jnp.mean(gate.mask == gate.target) for gate in gates]
-    filters = sum(gate.mask.shape[-1] for gate in gates)
-    return {
-        "gate_accuracy": sum(agreement) / len(gates),
-        "density": sum(jnp.mean(gate.mask) * gate.mask.shape[-1] for gate in gates) / filters,
-    }
+    agreement = jnp.stack([jnp.mean(gate.mask == gate.target) for gate in gates])
+    masks = jnp.concatenate([gate.mask for gate in gates], axis=-1)
+    return {"gate_accuracy": jnp.mean(agreement), "density": jnp.mean(masks)}
 
 
 def make_train_step(

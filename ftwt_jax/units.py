@@ -127,16 +127,17 @@ class GatedUnit(nn.Module):
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
         control = x.control
-        logits = target = None
+        logits: Array | None = None
+        target: Array | None = None
         if control.targets:
             r = gates.r if control.r is None else control.r
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
         if control.masks == "heads" or self.is_initializing():
             source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
             logits = GateHead(self.features, gates.pool, gates.softmax, name="gate")(source)
-        if control.masks == "heads":
+        if control.masks == "heads" and logits is not None:
             mask = logits > 0
-        elif control.masks == "targets":
+        elif control.masks == "targets" and target is not None:
             mask = target
         else:
             mask = jnp.ones((y.shape[0], self.features), bool)

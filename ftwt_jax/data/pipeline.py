@@ -27,7 +27,8 @@ def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.Dataset
     """Endless shuffled and augmented batches: image uint8 [B, H, W, channels], label int32 [B].
 
     Every epoch has its own order and its own crops, both decided by (seed, epoch, index) alone. The iterator's state,
-    which Orbax saves and restores, is its position. `batch_size` is that of all processes together; each reads its share.
+    which Orbax saves and restores, is its position. `batch_size` is that of all processes together; each reads its
+    share.
     """
     examples = grain.MapDataset.source(dataset.train).seed(seed).shuffle().repeat()
     if dataset.crop_padding or dataset.flip:

@@ -72,7 +72,7 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
         raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
     for option in arch:
         if option not in _options(name, build):
-            raise unknown_name(f"option of {name}", option, _options(name, build))
+            raise unknown_name(f"{name} option", option, _options(name, build))
     if "stem" in arch and arch["stem"] not in STEMS:
         raise unknown_name("stem", arch["stem"], STEMS)
     if not arch.get("width", 1) > 0:
