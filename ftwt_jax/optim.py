@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.losses import REDUCTIONS
 
 SCHEDULES = ("step", "cosine")
 BACKBONE, HEADS = "backbone", "heads"
@@ -37,6 +38,13 @@ def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
     if not 0 < gates.cooldown <= 1:
         raise UserError(f"cooldown is the share of gate training after which heads freeze, in (0, 1]: {gates.cooldown}")
     return round(gates.cooldown * total_steps)
+
+
+def check_stage(stage: ConfigDict) -> None:
+    """Raises `UserError` for a setting that `make_optimizer` or the gate loss would refuse."""
+    make_optimizer(stage, steps_per_epoch=1, total_steps=1)
+    if "loss_reduction" in stage and stage.loss_reduction not in REDUCTIONS:
+        raise unknown_name("loss_reduction", stage.loss_reduction, REDUCTIONS)
 
 
 def _sgd(rate: optax.ScalarOrSchedule, stage: ConfigDict, weight_decay: float) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ftwt_jax import optim
 from ftwt_jax.checkpoints import Checkpoints
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.pipeline import eval_batches
@@ -92,6 +93,8 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     for field in ("log_every", "checkpoint_every"):
         if config[field] < 1:
             raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
+    for stage in (config.baseline, config.gates):
+        optim.check_stage(stage)
     dataset = load_dataset(**config.data)
     gates = gate_config(config.gates)
     models = {

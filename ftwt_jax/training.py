@@ -93,7 +93,7 @@ def make_train_step(
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     whole, parts = replicated(mesh), split(mesh)

@@ -1,0 +1,81 @@
+"""What several test files need: the slow flag, and the real program run as a process."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# A network and a schedule that train in seconds: 22 steps of baseline, 22 of gates.
+TINY = (
+    "--config=configs/digits.py",
+    "--config.model.plan=(8,'M',16)",
+    "--config.batch_size=128",
+    "--config.log_every=2",
+    "--config.checkpoint_every=4",
+    "--config.baseline.epochs=2",
+    "--config.gates.epochs=2",
+)
+TINY_STEPS = 22
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: give --slow"))
+
+
+@dataclasses.dataclass
+class Program:
+    """Runs `python -m ftwt_jax` as a user would, from a folder that is not the repository."""
+
+    cwd: pathlib.Path
+    environment: dict[str, str]
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "ftwt_jax", *map(str, arguments)]
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        return subprocess.Popen(self.command(*arguments), cwd=self.cwd, env=self.environment, **streams)
+
+    def run(self, *arguments: str, status: int = 0) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+        return out if status == 0 else err
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> Program:
+    folder = tmp_path_factory.mktemp("somewhere")
+    base = tmp_path_factory.getbasetemp()
+    # Beside the folders of all workers: what one process compiled, the others load.
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    settings = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "COLUMNS": "120",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return Program(folder, os.environ | settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(program, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A finished tiny run: its workdir and what it printed."""
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    return workdir, program.run("train", *TINY, f"--workdir={workdir}")
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,124 @@
+"""The command line used wrongly: one line that names the mend, exit status 2, nothing written."""
+
+import pytest
+
+from ftwt_jax.__main__ import main
+
+DIGITS = "--config=configs/digits.py"
+
+
+def fails(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ftwt: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "--workdir=w"], "--config is missing"),
+        (["train", "--confg=x"], "Did you mean: config"),
+        (["train", "--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
+        (["train", DIGITS], "--workdir is missing"),
+        (["train", DIGITS, "more"], "takes flags only; got 'more'"),
+        (["train", DIGITS, "--config.gats.r=1"], "did you mean 'gates'"),
+        (["train", DIGITS, "--config.gates.moed=joint"], "did you mean 'mode'"),
+        (["train", DIGITS, "--config.gates.r=abc"], "could not convert string to float"),
+        (["evaluate"], "--workdir is missing"),
+        (["evaluate", "--r=0.5", "--workdir=w"], "Unknown command line flag 'r'"),
+        (["evaluate", "--workdir=missing"], "no such workdir"),
+        (["estimate", "--workdir=missing", "--r=0.5,x"], "--r is a list of numbers"),
+        (["estimate", "--workdir=missing", "--r=0"], "must lie in (0, 1]"),
+        (["estimate", "--workdir=missing", "--r=0.5", "--budget=0.5"], "--r or --budget, not both"),
+    ],
+)
+def test_wrong_flags(capsys, monkeypatch, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (":resnet57", "did you mean 'resnet56'"),
+        (" --config.gates.r=0", "must lie in (0, 1]; got 0"),
+        (" --config.gates.r=1.01", "must lie in (0, 1]; got 1.01"),
+        (" --config.gates.mode=decopled", "did you mean 'decoupled'"),
+        (" --config.gates.pool=avg", "known: max, mean"),
+        (" --config.gates.budget=2.", "between 0 and 1; got 2.0"),
+        (" --config.gates.cooldown=0.", "cooldown"),
+        (" --config.gates.schedule=cosin", "did you mean 'cosine'"),
+        (" --config.gates.loss_reduction=avg", "known: mean, sum"),
+        (" --config.baseline.lr=0.", "learning rate must be positive"),
+        (" --config.baseline.epochs=0", "config.init_from"),
+        (" --config.init_from=missing", "no trained baseline network in"),
+        (":vgg16_bn --config.data.image_size=31", "too small"),
+        (" --config.model.stem=cifar", "unknown vgg_bn option 'stem'"),
+        (" --config.model.plan=(8,'P')", "'M' for a pool; got 'P'"),
+        (" --config.model.dtype=float16", "known: float32, bfloat16"),
+        (" --config.data.name=digit", "did you mean 'digits'"),
+        (" --config.data.image_size=4", "config.data.image_size must be at least 8"),
+        (" --config.batch_size=0", "config.batch_size=0"),
+        (" --config.checkpoint_every=0", "config.checkpoint_every"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_anything_is_written(capsys, tmp_path, override, says):
+    config, *more = f"{DIGITS}{override}".split()
+    assert says in fails(capsys, "train", config, f"--workdir={tmp_path / 'run'}", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = fails(capsys, "train", DIGITS, f"--workdir={tmp_path / 'file' / 'run'}")
+    assert "cannot write to the workdir" in error
+    assert "choose another with --workdir" in error
+
+
+def test_a_workdir_with_a_broken_config(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    for command in (["evaluate"], ["estimate"], ["train", DIGITS]):
+        assert f"config at {tmp_path / 'config.json'} cannot be read" in fails(
+            capsys, *command, f"--workdir={tmp_path}"
+        )
+
+
+def test_a_config_file_with_a_fault_of_its_own(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return 1 / 0\n")
+    assert "division by zero" in fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", "--workdir=w")
+
+
+def test_a_workdir_without_a_baseline(program, tiny_run, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_run[0] / "config.json").read_text())
+    for command in ("estimate", "evaluate"):
+        error = program.run(command, f"--workdir={tmp_path}", status=2)
+        assert "run `train` with this workdir first" in error
+
+
+def test_help_names_the_commands_and_their_flags(capsys):
+    assert main(["--help"]) == 0
+    assert "estimate" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    assert "--workdir" in capsys.readouterr().out
+    assert main([]) == 2
+
+
+def test_estimate_prints_a_row_for_each_r(program, tiny_run):
+    printed = program.run("estimate", f"--workdir={tiny_run[0]}", "--r=0.5,0.8,1")
+    assert all(r in printed for r in ("0.5000", "0.8000", "1.0000"))
+    solved = program.run("estimate", f"--workdir={tiny_run[0]}", "--budget=0.6").splitlines()[-2]
+    assert abs(float(solved.split("│")[2]) - 0.6) < 0.01
+    error = program.run("estimate", f"--workdir={tiny_run[0]}", "--budget=0.9999", status=2)
+    assert "can be cut by" in error
+
+
+def test_evaluate_again_writes_the_same_figures(program, tiny_run):
+    path = tiny_run[0] / "evaluation.json"
+    before = path.read_text()
+    path.unlink()
+    program.run("evaluate", f"--workdir={tiny_run[0]}")
+    assert path.read_text() == before

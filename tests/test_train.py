@@ -1,0 +1,220 @@
+"""The command `train`: what it leaves behind, and that a killed run ends as one that was not."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pty
+import select
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ftwt_jax import workdir as workdirs
+from ftwt_jax.run import BASELINE, GATED, make_run
+from tests.conftest import TINY, TINY_STEPS, read_metrics
+
+FLAG = "--xla_force_host_platform_device_count=2"
+KEYS = {
+    "accuracy",
+    "dense_accuracy",
+    "macs_reduction",
+    "macs_reduction_published",
+    "gate_accuracy",
+    "static_gate_accuracy",
+    "dynamic_filters",
+    "density",
+    "samples",
+}
+
+
+def variables(workdir: pathlib.Path, stage: str):
+    path, config = workdirs.load(str(workdir))
+    return jax.device_get(make_run(config, path).trained(stage))
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_workdir_holds_config_checkpoints_metrics_and_evaluation(tiny_run):
+    workdir, printed = tiny_run
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["gates"]["epochs"] == 2
+    assert config["model"]["plan"] == [8, "M", 16]
+    for stage in (BASELINE, GATED):
+        steps = {int(path.name) for path in (workdir / "checkpoints" / stage).iterdir() if path.name.isdigit()}
+        assert TINY_STEPS in steps
+        assert len(steps) <= 2, "the newest and the best are kept, no more"
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result.keys() >= KEYS
+    assert len(result["density"]) == len(result["units"]) == 2
+    fractions = [value for key, value in result.items() if key in KEYS - {"samples", "density"}]
+    assert all(0 <= value <= 1 for value in [*fractions, *result["density"]])
+    for text in ("unit0", "classifier", "predicted before gate training", f"{result['macs_reduction']:.3f}"):
+        assert text in printed
+
+
+def test_estimate_is_printed_before_gate_training_and_beside_what_was_reached(tiny_run):
+    workdir, printed = tiny_run
+    predicted = json.loads((workdir / "estimate.json").read_text())["macs_reduction"]
+    assert printed.index(f"predicted MACs reduction {predicted:.3f}") < printed.index("gated 2/")
+    line = next(line for line in printed.splitlines() if "predicted before gate training" in line)
+    assert f"{predicted:.3f}" in line
+
+
+def test_best_and_newest_checkpoints_are_kept(tiny_run):
+    workdir, _ = tiny_run
+    for stage in (BASELINE, GATED):
+        scores = {
+            m["step"]: m["eval_accuracy"] for m in read_metrics(workdir) if m["stage"] == stage and "eval_accuracy" in m
+        }
+        best = max(scores.values())
+        kept = {int(path.name) for path in (workdir / "checkpoints" / stage).iterdir() if path.name.isdigit()}
+        assert any(scores[step] == best for step in kept)
+        assert max(scores) in kept
+
+
+def test_metrics_and_tensorboard_tell_the_same(tiny_run):
+    workdir, _ = tiny_run
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    metrics = read_metrics(workdir)
+    for stage, offset in ((BASELINE, 0), (GATED, TINY_STEPS)):
+        lines = {m["step"]: m["loss"] for m in metrics if m["stage"] == stage}
+        assert list(lines) == [*range(2, TINY_STEPS + 1, 2)]
+        scalars = {event.step - offset: event.value for event in events.Scalars(f"{stage}/loss")}
+        assert scalars == pytest.approx(lines, rel=1e-6)
+    gated = [m for m in metrics if m["stage"] == GATED]
+    assert {"gate_accuracy", "density", "images_per_second", "accuracy", "gate_loss"} <= gated[-1].keys()
+
+
+def test_plain_lines_when_there_is_no_terminal(tiny_run):
+    _, printed = tiny_run
+    lines = [line for line in printed.splitlines() if line.startswith("gated ")]
+    assert len(lines) == TINY_STEPS // 2
+    for figure in ("loss", "accuracy", "gate accuracy", "density", "images/s"):
+        assert figure in lines[-1]
+    assert "\x1b" not in printed
+
+
+def test_bar_on_a_terminal(program, tiny_run, tmp_path):
+    main, child = pty.openpty()
+    arguments = [*TINY, f"--config.init_from={tiny_run[0]}", f"--workdir={tmp_path / 'run'}"]
+    process = program.start("train", *arguments, stdin=child, stdout=child, stderr=child, text=False)
+    os.close(child)
+    shown = b""
+    while process.poll() is None or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.2)[0]:
+            try:
+                shown += os.read(main, 65536)
+            except OSError:
+                break
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert "━" in text
+    for figure in ("images/s", "gate accuracy", "density", f"{TINY_STEPS}/{TINY_STEPS}"):
+        assert figure in text
+
+
+def test_a_finished_run_only_evaluates_again(program, tiny_run):
+    workdir, _ = tiny_run
+    before = (workdir / "evaluation.json").read_text(), read_metrics(workdir)
+    printed = program.run("train", *TINY, f"--workdir={workdir}")
+    assert ((workdir / "evaluation.json").read_text(), read_metrics(workdir)) == before
+    assert "baseline 2/" not in printed
+
+
+def test_another_config_is_refused_by_the_names_of_its_fields(program, tiny_run):
+    workdir, _ = tiny_run
+    error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.r=0.5", "--config.seed=7", status=2)
+    assert "config.gates.r: 0.75 -> 0.5" in error
+    assert "config.seed: 0 -> 7" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("stage", "step"), [(BASELINE, 9), (GATED, 3), (GATED, 17)])
+def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path, stage, step):
+    workdir = tmp_path / "run"
+    process = program.start("train", *TINY, f"--workdir={workdir}")
+    deadline = time.monotonic() + 300
+    while not reached(workdir, stage, step):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (workdir / "evaluation.json").exists()
+
+    printed = program.run("train", *TINY, f"--workdir={workdir}")
+    assert f"{stage}: going on from step" in printed
+    for name in (BASELINE, GATED):
+        assert_same(variables(workdir, name), variables(tiny_run[0], name))
+    assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(
+        (tiny_run[0] / "evaluation.json").read_text()
+    )
+    mine, theirs = read_metrics(workdir), read_metrics(tiny_run[0])
+    for line in (*mine, *theirs):
+        del line["images_per_second"]
+    assert mine == theirs
+
+
+def reached(workdir: pathlib.Path, stage: str, step: int) -> bool:
+    try:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return False
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return any(entry["stage"] == stage and entry["step"] >= step for entry in entries)
+
+
+def test_gates_start_from_another_runs_baseline(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    printed = program.run("train", *TINY, f"--config.init_from={tiny_run[0]}", f"--workdir={workdir}")
+    assert "baseline 2/" not in printed
+    assert not (workdir / "checkpoints" / BASELINE).exists()
+    assert_same(variables(workdir, GATED), variables(tiny_run[0], GATED))
+
+
+def test_a_budget_is_solved_between_the_stages(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = [*TINY, f"--config.init_from={tiny_run[0]}", f"--workdir={workdir}", "--config.gates.budget=0.6"]
+    printed = program.run("train", *arguments)
+    chosen = json.loads((workdir / "estimate.json").read_text())
+    assert chosen["macs_reduction"] == pytest.approx(0.6, abs=0.01)
+    assert chosen["r"] != 0.75
+    assert f"r = {chosen['r']:.4f} for a budget of 0.6" in printed
+    assert json.loads((workdir / "evaluation.json").read_text())["r"] == chosen["r"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    # The rate is harmless for the first epoch, then so large that weights overflow.
+    explosive = (
+        "--config.baseline.schedule=step",
+        "--config.baseline.lr=0.01",
+        "--config.baseline.lr_boundaries=(1,)",
+        "--config.baseline.lr_factor=1e30",
+    )
+    error = program.run("train", *TINY, *explosive, f"--workdir={workdir}", status=2)
+    assert "at step 1" in error
+    assert "config.baseline.lr" in error
+    kept = {int(path.name) for path in (workdir / "checkpoints" / BASELINE).iterdir() if path.name.isdigit()}
+    assert kept
+    newest = max(kept)
+    assert f"the checkpoint of step {newest} is kept" in error
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables(workdir, BASELINE)))
+
+
+def test_two_devices_train_the_same_network_as_one(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    two = dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": FLAG})
+    two.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=0")
+    one, other = ([m["loss"] for m in read_metrics(w) if m["stage"] == BASELINE] for w in (tiny_run[0], workdir))
+    np.testing.assert_allclose(other[:3], one[:3], rtol=1e-4)
+    odd = two.run("train", *TINY, f"--workdir={tmp_path / 'odd'}", "--config.batch_size=127", status=2)
+    assert "config.batch_size=127 must be a positive multiple of the number of devices, 2" in odd
