@@ -8,6 +8,7 @@ from ftwt_jax.losses import gate_loss
 from ftwt_jax.macs import dense_macs, layer_macs, macs
 from ftwt_jax.models import create_model
 from ftwt_jax.ranking import filter_mass, topk_mass_mask
+from ftwt_jax.transfer import init_from_dense
 from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.version import __version__
 
@@ -30,6 +31,7 @@ __all__ = [
     "dense_macs",
     "filter_mass",
     "gate_loss",
+    "init_from_dense",
     "layer_macs",
     "macs",
     "residual_add",

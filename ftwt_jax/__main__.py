@@ -13,17 +13,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if arguments else 2
-    # Neither Orbax's and Grain's chatter nor XLA's belongs in the output of a command.
+    # What Orbax, Grain and XLA log does not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging
     from rich.console import Console
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     try:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             COMMANDS[arguments[0]].run(values, Console())
     except UserError as error:
+        print(f"ftwt: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A full disk, a folder that vanished: the message of the system says which.
         print(f"ftwt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -65,7 +65,11 @@ def as_activations(inputs: "Activations | Array") -> Activations:
 
 
 def merge_layers(first: Sequence[LayerRecord], second: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
-    """The layers of two branches that part somewhere: what they share once, then the first's own, then the second's."""
+    """The layers of two branches that part somewhere: what they share once, then the first's own, then the second's.
+
+    Layers are told apart by name, which survives `nn.remat`. So a module that stands at the start of both branches,
+    with its parameters used twice, is taken for one call.
+    """
     shared = 0
     for a, b in zip(first, second, strict=False):
         if a.name != b.name:

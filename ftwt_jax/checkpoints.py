@@ -32,7 +32,10 @@ class Checkpoints:
         keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best])
         # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, best_fn=lambda metrics: metrics["accuracy"], enable_async_checkpointing=False
+            preservation_policy=keep,
+            best_fn=lambda metrics: metrics["accuracy"],
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=create,
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in (NETWORK, OPTIMIZER):
@@ -59,7 +62,14 @@ class Checkpoints:
             OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
             INPUT: grain.checkpoint.CheckpointSave(batches),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        try:
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        except (ValueError, OSError) as error:
+            older = f"the one of step {self.latest_step()} is kept" if self.latest_step() else "there is no older one"
+            raise UserError(
+                f"the checkpoint of step {int(state.step)} cannot be written to {self.path}: {_reason(error)}; "
+                f"{older}; make room, then give the same command again"
+            ) from error
 
     def restore(self, state: TrainState, sharding: NamedSharding, batches: grain.DatasetIterator) -> TrainState:
         """The newest state, shaped like `state`; `batches` is set to the position it was saved with."""
@@ -84,8 +94,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {reason}") from error
+            raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {_reason(error)}") from error
 
     def _missing(self) -> UserError:
         return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
@@ -93,6 +102,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for whatever is still being written."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """The error on one line; of a long one, how it begins and, where the system's own words stand, how it ends."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:100]} ... {text[-120:]}"
 
 
 def _targets(tree: Any, sharding: NamedSharding) -> Any:

@@ -47,17 +47,21 @@ class Estimator:
 def bisect(
     predict: Callable[[float], Evaluation], budget: float, tolerance: float = 1e-3, rounds: int = 14
 ) -> tuple[float, Evaluation]:
-    """Halves (0, 1] until the predicted reduction is within `tolerance` of `budget`; it falls as r grows."""
+    """Halves (0, 1] until the predicted reduction is within `tolerance` of `budget`; it falls as r grows.
+
+    Where it falls in steps (few filters, or some that no sample lights, which r = 1 alone drops) the nearest is taken.
+    """
     low, high = SMALLEST_R, 1.0
-    most, least = predict(low).macs_reduction, predict(high).macs_reduction
+    tried = {r: predict(r) for r in (low, high)}
+    most, least = tried[low].macs_reduction, tried[high].macs_reduction
     if not least <= budget <= most:
         raise UserError(
             f"no r gives a MACs reduction of {budget:g}: this network can be cut by {max(least, 0):.2f} to {most:.2f}"
         )
     for _ in range(rounds):
         r = (low + high) / 2
-        guess = predict(r)
-        if abs(guess.macs_reduction - budget) <= tolerance:
+        tried[r] = predict(r)
+        if abs(tried[r].macs_reduction - budget) <= tolerance:
             break
-        low, high = (r, high) if guess.macs_reduction > budget else (low, r)
-    return r, guess
+        low, high = (r, high) if tried[r].macs_reduction > budget else (low, r)
+    return min(tried.items(), key=lambda item: abs(item[1].macs_reduction - budget))

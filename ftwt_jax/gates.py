@@ -6,6 +6,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
@@ -18,7 +19,7 @@ MASK_SOURCES = ("heads", "targets", "open")
 
 def check_r(r: float) -> float:
     """Returns `r` if it is a mass threshold, a number in (0, 1]; raises `UserError` otherwise."""
-    if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 < r <= 1:
+    if isinstance(r, (bool, np.bool_)) or not isinstance(r, (int, float, np.number)) or not 0 < r <= 1:
         raise UserError(f"r is the share of heatmap mass to keep and must lie in (0, 1]; got {r!r}")
     return float(r)
 
@@ -50,8 +51,11 @@ class GateConfig:
             raise unknown_name("gate mode", self.mode, MODES)
         if self.pool not in POOLS:
             raise unknown_name("gate pool", self.pool, POOLS)
-        if self.min_filters < 0:
-            raise UserError(f"min_filters counts filters and cannot be negative; got {self.min_filters}")
+        for name in ("softmax", "after_block"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} is True or False; got {getattr(self, name)!r}")
+        if not isinstance(self.min_filters, int) or isinstance(self.min_filters, bool) or self.min_filters < 0:
+            raise UserError(f"min_filters is a number of filters, 0 or more; got {self.min_filters!r}")
 
 
 @struct.dataclass
@@ -99,7 +103,8 @@ class GateHead(nn.Module):
     published learning rate. It is the same class of functions: a published kernel divided by C_in gives the published
     logits.
 
-    The first logits are all 1, that is, every filter on: a gated network starts as the dense one it was made from.
+    The first logits are close to 1, that is, every filter is on: a gated network starts as the dense one it was made
+    from. They are not quite 1, so that in `joint` mode the gate loss reaches the backbone from the first step.
 
     Attributes:
       features: number of filters of the unit, C.
@@ -118,7 +123,7 @@ class GateHead(nn.Module):
             summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
         dense = nn.Dense(
             self.features,
-            kernel_init=nn.initializers.zeros,
+            kernel_init=nn.initializers.normal(1e-3),
             bias_init=nn.initializers.ones,
             dtype=jnp.float32,
             name="dense",

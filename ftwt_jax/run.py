@@ -43,6 +43,7 @@ class Run:
     mesh: Mesh
     normalize: Normalize
     models: dict[str, nn.Module]
+    _evaluators: dict[tuple[str, str], Evaluator] = dataclasses.field(default_factory=dict)
 
     @property
     def example_images(self) -> jax.Array:
@@ -72,8 +73,10 @@ class Run:
         return self.workdir
 
     def evaluator(self, stage: str, masks: str = "heads") -> Evaluator:
-        """Evaluation of one of the two networks."""
-        return Evaluator(self.models[stage], self.normalize, self.mesh, masks)
+        """Evaluation of one of the two networks; the same object each time, so that it compiles once."""
+        if (stage, masks) not in self._evaluators:
+            self._evaluators[stage, masks] = Evaluator(self.models[stage], self.normalize, self.mesh, masks)
+        return self._evaluators[stage, masks]
 
     def test_batches(self) -> Any:
         """The held-out split."""

@@ -194,7 +194,7 @@ class TestGateHead:
     def test_every_filter_starts_on(self, softmax):
         inputs = 100 * jax.random.normal(KEY, (3, 4, 4, 8))
         logits, variables = ftwt.GateHead(6, softmax=softmax).init_with_output(KEY, inputs)
-        np.testing.assert_array_equal(logits, np.ones((3, 6)))
+        assert (logits > 0).all()
         assert variables["params"]["dense"]["kernel"].shape == (8, 6)
 
     def test_huge_activations_do_not_overflow_the_softmax(self):
@@ -215,23 +215,17 @@ def is_head(path):
     return any(key.key == "gate" for key in path)
 
 
-def small_vgg(**settings):
-    return ftwt.create_model("vgg_bn", 4, plan=(6, "M", 8), gates=ftwt.GateConfig(r=0.7, **settings))
-
-
 def small_resnet(**settings):
     gates = ftwt.GateConfig(r=0.7, **settings)
     return ResNet(4, stage_sizes=(1, 1), features=6, projection=False, stem="cifar", gates=gates)
 
 
 NETWORKS = {
-    "vgg": small_vgg,
     "resnet": small_resnet,
     "resnet after block": functools.partial(small_resnet, after_block=True),
 }
 # What no later head reads: the last unit, and the classifier.
-UNREAD = {"vgg": ("unit1", "classifier"), "resnet": ("stage2_block0/conv2", "classifier")}
-UNREAD["resnet after block"] = UNREAD["resnet"]
+UNREAD = ("stage2_block0/conv2", "classifier")
 
 
 @functools.cache
@@ -279,7 +273,7 @@ class TestWhatALossTrains:
         for path, gradient in gate.items():
             if is_head(path):
                 continue
-            if mode == "decoupled" or slashed(path).startswith(UNREAD[network]):
+            if mode == "decoupled" or slashed(path).startswith(UNREAD):
                 assert not np.any(gradient != 0), slashed(path)
             elif slashed(path).endswith("conv/kernel"):
                 assert np.any(gradient != 0), slashed(path)

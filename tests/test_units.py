@@ -329,23 +329,6 @@ def test_map_changes_the_values_and_keeps_what_is_known_of_them():
     assert (y.active is x.active, y.layers, y.control) == (True, x.layers, x.control)
 
 
-class Shared(nn.Module):
-    """One unit applied to two different inputs."""
-
-    @nn.compact
-    def __call__(self, x):
-        unit = ftwt.GatedUnit(4, gates=GATES, name="unit")
-        x = ftwt.Activations(x)
-        return ftwt.Classifier(5)(ftwt.residual_add(unit(x), unit(x.map(jnp.abs))))
-
-
-def test_a_unit_shared_by_two_branches_counts_for_each():
-    once = 64 * 9 * 4 * 4
-    outputs = jax.eval_shape(lambda: Shared().init_with_output(KEY, IMAGES)[0])
-    assert ftwt.dense_macs(outputs) == 2 * once + 4 * 5
-    assert len(outputs.gates) == 2
-
-
 DENSE_SOURCE = """
     import flax.linen as nn
 

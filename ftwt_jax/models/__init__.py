@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gates import GateConfig
@@ -31,7 +33,7 @@ OPTIONS = ("width", "stem", "plan", "dtype")
 
 def _cifar_resnet(name: str) -> Callable[..., nn.Module] | None:
     """ResNet-(6n+2) for names such as "resnet56", with 16, 32 and 64 filters; None for other names."""
-    match = re.fullmatch(r"resnet(\d+)", name)
+    match = re.fullmatch(r"resnet([1-9]\d*)", name)
     depth = int(match.group(1)) if match else 0
     if depth < 8 or depth % 6 != 2:
         return None
@@ -63,10 +65,10 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
     Raises:
       UserError: unknown name or option, or a value outside its range.
     """
-    build = REGISTRY.get(name) or _cifar_resnet(name)
+    build = REGISTRY.get(name) or _cifar_resnet(str(name))
     if build is None:
         raise unknown_name("network", name, [*REGISTRY, "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)) or num_classes < 1:
         raise UserError(f"num_classes must be a positive whole number; got {num_classes!r}")
     if gates is not None and not isinstance(gates, GateConfig):
         raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
@@ -75,20 +77,22 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
             raise unknown_name(f"{name} option", option, _options(name, build))
     if "stem" in arch and arch["stem"] not in STEMS:
         raise unknown_name("stem", arch["stem"], STEMS)
-    if not arch.get("width", 1) > 0:
-        raise UserError(f"width multiplies the number of filters and must be positive; got {arch['width']!r}")
+    width = arch.get("width", 1.0)
+    if not isinstance(width, (int, float, np.number)) or not 0 < width < math.inf:
+        raise UserError(f"width multiplies the number of filters and must be positive and finite; got {width!r}")
     if "plan" in arch:
         arch["plan"] = _check_plan(arch["plan"])
     elif name == "vgg_bn":
         raise UserError("vgg_bn needs a plan, the filters of each unit and 'M' for a pool: plan=(16, 'M', 32, 'M')")
-    return build(num_classes=num_classes, gates=gates, **arch)
+    return build(num_classes=int(num_classes), gates=gates, **arch)
 
 
 def _check_plan(plan: Any) -> tuple[int | str, ...]:
-    plan = tuple(plan)
+    if not isinstance(plan, (tuple, list)):
+        raise UserError(f"a VGG plan is a sequence such as (16, 'M', 32, 'M'); got {plan!r}")
     for step in plan:
-        if step != POOL and (not isinstance(step, int) or step < 1):
+        if step != POOL and (isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 1):
             raise UserError(f"a VGG plan holds numbers of filters and 'M' for a pool; got {step!r} in {plan}")
-    if not any(step != POOL for step in plan):
+    if all(step == POOL for step in plan):
         raise UserError("a VGG plan needs at least one unit")
-    return plan
+    return tuple(step if step == POOL else int(step) for step in plan)

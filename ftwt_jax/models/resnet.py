@@ -15,7 +15,12 @@ from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 def pooled_shortcut(x: Activations, features: int, strides: int) -> Activations:
     """Shortcut without parameters: average pool for the size, zero channels behind the old ones for the number."""
-    values = nn.avg_pool(x.values, (strides, strides), strides=(strides, strides)) if strides > 1 else x.values
+    values = x.values
+    if strides > 1:
+        # Odd sizes round up, as in the branch; the last window is then smaller.
+        rest = [(0, -size % strides) for size in values.shape[1:3]]
+        window = (strides, strides)
+        values = nn.avg_pool(values, window, strides=window, padding=rest, count_include_pad=False)
     extra = features - values.shape[-1]
     active = x.active
     if extra:
