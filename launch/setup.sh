@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other launchers: makes .venv beside the code if it is missing and installs the project into it.
 # usage: . setup.sh [EXTRA]     EXTRA: an optional group of pyproject.toml, such as "test"
 # PYTHON=python3.12 picks the interpreter; anything from 3.11 on will do.

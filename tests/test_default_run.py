@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("default_run")
+
 
 @pytest.fixture(scope="module")
 def default_run(program, tmp_path_factory):

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.digits import get_config
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.run import BASELINE, GATED, make_run
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
+DEFAULT_R = get_config().gates.r
 FLAG = "--xla_force_host_platform_device_count=2"
 KEYS = {
     "accuracy",
@@ -132,7 +134,7 @@ def test_a_finished_run_only_evaluates_again(program, tiny_run):
 def test_another_config_is_refused_by_the_names_of_its_fields(program, tiny_run):
     workdir, _ = tiny_run
     error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.r=0.5", "--config.seed=7", status=2)
-    assert "config.gates.r: 0.75 -> 0.5" in error
+    assert f"config.gates.r: {DEFAULT_R} -> 0.5" in error
     assert "config.seed: 0 -> 7" in error
     assert len(error.splitlines()) == 1
 
@@ -186,7 +188,7 @@ def test_a_budget_is_solved_between_the_stages(program, tiny_run, tmp_path):
     printed = program.run("train", *arguments)
     chosen = json.loads((workdir / "estimate.json").read_text())
     assert chosen["macs_reduction"] == pytest.approx(0.6, abs=0.01)
-    assert chosen["r"] != 0.75
+    assert chosen["r"] != DEFAULT_R
     assert f"r = {chosen['r']:.4f} for a budget of 0.6" in printed
     assert json.loads((workdir / "evaluation.json").read_text())["r"] == chosen["r"]
 
