@@ -58,19 +58,14 @@ class Run:
         """Shapes and dtypes of a network's variables."""
         return jax.eval_shape(self.models[stage].init, self.key(stage), self.example_images)
 
-    def trained(self, stage: str, best: bool = False, workdir: pathlib.Path | None = None) -> dict[str, Any]:
-        """A trained network from its newest (or best) checkpoint, of this workdir or another."""
-        checkpoints = Checkpoints(workdir or self.baseline_workdir(stage), stage)
+    def trained(self, stage: str, best: bool = False) -> dict[str, Any]:
+        """A trained network from its newest (or best) checkpoint; the baseline perhaps from `config.init_from`."""
+        elsewhere = stage == BASELINE and self.config.init_from
+        checkpoints = Checkpoints(pathlib.Path(self.config.init_from) if elsewhere else self.workdir, stage)
         try:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
         finally:
             checkpoints.close()
-
-    def baseline_workdir(self, stage: str = BASELINE) -> pathlib.Path:
-        """Where a stage's checkpoints are: here, or for the baseline where `config.init_from` says."""
-        if stage == BASELINE and self.config.init_from:
-            return pathlib.Path(self.config.init_from).expanduser().absolute()
-        return self.workdir
 
     def evaluator(self, stage: str, masks: str = "heads") -> Evaluator:
         """Evaluation of one of the two networks; the same object each time, so that it compiles once."""

@@ -33,6 +33,8 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
       UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
     """
     started = time.perf_counter()
+    if config.init_from:
+        config.init_from = str(workdir.absolute(config.init_from))
     run = make_run(config, workdir.absolute(folder))
     if config.init_from:
         baseline = run.trained(BASELINE)
@@ -85,11 +87,12 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
         start = checkpoints.latest_step() or 0
         if start >= total:
             return checkpoints.restore_network(run.abstract_variables(stage), whole)
-        state = create_state(init(), optimizer)
         if start:
-            state = checkpoints.restore(jax.eval_shape(lambda: state), whole, batches)
+            shapes = jax.eval_shape(lambda v: create_state(v, optimizer), run.abstract_variables(stage))
+            state = checkpoints.restore(shapes, whole, batches)
             console.print(f"{stage}: going on from step {start} of {total}", highlight=False)
-        state = jax.device_put(state, whole)
+        else:
+            state = jax.device_put(create_state(init(), optimizer), whole)
         step_fn = make_train_step(
             run.models[stage],
             optimizer,
@@ -150,9 +153,11 @@ class _Loop:
                 pending = []
                 if save:
                     scalars |= self._evaluate(state)
-                    self._checkpoints.save(state, batches, {"accuracy": scalars["eval_accuracy"]})
+                # Figures before checkpoint: a kill in between repeats the step, and its line is then replaced.
                 self._writer.write(step, scalars)
                 self._display.report(step, scalars)
+                if save:
+                    self._checkpoints.save(state, batches, {"accuracy": scalars["eval_accuracy"]})
                 watch = Stopwatch()
         return state
 

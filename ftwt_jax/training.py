@@ -36,9 +36,9 @@ class TrainState:
 
 
 def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+    """The state before the first step; a copy, since steps donate it and `variables` may be wanted again."""
+    params, batch_stats = (jax.tree.map(jnp.copy, variables[kind]) for kind in ("params", "batch_stats"))
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
 def normalizer(dataset: Dataset) -> Normalize:

@@ -139,7 +139,7 @@ def test_another_config_is_refused_by_the_names_of_its_fields(program, tiny_run)
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("stage", "step"), [(BASELINE, 9), (GATED, 3), (GATED, 17)])
+@pytest.mark.parametrize(("stage", "step"), [(BASELINE, 9), (GATED, 5), (GATED, 17)])
 def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path, stage, step):
     workdir = tmp_path / "run"
     process = program.start("train", *TINY, f"--workdir={workdir}")

@@ -95,7 +95,7 @@ def job():
     batch = put_batch({"image": images, "label": np.asarray(source.labels)}, mesh)
 
     def fresh():
-        return jax.device_put(create_state(jax.tree.map(jnp.copy, variables), optimizer), replicated(mesh))
+        return jax.device_put(create_state(variables, optimizer), replicated(mesh))
 
     return step, fresh, batch
 
