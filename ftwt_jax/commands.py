@@ -79,7 +79,7 @@ COMMANDS = {
 
 def _need(values: flags.FlagValues, name: str, example: str) -> Any:
     value = values[name].value
-    if value is None:
+    if value is None or value == "":
         raise UserError(f"--{name} is missing, for example {example}")
     return value
 

@@ -28,6 +28,12 @@ DTYPES = ("float32", "bfloat16")
 # Training pictures that the estimate runs over; more of them change the third digit.
 ESTIMATE_SAMPLES = 2048
 
+# Fields that a config must have, by section.
+_STAGE = ("epochs", "lr", "schedule", "lr_boundaries", "lr_factor", "momentum", "weight_decay")
+_GATES = ("r", "budget", "mode", "pool", "softmax", "after_block", "head_lr", "loss_weight", "loss_reduction", "cooldown")
+_RUN = ("seed", "init_from", "batch_size", "eval_batch_size", "log_every", "checkpoint_every")
+FIELDS = {"": _RUN, "data": ("name",), "model": ("name",), "baseline": _STAGE, "gates": (*_STAGE, *_GATES)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -85,6 +91,7 @@ class Run:
 
 def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Builds the parts of a run; raises `UserError` for whatever in the config cannot work."""
+    _check_fields(config)
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh, "config.batch_size")
     check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
@@ -102,6 +109,16 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     run = Run(config, workdir, dataset, mesh, normalizer(dataset), models)
     run.abstract_variables(BASELINE)  # Refuses pictures that the network cannot take, before anything is written.
     return run
+
+
+def _check_fields(config: ConfigDict) -> None:
+    missing = []
+    for section, names in FIELDS.items():
+        node = config.get(section) if section else config
+        fields = node if isinstance(node, ConfigDict) else {}
+        missing += [f"{section}.{name}".lstrip(".") for name in names if name not in fields]
+    if missing:
+        raise UserError(f"the config lacks {', '.join(missing)}: compare it with configs/digits.py")
 
 
 def arch_options(model: ConfigDict) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def fails(capsys, *arguments: str) -> str:
         (["train", DIGITS, "--config.gates.moed=joint"], "did you mean 'mode'"),
         (["train", DIGITS, "--config.gates.r=abc"], "could not convert string to float"),
         (["evaluate"], "--workdir is missing"),
+        (["evaluate", "--workdir="], "--workdir is missing"),
         (["evaluate", "--r=0.5", "--workdir=w"], "Unknown command line flag 'r'"),
         (["evaluate", "--workdir=missing"], "no such workdir"),
         (["estimate", "--workdir=missing", "--r=0.5,x"], "--r is a list of numbers"),
@@ -85,6 +86,14 @@ def test_a_workdir_with_a_broken_config(capsys, tmp_path):
         assert f"config at {tmp_path / 'config.json'} cannot be read" in fails(
             capsys, *command, f"--workdir={tmp_path}"
         )
+
+
+def test_a_config_without_its_fields_is_refused_by_their_names(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0, "gates": {"r": 0.5}}')
+    error = fails(capsys, "evaluate", f"--workdir={tmp_path}")
+    assert "lacks init_from, batch_size" in error
+    assert "gates.mode" in error
+    assert "gates.r," not in error
 
 
 def test_a_config_file_with_a_fault_of_its_own(capsys, tmp_path):
