@@ -30,7 +30,10 @@ ESTIMATE_SAMPLES = 2048
 
 # Fields that a config must have, by section.
 _STAGE = ("epochs", "lr", "schedule", "lr_boundaries", "lr_factor", "momentum", "weight_decay")
-_GATES = ("r", "budget", "mode", "pool", "softmax", "after_block", "head_lr", "loss_weight", "loss_reduction", "cooldown")
+_GATES = (
+    *("r", "budget", "mode", "pool", "softmax", "after_block"),
+    *("head_lr", "loss_weight", "loss_reduction", "cooldown"),
+)
 _RUN = ("seed", "init_from", "batch_size", "eval_batch_size", "log_every", "checkpoint_every")
 FIELDS = {"": _RUN, "data": ("name",), "model": ("name",), "baseline": _STAGE, "gates": (*_STAGE, *_GATES)}
 
