@@ -2,6 +2,7 @@
 # Trains a gated network on this machine: set-up if needed, then baseline, estimate, gates, evaluation, table.
 # usage: launch/local.sh [--config=FILE[:ARCH]] [--workdir=DIR] [--config.FIELD=VALUE ...]
 set -euo pipefail
+extra=
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 # What is not given: the bundled digits, in a folder beside the code.

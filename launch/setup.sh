@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the other launchers: makes .venv beside the code if it is missing and installs the project into it.
-# usage: . setup.sh [EXTRA]     EXTRA: an optional group of pyproject.toml, such as "test"
+# usage: extra=GROUP; . setup.sh     GROUP: an optional group of pyproject.toml, such as "test"; empty: none
 # PYTHON=python3.12 picks the interpreter; anything from 3.11 on will do.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-extra=${1:-}
+extra=${extra:-}
 
 find_python() {
     local candidate
@@ -28,10 +28,12 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/nu
     }
 fi
 
-# One stamp per group: nothing is asked of the network again until the requirements change.
+# One stamp per group, and "test" holds all that is needed without it: nothing is asked of the network again until the
+# requirements change.
 stamp=$venv/.installed${extra:+-$extra}
 want=$(cat "$root/requirements.txt" "$root/pyproject.toml" | cksum; echo "$root")
-if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+installed() { [ "$(cat "$1" 2>/dev/null)" = "$want" ]; }
+if ! installed "$stamp" && ! { [ -z "$extra" ] && installed "$venv/.installed-test"; }; then
     echo "installing requirements into $venv" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         -r "$root/requirements.txt" -e "$root${extra:+[$extra]}" >&2 || {
