@@ -33,7 +33,7 @@ def get_config(arch: str = SMALL) -> ConfigDict:
                 "dtype": "float32",
             },
             "batch_size": 64,
-            "eval_batch_size": 150,
+            "eval_batch_size": 128,
             # Steps between two reports, and between two evaluations with a checkpoint.
             "log_every": 50,
             "checkpoint_every": 200,
@@ -55,6 +55,7 @@ def get_config(arch: str = SMALL) -> ConfigDict:
                 "pool": "max",
                 "softmax": True,
                 "after_block": False,
+                "min_filters": 1,
                 "epochs": 80 if small else 30,
                 "lr": 0.1,
                 "schedule": "cosine",

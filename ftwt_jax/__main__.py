@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ftwt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ftwt: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("ftwt: interrupted; `train` goes on from its newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -1,5 +1,6 @@
 """Activations that know which of their channels can be non-zero, and which layers made them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -67,23 +68,27 @@ def as_activations(inputs: "Activations | Array") -> Activations:
 def merge_layers(first: Sequence[LayerRecord], second: Sequence[LayerRecord]) -> tuple[LayerRecord, ...]:
     """The layers of two branches that part somewhere: what they share once, then the first's own, then the second's.
 
-    Layers are told apart by name, which survives `nn.remat`. So a module that stands at the start of both branches,
-    with its parameters used twice, is taken for one call.
+    Layers are told apart by name, which survives `nn.remat`. So a module that both branches call, with its parameters
+    used twice, is taken for one call.
     """
-    shared = 0
-    for a, b in zip(first, second, strict=False):
-        if a.name != b.name:
-            break
-        shared += 1
-    return (*first, *second[shared:])
+    shared = Counter(layer.name for layer in first)
+    own = []
+    for layer in second:
+        if shared[layer.name]:
+            shared[layer.name] -= 1
+        else:
+            own.append(layer)
+    return (*first, *own)
 
 
-def residual_add(branch: Activations, shortcut: Activations) -> Activations:
+def residual_add(branch: Activations | Array, shortcut: Activations | Array) -> Activations:
     """branch + shortcut; a channel can be non-zero where either's can.
 
     Args:
-      branch, shortcut: [N, H, W, C] each, usually two ways from the same activations.
+      branch, shortcut: [N, H, W, C] each, usually two ways from the same activations; at most one a plain array.
     """
+    control = branch.control if isinstance(branch, Activations) else as_activations(shortcut).control
+    branch, shortcut = as_activations(branch), as_activations(shortcut)
     active = None
     if branch.active is not None and shortcut.active is not None:
         active = branch.active | shortcut.active
@@ -91,4 +96,5 @@ def residual_add(branch: Activations, shortcut: Activations) -> Activations:
         values=branch.values + shortcut.values,
         active=active,
         layers=merge_layers(branch.layers, shortcut.layers),
+        control=control,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -15,6 +16,12 @@ from ftwt_jax.training import TrainState
 FOLDER = "checkpoints"
 # Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
 NETWORK, OPTIMIZER, INPUT = "network", "optimizer", "input"
+
+
+def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
+    """Whether a stage of a run has a complete checkpoint."""
+    path = workdir / FOLDER / stage
+    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
 
 
 class Checkpoints:
@@ -62,12 +69,19 @@ class Checkpoints:
             OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
             INPUT: grain.checkpoint.CheckpointSave(batches),
         }
+        self._save(int(state.step), items, metrics)
+
+    def save_network(self, variables: Any) -> None:
+        """Saves a finished network that was trained elsewhere, as step 0."""
+        self._save(0, {NETWORK: ocp.args.StandardSave(variables)}, None)
+
+    def _save(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
         try:
-            self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (ValueError, OSError) as error:
             older = f"the one of step {self.latest_step()} is kept" if self.latest_step() else "there is no older one"
             raise UserError(
-                f"the checkpoint of step {int(state.step)} cannot be written to {self.path}: {_reason(error)}; "
+                f"the checkpoint of step {step} cannot be written to {self.path}: {_reason(error)}; "
                 f"{older}; make room, then give the same command again"
             ) from error
 
@@ -86,7 +100,25 @@ class Checkpoints:
     def restore_network(self, variables: Any, sharding: NamedSharding, best: bool = False) -> dict[str, Any]:
         """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits."""
         step = self.best_step() if best else self.latest_step()
+        if step is not None:
+            self._check_shapes(step, variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+    def _check_shapes(self, step: int, variables: Any) -> None:
+        found = self._manager.item_metadata(step)[NETWORK]
+        if found is None:
+            raise UserError(f"checkpoint {self.path / str(step)} has no network in it")
+        here, wanted = (
+            {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+            for tree in (found.tree, variables)
+        )
+        for name in (*wanted, *here):
+            if here.get(name) != wanted.get(name):
+                there, mine = (shapes.get(name, "nothing") for shapes in (here, wanted))
+                raise UserError(
+                    f"the network in {self.path} is another one: {name} is {there} there and {mine} in this config; "
+                    "compare config.model and config.data of both"
+                )
 
     def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
         if step is None:

@@ -146,12 +146,16 @@ def _one_line(error: BaseException) -> str:
 
 
 def _find_config(arguments: list[str]) -> list[str]:
-    """Lets `--config=configs/digits.py` be found beside the code from any current directory."""
+    """Lets `--config=configs/digits.py` be found beside the code from any current directory.
+
+    Flags of the config that are written with a blank come back with "=".
+    """
     found, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument in ("--config", "-config") and rest:
-            argument = f"--config={rest.pop(0)}"
+        name = argument.lstrip("-")
+        if argument.startswith("-") and (name == "config" or name.startswith("config.")) and "=" not in name and rest:
+            argument = f"--{name}={rest.pop(0)}"
         flag, _, value = argument.partition("=")
         if flag.lstrip("-") == "config":
             file, colon, arch = value.partition(":")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
@@ -12,14 +13,11 @@ from ftwt_jax.gates import check_r
 from ftwt_jax.run import BASELINE, Run, make_run
 
 ESTIMATE = "estimate.json"
+KEYS = ("r", "macs_reduction", "macs_reduction_published")
 
 
 def _entry(r: float, found: Evaluation) -> dict[str, float]:
-    return {
-        "r": r,
-        "macs_reduction": found.macs_reduction,
-        "macs_reduction_published": found.macs_reduction_published,
-    }
+    return dict(zip(KEYS, (r, found.macs_reduction, found.macs_reduction_published), strict=True))
 
 
 def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
@@ -28,23 +26,28 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
     """
     path = run.workdir / ESTIMATE
-    if path.exists():
-        return workdir.read_json(path, "estimate")
-    estimator = run.estimator(baseline)
     budget, r = run.config.gates.budget, run.config.gates.r
-    if budget is None:
-        found = estimator.predict(r)
+    if path.exists():
+        entry = load_estimate(run)
     else:
-        r, found = estimator.solve(budget)
-    entry = _entry(r, found)
-    workdir.write_json(path, entry)
+        estimator = run.estimator(baseline)
+        entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
+        workdir.write_json(path, entry)
     asked = "" if budget is None else f" for a budget of {budget:g}"
     console.print(
-        f"estimate: r = {r:.4f}{asked}, predicted MACs reduction {found.macs_reduction:.3f} exact, "
-        f"{found.macs_reduction_published:.3f} published",
+        f"estimate: r = {entry['r']:.4f}{asked}, predicted MACs reduction {entry['macs_reduction']:.3f} exact, "
+        f"{entry['macs_reduction_published']:.3f} published",
         highlight=False,
         soft_wrap=True,
     )
+    return entry
+
+
+def load_estimate(run: Run) -> dict[str, float]:
+    """What `choose_r` settled on; raises `UserError` if the file is missing or is no estimate."""
+    entry = workdir.read_json(run.workdir / ESTIMATE, "estimate")
+    if not isinstance(entry, dict) or not entry.keys() >= set(KEYS):
+        raise UserError(f"{run.workdir / ESTIMATE} is no estimate: it must hold {', '.join(KEYS)}")
     return entry
 
 
@@ -59,16 +62,21 @@ def parse_rs(text: str) -> list[float]:
 
 
 def estimate(folder: str, rs: list[float] | None, budget: float | None, console: Console) -> list[dict[str, float]]:
-    """Prints r and predicted reduction for each r, or for the r that a budget asks for, from a trained baseline."""
+    """Prints r and predicted reduction for each r, or for the r that a budget asks for, from a trained baseline.
+
+    With neither, for what the run's own config says.
+    """
     path, config = workdir.load(folder)
     run = make_run(config, path)
     estimator = run.estimator(run.trained(BASELINE))
+    if rs is None and budget is None:
+        budget = config.gates.budget
     if budget is not None:
         r, found = estimator.solve(budget)
         rows = [_entry(r, found)]
     else:
         rows = [_entry(r, estimator.predict(r)) for r in rs or [config.gates.r]]
-    table = Table(title=f"predicted from the dense baseline in {path}")
+    table = Table(title=escape(f"predicted from the dense baseline in {path}"))
     for heading in ("r", "MACs reduction (exact)", "MACs reduction (published)"):
         table.add_column(heading, justify="right")
     for row in rows:

@@ -56,7 +56,8 @@ def bisect(
     most, least = tried[low].macs_reduction, tried[high].macs_reduction
     if not least <= budget <= most:
         raise UserError(
-            f"no r gives a MACs reduction of {budget:g}: this network can be cut by {max(least, 0):.2f} to {most:.2f}"
+            f"no r gives a MACs reduction of {budget:g}: this network can be cut by {max(least, 0):.2f} to {most:.2f}; "
+            "the baseline can serve a run with another budget, in a new workdir: --config.init_from=DIR"
         )
     for _ in range(rounds):
         r = (low + high) / 2

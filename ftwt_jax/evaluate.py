@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftwt_jax import workdir
-from ftwt_jax.estimate import ESTIMATE
+from ftwt_jax.estimate import load_estimate
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
 
@@ -23,7 +23,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`."""
     gated = run.trained(GATED, best)
     baseline = run.trained(BASELINE)
-    estimate = workdir.read_json(run.workdir / ESTIMATE, "estimate")
+    estimate = load_estimate(run)
     found = run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
     dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
     assert found.gates is not None
@@ -40,6 +40,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "density": list(found.gates.density),
         "samples": found.samples,
         "r": estimate["r"],
+        "checkpoint": "best" if best else "newest",
     }
     workdir.write_json(run.workdir / EVALUATION, result)
     console.print(unit_table(found))
@@ -75,7 +76,10 @@ def unit_table(found: Evaluation) -> Table:
 
 def summary_table(result: dict[str, Any], run: Run) -> Table:
     """What was saved, and what it cost."""
-    table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures")
+    table = Table(
+        title=f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures, "
+        f"{result['checkpoint']} checkpoint"
+    )
     for heading in ("", "dense", "gated"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")

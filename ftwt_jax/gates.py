@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from ftwt_jax.errors import UserError, unknown_name
 
+# Name of the head among the parameters of its unit.
+HEAD_NAME = "gate_head"
 MODES = ("decoupled", "joint")
 POOLS = ("max", "mean")
 MASK_SOURCES = ("heads", "targets", "open")
@@ -34,7 +36,8 @@ class GateConfig:
         backbone; `joint`: it does.
       pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
       softmax: normalise the pooled channels by a softmax times their number; off: read them as they are.
-      after_block: in residual blocks, rank and mask after the addition and its activation instead of before it.
+      after_block: in residual blocks of two 3x3 units, rank and mask after the addition and its activation instead of
+        before it. Bottlenecks and inverted residuals have no unit that ends with the addition; nothing changes there.
       min_filters: fewest filters a target keeps in a sample that is not all zero (0: the published rule).
     """
 
@@ -74,6 +77,8 @@ class GateControl:
     targets: bool = struct.field(pytree_node=False, default=True)
 
     def __post_init__(self):
+        if isinstance(self.r, (int, float)):
+            check_r(self.r)
         if self.masks not in MASK_SOURCES:
             raise unknown_name("source of masks", self.masks, MASK_SOURCES)
         if self.masks == "targets" and not self.targets:
@@ -103,8 +108,8 @@ class GateHead(nn.Module):
     published learning rate. It is the same class of functions: a published kernel divided by C_in gives the published
     logits.
 
-    The first logits are close to 1, that is, every filter is on: a gated network starts as the dense one it was made
-    from. They are not quite 1, so that in `joint` mode the gate loss reaches the backbone from the first step.
+    The first logits lie near 1, that is, every filter is on: a gated network starts as the dense one it was made from.
+    They are not quite 1, so that in `joint` mode the gate loss reaches the backbone from the first step.
 
     Attributes:
       features: number of filters of the unit, C.
@@ -123,7 +128,8 @@ class GateHead(nn.Module):
             summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
         dense = nn.Dense(
             self.features,
-            kernel_init=nn.initializers.normal(1e-3),
+            # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.
+            kernel_init=nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1])),
             bias_init=nn.initializers.ones,
             dtype=jnp.float32,
             name="dense",

@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.gates import HEAD_NAME
 from ftwt_jax.losses import REDUCTIONS
 
 SCHEDULES = ("step", "cosine")
@@ -60,7 +61,7 @@ def _kernels(params: Any) -> Any:
 def parameter_groups(params: Any) -> Any:
     """A tree like `params` with "heads" at every parameter of a gate head and "backbone" elsewhere."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: HEADS if any(key.key == "gate" for key in path) else BACKBONE, params
+        lambda path, _: HEADS if any(key.key == HEAD_NAME for key in path) else BACKBONE, params
     )
 
 

@@ -25,6 +25,7 @@ from ftwt_jax.training import Normalize, normalizer
 
 BASELINE, GATED = "baseline", "gated"
 DTYPES = ("float32", "bfloat16")
+MOST_SEED = 2**31
 # Training pictures that the estimate runs over; more of them change the third digit.
 ESTIMATE_SAMPLES = 2048
 
@@ -68,9 +69,12 @@ class Run:
         return jax.eval_shape(self.models[stage].init, self.key(stage), self.example_images)
 
     def trained(self, stage: str, best: bool = False) -> dict[str, Any]:
-        """A trained network from its newest (or best) checkpoint; the baseline perhaps from `config.init_from`."""
-        elsewhere = stage == BASELINE and self.config.init_from
-        checkpoints = Checkpoints(pathlib.Path(self.config.init_from) if elsewhere else self.workdir, stage)
+        """A trained network from its newest (or best) checkpoint."""
+        return self.network_in(self.workdir, stage, best)
+
+    def network_in(self, workdir: pathlib.Path, stage: str, best: bool = False) -> dict[str, Any]:
+        """A trained network of this config from any workdir."""
+        checkpoints = Checkpoints(workdir, stage)
         try:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
         finally:
@@ -94,10 +98,12 @@ class Run:
 
 def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Builds the parts of a run; raises `UserError` for whatever in the config cannot work."""
-    _check_fields(config)
+    check_fields(config)
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh, "config.batch_size")
     check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
+    if not 0 <= config.seed < MOST_SEED:
+        raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")
     for field in ("log_every", "checkpoint_every"):
         if config[field] < 1:
             raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
@@ -114,7 +120,8 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     return run
 
 
-def _check_fields(config: ConfigDict) -> None:
+def check_fields(config: ConfigDict) -> None:
+    """Raises `UserError` naming the fields that every run needs and this config lacks."""
     missing = []
     for section, names in FIELDS.items():
         node = config.get(section) if section else config
@@ -127,6 +134,8 @@ def _check_fields(config: ConfigDict) -> None:
 def arch_options(model: ConfigDict) -> dict[str, Any]:
     """Arguments of `create_model`; what the config leaves at None stays at the network's own default."""
     options = {key: value for key, value in model.items() if value is not None}
+    if "plan" in options and options["name"] != "vgg_bn":
+        raise UserError(f"config.model.plan belongs to vgg_bn: choose the network by --config=FILE:{options['name']}")
     if "dtype" in options:
         if options["dtype"] not in DTYPES:
             raise unknown_name("config.model.dtype", options["dtype"], DTYPES)

@@ -1,6 +1,7 @@
 """The main job: dense baseline, estimate, gate training, evaluation."""
 
 import math
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import optim, workdir
-from ftwt_jax.checkpoints import Checkpoints
+from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.run import BASELINE, GATED, Run, check_fields, make_run
 from ftwt_jax.sharding import put_batch, replicated
 from ftwt_jax.training import TrainState, create_state, make_train_step
 from ftwt_jax.transfer import init_from_dense
@@ -33,23 +34,43 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
       UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
     """
     started = time.perf_counter()
+    check_fields(config)
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
-    run = make_run(config, workdir.absolute(folder))
-    if config.init_from:
-        baseline = run.trained(BASELINE)
     elif config.baseline.epochs <= 0:
         raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
+    run = make_run(config, workdir.absolute(folder))
+    baseline = given_baseline(run) if config.init_from else None
     workdir.prepare(run.workdir, config)
 
-    if not config.init_from:
+    if baseline is None:
         baseline = train_stage(run, BASELINE, console, lambda: init_dense(run))
+    else:
+        keep_baseline(run, baseline)
     if config.gates.epochs > 0:
         estimate = choose_r(run, baseline, console)
         train_stage(run, GATED, console, lambda: init_gated(run, baseline), estimate["r"])
         evaluate_run(run, console)
     seconds = time.perf_counter() - started
-    console.print(f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def given_baseline(run: Run) -> Variables:
+    """The baseline that `config.init_from` names: this run's own copy if it has one, else the other workdir's."""
+    own = has_checkpoint(run.workdir, BASELINE)
+    return run.trained(BASELINE) if own else run.network_in(pathlib.Path(run.config.init_from), BASELINE)
+
+
+def keep_baseline(run: Run, baseline: Variables) -> None:
+    """Copies a baseline from elsewhere into this run, which then stands by itself."""
+    checkpoints = Checkpoints(run.workdir, BASELINE, create=True)
+    try:
+        if checkpoints.latest_step() is None:
+            checkpoints.save_network(baseline)
+    finally:
+        checkpoints.close()
 
 
 def init_dense(run: Run) -> Variables:

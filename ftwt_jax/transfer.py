@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from ftwt_jax.errors import UserError
+from ftwt_jax.gates import HEAD_NAME
 
 LISTED = 5
 
@@ -28,11 +29,11 @@ def init_from_dense(
         first ones are named.
     """
     fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
-    dense = flatten_dict({k: dense_variables[k] for k in ("params", "batch_stats")}, sep="/")
+    dense = flatten_dict({k: dense_variables.get(k, {}) for k in ("params", "batch_stats")}, sep="/")
     problems = [f"{name} is not in this network" for name in dense if name not in fresh]
     for name, value in fresh.items():
         if name not in dense:
-            if "/gate/" not in name:
+            if f"/{HEAD_NAME}/" not in name:
                 problems.append(f"{name} is missing")
         elif dense[name].shape != value.shape:
             problems.append(f"{name} has shape {dense[name].shape}, needs {value.shape}")

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from ftwt_jax.activations import Activations, LayerRecord, as_activations, merge_layers
-from ftwt_jax.gates import GateConfig, GateHead, GateOutput
+from ftwt_jax.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
 from ftwt_jax.ranking import topk_mass_mask
 
 
@@ -78,7 +78,7 @@ class GatedUnit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Activations | Array, train: bool = False, shortcut: Activations | None = None
+        self, inputs: Activations | Array, train: bool = False, shortcut: Activations | Array | None = None
     ) -> Activations:
         """Runs the unit on [N, H, W, C_in]; returns [N, H', W', C] with the filters that are off at zero.
 
@@ -101,6 +101,7 @@ class GatedUnit(nn.Module):
         y = _batch_norm(train, self.dtype)(y)
         layers = x.layers
         if shortcut is not None:
+            shortcut = as_activations(shortcut)
             y = y + shortcut.values
             layers = merge_layers(layers, shortcut.layers)
         if self.act is not None:
@@ -134,7 +135,7 @@ class GatedUnit(nn.Module):
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
         if control.masks == "heads" or self.is_initializing():
             source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
-            logits = GateHead(self.features, gates.pool, gates.softmax, name="gate")(source)
+            logits = GateHead(self.features, gates.pool, gates.softmax, name=HEAD_NAME)(source)
         if control.masks == "heads" and logits is not None:
             mask = logits > 0
         elif control.masks == "targets" and target is not None:

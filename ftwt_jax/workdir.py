@@ -62,7 +62,10 @@ def differing_fields(old: Any, new: Any, prefix: str = "config") -> list[str]:
 
 def absolute(folder: str) -> pathlib.Path:
     """The folder that a flag names, whatever the current directory is later."""
-    return pathlib.Path(folder).expanduser().absolute()
+    try:
+        return pathlib.Path(folder).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{folder} is no folder: {error}") from None
 
 
 def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -92,4 +95,7 @@ def load(folder: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
     path = absolute(folder)
     if not path.is_dir():
         raise UserError(f"no such workdir: {path}; run `train --workdir={folder}` first")
-    return path, ml_collections.ConfigDict(read_json(path / CONFIG, "run's config"))
+    config = read_json(path / CONFIG, "run's config")
+    if not isinstance(config, dict):
+        raise UserError(f"run's config at {path / CONFIG} is not a config")
+    return path, ml_collections.ConfigDict(config)

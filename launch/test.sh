@@ -2,7 +2,7 @@
 # Set-up if needed, then linter, formatter, type checker and the whole test suite.
 # usage: launch/test.sh [--slow] [any pytest argument]
 set -euo pipefail
-extra=test
+extra="test"
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd -- "$root"
 

@@ -3,6 +3,7 @@
 import pytest
 
 from ftwt_jax.__main__ import main
+from tests.conftest import ROOT
 
 DIGITS = "--config=configs/digits.py"
 
@@ -58,10 +59,14 @@ def test_wrong_flags(capsys, monkeypatch, tmp_path, arguments, says):
         (" --config.baseline.epochs=0", "config.init_from"),
         (" --config.init_from=missing", "no trained baseline network in"),
         (":vgg16_bn --config.data.image_size=31", "too small"),
-        (" --config.model.stem=cifar", "unknown vgg_bn option 'stem'"),
+        (" --config.model.stem=imagenet", "unknown vgg_bn option 'stem'"),
+        (" --config.model.name=vgg16_bn", "choose the network by --config=FILE:vgg16_bn"),
         (" --config.model.plan=(8,'P')", "'M' for a pool; got 'P'"),
         (" --config.model.dtype=float16", "known: float32, bfloat16"),
         (" --config.data.name=digit", "did you mean 'digits'"),
+        (" --config.seed=-1", "config.seed must lie between 0"),
+        (" --config.gates.r 1.5", "must lie in (0, 1]; got 1.5"),
+        (" --config.gates.min_filters=-1", "min_filters"),
         (" --config.data.image_size=4", "config.data.image_size must be at least 8"),
         (" --config.batch_size=0", "config.batch_size=0"),
         (" --config.checkpoint_every=0", "config.checkpoint_every"),
@@ -94,6 +99,13 @@ def test_a_config_without_its_fields_is_refused_by_their_names(capsys, tmp_path)
     assert "lacks init_from, batch_size" in error
     assert "gates.mode" in error
     assert "gates.r," not in error
+
+
+def test_a_config_file_without_a_field(capsys, tmp_path):
+    text = (ROOT / "configs" / "digits.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace('            "init_from": "",\n', ""))
+    error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+    assert "the config lacks init_from" in error
 
 
 def test_a_config_file_with_a_fault_of_its_own(capsys, tmp_path):

@@ -190,6 +190,12 @@ class TestGateHead:
         logits = ftwt.GateHead(6).apply({"params": {"dense": {"kernel": kernel / 16, "bias": bias}}}, inputs)
         np.testing.assert_allclose(logits, published, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("channels", [16, 512, 2048])
+    def test_every_filter_starts_on_even_where_one_channel_takes_the_whole_softmax(self, channels):
+        inputs = 1000 * jnp.eye(channels)[:8, None, None, :]
+        logits, _ = ftwt.GateHead(512).init_with_output(KEY, inputs)
+        assert (logits > 0).all()
+
     @pytest.mark.parametrize("softmax", [True, False])
     def test_every_filter_starts_on(self, softmax):
         inputs = 100 * jax.random.normal(KEY, (3, 4, 4, 8))
@@ -212,7 +218,7 @@ class TestGateHead:
 
 
 def is_head(path):
-    return any(key.key == "gate" for key in path)
+    return any(key.key == "gate_head" for key in path)
 
 
 def small_resnet(**settings):

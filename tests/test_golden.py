@@ -45,8 +45,8 @@ def published_names() -> dict[tuple[str, ...], str]:
                 ("var", "running_var"),
             ):
                 names[(*path, "bn", our_leaf)] = f"{prefix}bn{number}.{leaf}"
-            names[(*path, "gate", "dense", "kernel")] = f"{prefix}{masked}.mask.model.1Conv2dMask.weight"
-            names[(*path, "gate", "dense", "bias")] = f"{prefix}{masked}.mask.model.1Conv2dMask.bias"
+            names[(*path, "gate_head", "dense", "kernel")] = f"{prefix}{masked}.mask.model.1Conv2dMask.weight"
+            names[(*path, "gate_head", "dense", "bias")] = f"{prefix}{masked}.mask.model.1Conv2dMask.bias"
     return names
 
 
@@ -56,7 +56,7 @@ def as_ours(path: tuple[str, ...], value: np.ndarray, gradient: bool = False) ->
         value = value.transpose(2, 3, 1, 0)
     if "dense" in path and path[-1] == "kernel":
         value = value.squeeze((0, 1)) if value.ndim == 4 else value.T
-    if "gate" in path and path[-1] == "kernel":
+    if "gate_head" in path and path[-1] == "kernel":
         value = value * value.shape[0] if gradient else value / value.shape[0]
     return value
 

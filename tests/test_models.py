@@ -101,8 +101,8 @@ V2_NAMES = [f"block{i}/{step}" for i in range(17) for step in ("expand", "depthw
 def test_gates_come_in_forward_order_under_the_names_of_their_units(name, gates, names):
     outputs, variables = shapes_of(ftwt.create_model(name, 10, gates))
     assert list(outputs.gate_names) == names
-    heads = {path for path in flat_shapes(variables["params"]) if "/gate/" in path}
-    assert heads == {f"{unit}/gate/dense/{leaf}" for unit in names for leaf in ("kernel", "bias")}
+    heads = {path for path in flat_shapes(variables["params"]) if "/gate_head/" in path}
+    assert heads == {f"{unit}/gate_head/dense/{leaf}" for unit in names for leaf in ("kernel", "bias")}
 
 
 def test_bottlenecks_gate_the_narrowing_and_the_3x3_convolution():
@@ -138,7 +138,7 @@ def test_every_network_builds_dense_and_gated_and_the_gated_one_only_adds_heads(
         assert (gate.logits.dtype, gate.mask.dtype, gate.target.dtype) == (jnp.float32, bool, bool)
     ours, theirs = flat_shapes(gated_variables), flat_shapes(dense_variables)
     assert theirs.items() < ours.items()
-    assert all("/gate/" in path for path in ours.keys() - theirs.keys())
+    assert all("/gate_head/" in path for path in ours.keys() - theirs.keys())
 
 
 @functools.cache

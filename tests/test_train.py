@@ -6,6 +6,7 @@ import os
 import pathlib
 import pty
 import select
+import shutil
 import signal
 import time
 
@@ -178,8 +179,29 @@ def test_gates_start_from_another_runs_baseline(program, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     printed = program.run("train", *TINY, f"--config.init_from={tiny_run[0]}", f"--workdir={workdir}")
     assert "baseline 2/" not in printed
-    assert not (workdir / "checkpoints" / BASELINE).exists()
+    assert_same(variables(workdir, BASELINE), variables(tiny_run[0], BASELINE))
     assert_same(variables(workdir, GATED), variables(tiny_run[0], GATED))
+
+
+def test_a_baseline_of_another_network_is_refused_by_the_name_of_an_array(program, tiny_run, tmp_path):
+    other = [*TINY, f"--config.init_from={tiny_run[0]}", "--config.model.width=2.0", f"--workdir={tmp_path}/run"]
+    error = program.run("train", *other, status=2)
+    assert "is another one" in error
+    assert "unit0" in error
+    assert "(8,) there" in error
+    assert "(16,) in this config" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stands_by_itself_once_it_has_taken_a_baseline(program, tiny_run, tmp_path):
+    shutil.copytree(tiny_run[0], tmp_path / "baseline")
+    arguments = [*TINY, f"--config.init_from={tmp_path / 'baseline'}", f"--workdir={tmp_path / 'run'}"]
+    first = program.run("train", *arguments)
+    shutil.rmtree(tmp_path / "baseline")
+    again = program.run("train", *arguments)
+    assert "going on" not in again
+    assert again.splitlines()[-4:-1] == first.splitlines()[-4:-1]
 
 
 def test_a_budget_is_solved_between_the_stages(program, tiny_run, tmp_path):
@@ -190,6 +212,7 @@ def test_a_budget_is_solved_between_the_stages(program, tiny_run, tmp_path):
     assert chosen["macs_reduction"] == pytest.approx(0.6, abs=0.01)
     assert chosen["r"] != DEFAULT_R
     assert f"r = {chosen['r']:.4f} for a budget of 0.6" in printed
+    assert f"{chosen['r']:.4f}" in program.run("estimate", f"--workdir={workdir}")
     assert json.loads((workdir / "evaluation.json").read_text())["r"] == chosen["r"]
 
 

@@ -55,7 +55,7 @@ def test_optimizer_follows_the_published_recipe():
     stage = settings(cooldown=0.5, lr_boundaries=(2,))
     optimizer, _ = optim.make_optimizer(stage, steps_per_epoch=1, total_steps=6)
     rng = np.random.default_rng(0)
-    unit = {"conv": {"kernel": (2, 2)}, "bn": {"scale": (3,), "bias": (3,)}, "gate": {"dense": {"kernel": (2, 3)}}}
+    unit = {"conv": {"kernel": (2, 2)}, "bn": {"scale": (3,), "bias": (3,)}, "gate_head": {"dense": {"kernel": (2, 3)}}}
     params = {"unit": jax.tree.map(lambda s: rng.normal(size=s), unit, is_leaf=lambda x: isinstance(x, tuple))}
     state = optimizer.init(params)
     wanted = jax.tree.map(np.copy, params)
@@ -69,7 +69,7 @@ def test_optimizer_follows_the_published_recipe():
             (("conv", "kernel"), rate, 5e-4),
             (("bn", "scale"), rate, 0),
             (("bn", "bias"), rate, 0),
-            (("gate", "dense", "kernel"), 0.1 if step < 3 else 0, 0),
+            (("gate_head", "dense", "kernel"), 0.1 if step < 3 else 0, 0),
         ):
             w, v, g = wanted["unit"], speed["unit"], grads["unit"]
             for key in path[:-1]:
@@ -132,7 +132,7 @@ def test_heads_stand_still_after_the_cooldown_and_the_backbone_goes_on(job):
     for _ in range(8):
         state, _ = step(state, batch, jnp.float32(0.8))
         seen.append(jax.device_get(state.params))
-    heads = [p["unit1"]["gate"]["dense"]["kernel"] for p in seen]
+    heads = [p["unit1"]["gate_head"]["dense"]["kernel"] for p in seen]
     kernels = [p["unit1"]["conv"]["kernel"] for p in seen]
     assert (heads[3] != heads[4]).any()
     for later in range(5, 8):

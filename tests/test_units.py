@@ -39,12 +39,12 @@ def paths(tree):
 def without_heads(variables):
     """The variables of the dense network that a gated one was made from."""
     flat = flax.traverse_util.flatten_dict(variables)
-    return flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if "gate" not in path})
+    return flax.traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if "gate_head" not in path})
 
 
 def only_heads(variables):
     flat = flax.traverse_util.flatten_dict(variables)
-    return {path: leaf for path, leaf in flat.items() if "gate" in path}
+    return {path: leaf for path, leaf in flat.items() if "gate_head" in path}
 
 
 class PlainUnit(nn.Module):
@@ -126,8 +126,8 @@ def test_a_filter_that_is_off_leaks_neither_nan_nor_infinity(value):
     unit = ftwt.GatedUnit(6, act=None, gates=GATES)
     variables = random_variables(unit, IMAGES)
     variables["params"]["bn"]["bias"][2] = value
-    variables["params"]["gate"]["dense"]["kernel"][:] = 0
-    variables["params"]["gate"]["dense"]["bias"][:] = [1, 1, -1, 1, 1, 1]
+    variables["params"]["gate_head"]["dense"]["kernel"][:] = 0
+    variables["params"]["gate_head"]["dense"]["bias"][:] = [1, 1, -1, 1, 1, 1]
     output = np.asarray(unit.apply(variables, IMAGES).values)
     assert np.all(output[..., 2] == 0)
     assert np.all(np.isfinite(output))
@@ -172,7 +172,7 @@ def test_masks_from_targets_are_the_targets_and_need_dense_variables_alone():
 def test_initialising_makes_the_heads_whatever_the_control_says():
     unit = ftwt.GatedUnit(6, gates=GATES)
     expected = paths(jax.eval_shape(unit.init, KEY, IMAGES))
-    assert "params/gate/dense/kernel" in expected
+    assert "params/gate_head/dense/kernel" in expected
     for control in (ftwt.GateControl(masks="targets"), ftwt.GateControl(masks="open", targets=False)):
         assert paths(jax.eval_shape(unit.init, KEY, ftwt.Activations(IMAGES, control=control))) == expected
 
@@ -194,7 +194,7 @@ def test_a_dense_checkpoint_starts_a_gated_network_that_answers_as_the_dense_one
     checkpoint = random_variables(dense, IMAGES)
     ours, theirs = paths(jax.eval_shape(gated.init, KEY, IMAGES)), paths(checkpoint)
     assert theirs.items() <= ours.items()
-    assert all("/gate/" in path for path in ours.keys() - theirs.keys())
+    assert all("/gate_head/" in path for path in ours.keys() - theirs.keys())
 
     fresh_heads = jax.jit(lambda: only_heads(gated.init(KEY, IMAGES)))()
     variables = flax.traverse_util.unflatten_dict(flax.traverse_util.flatten_dict(checkpoint) | fresh_heads)
@@ -220,7 +220,7 @@ def residual_block(after_block, strides=1, features=4):
     """A block of a CIFAR ResNet on a stream of which some channels are known to be zero, and its dense branch."""
     block = Block(features, strides, projection=False, gates=ftwt.GateConfig(r=0.7, after_block=after_block))
     variables = random_variables(block, ftwt.Activations(IMAGES), seed=3)
-    head = variables["params"]["conv2"]["gate"]["dense"]
+    head = variables["params"]["conv2"]["gate_head"]["dense"]
     head["kernel"][:] = 0
     head["bias"][:] = np.where(np.arange(features) % 2, 1, -1)
     active = np.asarray([[True, True, False, False], [False, False, False, False], [True, False, True, False]])
@@ -329,6 +329,25 @@ def test_map_changes_the_values_and_keeps_what_is_known_of_them():
     assert (y.active is x.active, y.layers, y.control) == (True, x.layers, x.control)
 
 
+def test_a_shortcut_used_twice_is_counted_once():
+    x = ftwt.Activations(IMAGES, layers=(record("x"),))
+    branch = x.replace(layers=(*x.layers, record("f")))
+    shortcut = x.replace(layers=(*x.layers, record("s")))
+    once = ftwt.residual_add(branch, shortcut)
+    further = once.replace(layers=(*once.layers, record("g")))
+    twice = ftwt.residual_add(further, shortcut)
+    assert [layer.name for layer in twice.layers] == ["x", "f", "s", "g"]
+
+
+def test_a_plain_array_can_be_a_shortcut():
+    control = ftwt.GateControl(r=0.5)
+    branch = ftwt.Activations(IMAGES, jnp.zeros((3, 4), bool), (record("f"),), control)
+    for pair in ((branch, IMAGES), (IMAGES, branch)):
+        total = ftwt.residual_add(*pair)
+        np.testing.assert_array_equal(total.values, 2 * IMAGES)
+        assert (total.active, total.layers, total.control) == (None, branch.layers, control)
+
+
 DENSE_SOURCE = """
     import flax.linen as nn
 
@@ -378,7 +397,7 @@ def test_a_users_own_network_is_gated_in_ten_changed_lines_or_fewer():
     variables["params"]["Classifier_0"]["dense"] = plain["params"]["Dense_0"]
 
     for i in range(2):
-        head = variables["params"][f"GatedUnit_{i}"]["gate"]["dense"]
+        head = variables["params"][f"GatedUnit_{i}"]["gate_head"]["dense"]
         head["bias"] = head["bias"] + 100
     opened = gated.apply(variables, IMAGES)
     np.testing.assert_allclose(opened.logits, dense.apply(plain, IMAGES), rtol=1e-4, atol=1e-5)
@@ -387,7 +406,7 @@ def test_a_users_own_network_is_gated_in_ten_changed_lines_or_fewer():
     np.testing.assert_array_equal(ftwt.macs(opened), dense_macs + 4 * 8 + 8 * 16)
 
     for i in range(2):
-        head = variables["params"][f"GatedUnit_{i}"]["gate"]["dense"]
+        head = variables["params"][f"GatedUnit_{i}"]["gate_head"]["dense"]
         head["bias"] = head["bias"] - 100
     outputs, state = gated.apply(variables, IMAGES, True, mutable=["batch_stats"])
     assert state["batch_stats"].keys() == {"GatedUnit_0", "GatedUnit_1"}

@@ -72,6 +72,8 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
         raise UserError(f"num_classes must be a positive whole number; got {num_classes!r}")
     if gates is not None and not isinstance(gates, GateConfig):
         raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
+    if arch.get("stem") == "cifar" and "stem" not in _options(name, build):
+        del arch["stem"]  # The only one that these networks have.
     for option in arch:
         if option not in _options(name, build):
             raise unknown_name(f"{name} option", option, _options(name, build))
