@@ -136,7 +136,7 @@ def test_another_config_is_refused_by_the_names_of_its_fields(program, tiny_run)
     workdir, _ = tiny_run
     error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.r=0.5", "--config.seed=7", status=2)
     assert f"config.gates.r: {DEFAULT_R} -> 0.5" in error
-    assert "config.seed: 0 -> 7" in error
+    assert "config.seed: 1 -> 7" in error
     assert len(error.splitlines()) == 1
 
 
