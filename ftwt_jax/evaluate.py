@@ -76,10 +76,9 @@ def unit_table(found: Evaluation) -> Table:
 
 def summary_table(result: dict[str, Any], run: Run) -> Table:
     """What was saved, and what it cost."""
-    table = Table(
-        title=f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures, "
-        f"{result['checkpoint']} checkpoint"
-    )
+    best = ", best checkpoint" if result["checkpoint"] == "best" else ""
+    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures{best}"
+    table = Table(title=title)
     for heading in ("", "dense", "gated"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")
