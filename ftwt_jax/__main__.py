@@ -23,11 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             COMMANDS[arguments[0]].run(values, Console())
-    except UserError as error:
-        print(f"ftwt: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # A full disk, a folder that vanished: the message of the system says which.
+    except (UserError, OSError) as error:
+        # Of a full disk or a folder that vanished, the system's own message says which.
         print(f"ftwt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

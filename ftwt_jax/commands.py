@@ -110,7 +110,6 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
         without = _parse(name, [argument for argument in arguments if argument not in overrides])
         if overrides and "config" in without and without.config is not None:
             _check_fields(without.config, overrides)
-            return _parse(name, arguments)
         return _parse(name, arguments) if overrides else without
     except flags.Error as error:
         raise UserError(_one_line(error)) from None

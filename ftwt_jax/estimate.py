@@ -72,8 +72,7 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     if rs is None and budget is None:
         budget = config.gates.budget
     if budget is not None:
-        r, found = estimator.solve(budget)
-        rows = [_entry(r, found)]
+        rows = [_entry(*estimator.solve(budget))]
     else:
         rows = [_entry(r, estimator.predict(r)) for r in rs or [config.gates.r]]
     table = Table(title=escape(f"predicted from the dense baseline in {path}"))

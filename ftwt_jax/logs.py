@@ -124,7 +124,7 @@ class ProgressDisplay:
 
 
 class Stopwatch:
-    """Images per second between two readings."""
+    """Images per second since it was made."""
 
     def __init__(self) -> None:
         self._time, self._images = time.perf_counter(), 0
@@ -134,8 +134,5 @@ class Stopwatch:
         self._images += images
 
     def read(self) -> float:
-        """Images per second since the last reading."""
-        now = time.perf_counter()
-        rate = self._images / max(now - self._time, 1e-9)
-        self._time, self._images = now, 0
-        return rate
+        """Images per second so far."""
+        return self._images / max(time.perf_counter() - self._time, 1e-9)

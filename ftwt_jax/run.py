@@ -18,12 +18,14 @@ from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.estimation import Estimator
 from ftwt_jax.evaluation import Evaluator
-from ftwt_jax.gates import GateConfig, check_r
+from ftwt_jax.gates import GateConfig
 from ftwt_jax.models import create_model
 from ftwt_jax.sharding import check_batch_size, data_mesh, replicated
 from ftwt_jax.training import Normalize, normalizer
 
-BASELINE, GATED = "baseline", "gated"
+BASELINE, GATED = STAGES = "baseline", "gated"
+# The section of the config that each stage follows.
+SECTIONS = {BASELINE: "baseline", GATED: "gates"}
 DTYPES = ("float32", "bfloat16")
 MOST_SEED = 2**31
 # Training pictures that the estimate runs over; more of them change the third digit.
@@ -62,7 +64,11 @@ class Run:
 
     def key(self, stage: str) -> jax.Array:
         """The key from which a stage's parameters are made."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), (BASELINE, GATED).index(stage))
+        return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
+
+    def settings(self, stage: str) -> ConfigDict:
+        """The config of one stage."""
+        return self.config[SECTIONS[stage]]
 
     def abstract_variables(self, stage: str) -> Any:
         """Shapes and dtypes of a network's variables."""
@@ -98,7 +104,7 @@ class Run:
 
 def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Builds the parts of a run; raises `UserError` for whatever in the config cannot work."""
-    check_fields(config)
+    _check_fields(config)
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh, "config.batch_size")
     check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
@@ -120,8 +126,7 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     return run
 
 
-def check_fields(config: ConfigDict) -> None:
-    """Raises `UserError` naming the fields that every run needs and this config lacks."""
+def _check_fields(config: ConfigDict) -> None:
     missing = []
     for section, names in FIELDS.items():
         node = config.get(section) if section else config
@@ -148,6 +153,4 @@ def gate_config(gates: ConfigDict) -> GateConfig:
     fields = {field.name for field in dataclasses.fields(GateConfig)}
     if gates.budget is not None and not 0 < gates.budget < 1:
         raise UserError(f"config.gates.budget is a MACs reduction between 0 and 1; got {gates.budget}")
-    return GateConfig(
-        **{key: value for key, value in gates.items() if key in fields and key != "r"}, r=check_r(gates.r)
-    )
+    return GateConfig(**{key: value for key, value in gates.items() if key in fields})

@@ -19,7 +19,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.run import BASELINE, GATED, Run, check_fields, make_run
+from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Run, make_run
 from ftwt_jax.sharding import put_batch, replicated
 from ftwt_jax.training import TrainState, create_state, make_train_step
 from ftwt_jax.transfer import init_from_dense
@@ -34,12 +34,11 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
       UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
     """
     started = time.perf_counter()
-    check_fields(config)
+    run = make_run(config, workdir.absolute(folder))
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
     elif config.baseline.epochs <= 0:
         raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
-    run = make_run(config, workdir.absolute(folder))
     baseline = given_baseline(run) if config.init_from else None
     workdir.prepare(run.workdir, config)
 
@@ -86,8 +85,7 @@ def init_gated(run: Run, baseline: Variables) -> Variables:
 def stage_steps(run: Run, stage: str) -> tuple[int, float]:
     """Number of steps of a stage, and of one epoch."""
     epoch = len(run.dataset.train) / run.config.batch_size
-    epochs = run.config.baseline.epochs if stage == BASELINE else run.config.gates.epochs
-    return math.ceil(epochs * epoch), epoch
+    return math.ceil(run.settings(stage).epochs * epoch), epoch
 
 
 def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Variables], r: float = 1.0) -> Variables:
@@ -98,11 +96,11 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
       r: mass threshold of the targets (gated stage).
     """
     config, gated = run.config, stage == GATED
-    settings = config.gates if gated else config.baseline
+    settings = run.settings(stage)
     total, epoch = stage_steps(run, stage)
     optimizer, rate = optim.make_optimizer(settings, epoch, total)
     checkpoints = Checkpoints(run.workdir, stage, create=True)
-    batches = train_batches(run.dataset, config.batch_size, config.seed + (BASELINE, GATED).index(stage))
+    batches = train_batches(run.dataset, config.batch_size, config.seed + STAGES.index(stage))
     whole = replicated(run.mesh)
     try:
         start = checkpoints.latest_step() or 0
@@ -195,10 +193,9 @@ class _Loop:
     def _stop(self, name: str, value: float, step: int) -> None:
         newest = self._checkpoints.latest_step()
         kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint had been written yet"
-        section = "gates" if self._stage == GATED else "baseline"
         raise UserError(
             f"{self._stage}: {name.replace('_', ' ')} is {value} at step {step}; {kept}; "
-            f"lower the learning rate (config.{section}.lr) in a new workdir"
+            f"lower the learning rate (config.{SECTIONS[self._stage]}.lr) in a new workdir"
         )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 
 import ftwt_jax as ftwt
 from ftwt_jax.models.resnet import ResNet
+from tests.conftest import random_like
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
@@ -18,15 +19,7 @@ LABELS = jnp.asarray([0, 1, 2, 3])
 
 def random_variables(model, images, seed=0):
     """Variables of the right shapes with nothing left at its first value, gate heads included."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        spread = np.sqrt(2 / np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.5
-        return (spread * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, KEY, images))
+    return random_like(jax.eval_shape(model.init, KEY, images), seed)
 
 
 def random_gates(seed=0, samples=6, filters=(5, 8, 3)):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, readme_blocks
 
 # What the trainer needs and the method does not.
 TRAINER = {
@@ -55,10 +55,6 @@ def test_a_target_is_computed_in_one_place():
     assert {path.name for path in users} == {"ranking.py", "units.py"}
     sorts = [p for p in (ROOT / "ftwt_jax").rglob("*.py") if "jnp.sort" in p.read_text()]
     assert [path.name for path in sorts] == ["ranking.py"]
-
-
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("block", readme_blocks("python"))

@@ -10,6 +10,7 @@ import pytest
 
 import ftwt_jax as ftwt
 from ftwt_jax.models import REGISTRY, STEMS
+from tests.conftest import random_like
 
 KEY = jax.random.key(0)
 GATES = ftwt.GateConfig(r=0.7)
@@ -144,15 +145,7 @@ def test_every_network_builds_dense_and_gated_and_the_gated_one_only_adds_heads(
 @functools.cache
 def random_variables(model, side):
     """Variables of the right shapes with nothing left at its first value, gate heads included."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        spread = np.sqrt(2 / np.prod(leaf.shape[:-1])) if path[-1].key == "kernel" else 0.5
-        return (spread * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes_of(model, side)[1])
+    return random_like(shapes_of(model, side)[1])
 
 
 RUNS = {
