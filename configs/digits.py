@@ -11,7 +11,8 @@ cost a hundred times the work, so train these on an accelerator, or cut `epochs`
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+from ftwt_jax.config import default_config
 
 SMALL = "vgg_bn"
 
@@ -19,55 +20,13 @@ SMALL = "vgg_bn"
 def get_config(arch: str = SMALL) -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
     small = arch == SMALL
-    return ConfigDict(
-        {
-            "seed": 1,
-            # A workdir whose baseline is taken instead of training one.
-            "init_from": "",
-            "data": {"name": "digits", "image_size": 8 if small else 32},
-            "model": {
-                "name": arch,
-                "plan": (32, 32, "M", 64, 64, "M", 64) if small else placeholder(tuple),
-                "width": 1.0,
-                "stem": placeholder(str),
-                "dtype": "float32",
-            },
-            "batch_size": 64,
-            "eval_batch_size": 128,
-            # Steps between two reports, and between two evaluations with a checkpoint.
-            "log_every": 50,
-            "checkpoint_every": 200,
-            "baseline": {
-                "epochs": 40 if small else 20,
-                "lr": 0.1,
-                "schedule": "cosine",
-                # For schedule "step": times lr_factor at these epochs.
-                "lr_boundaries": (20, 30),
-                "lr_factor": 0.1,
-                "momentum": 0.9,
-                "weight_decay": 2e-3,
-            },
-            "gates": {
-                # Mass threshold; or a wanted MACs reduction in `budget`, for which r is solved.
-                "r": 0.85,
-                "budget": placeholder(float),
-                "mode": "decoupled",
-                "pool": "max",
-                "softmax": True,
-                "after_block": False,
-                "min_filters": 1,
-                "epochs": 80 if small else 30,
-                "lr": 0.1,
-                "schedule": "cosine",
-                "lr_boundaries": (40, 60),
-                "lr_factor": 0.1,
-                "momentum": 0.9,
-                "weight_decay": 2e-3,
-                "head_lr": 0.1,
-                # Weight lambda of the gate loss, its mean or sum over units, and the share of training it counts for.
-                "loss_weight": 1.0,
-                "loss_reduction": "mean",
-                "cooldown": 0.5,
-            },
-        }
-    )
+    config = default_config(arch)
+    config.data.name, config.data.image_size = "digits", 8 if small else 32
+    if small:
+        config.model.plan = (32, 32, "M", 64, 64, "M", 64)
+    config.batch_size, config.eval_batch_size, config.checkpoint_every = 64, 128, 200
+    for stage in (config.baseline, config.gates):
+        stage.update(lr=0.1, schedule="cosine", weight_decay=2e-3)
+    config.baseline.epochs, config.gates.epochs = (40, 80) if small else (20, 30)
+    config.gates.r = 0.85
+    return config

@@ -2,9 +2,14 @@
 
 import os
 import sys
+import warnings
 
 from ftwt_jax.commands import COMMANDS, parse, usage
 from ftwt_jax.errors import UserError
+
+
+def _warn(message: Warning | str, *rest: object, **options: object) -> None:
+    print(f"ftwt: warning: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
 
     logging.set_verbosity(logging.FATAL)
+    warnings.showwarning = _warn
     try:
         values = parse(arguments[0], arguments[1:])
         if values is not None:

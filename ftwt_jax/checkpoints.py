@@ -15,7 +15,7 @@ from ftwt_jax.training import TrainState
 
 FOLDER = "checkpoints"
 # Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
-NETWORK, OPTIMIZER, INPUT = "network", "optimizer", "input"
+NETWORK, OPTIMIZER, INPUT, DATASET = "network", "optimizer", "input", "dataset"
 
 
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
@@ -28,11 +28,12 @@ class Checkpoints:
     """The checkpoints of one stage (`baseline` or `gated`) of a run, in `workdir/checkpoints/STAGE/STEP`.
 
     Args:
+      dataset: what is kept of the data with each network, see `Dataset.describe`.
       create: make the folder if it is missing; off, that is a `UserError`.
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, create: bool = False):
-        self.path = workdir / FOLDER / stage
+    def __init__(self, workdir: pathlib.Path, stage: str, dataset: dict[str, Any], create: bool = False):
+        self.path, self._dataset = workdir / FOLDER / stage, dataset
         if not create and not self.path.is_dir():
             raise self._missing()
         best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
@@ -49,6 +50,9 @@ class Checkpoints:
             handler = ocp.StandardCheckpointHandler()
             registry.add(item, ocp.args.StandardSave, handler)
             registry.add(item, ocp.args.StandardRestore, handler)
+        description = ocp.JsonCheckpointHandler()
+        registry.add(DATASET, ocp.args.JsonSave, description)
+        registry.add(DATASET, ocp.args.JsonRestore, description)
         position = grain.checkpoint.CheckpointHandler()
         registry.add(INPUT, grain.checkpoint.CheckpointSave, position)
         registry.add(INPUT, grain.checkpoint.CheckpointRestore, position)
@@ -76,6 +80,7 @@ class Checkpoints:
         self._save(0, {NETWORK: ocp.args.StandardSave(variables)}, None)
 
     def _save(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        items[DATASET] = ocp.args.JsonSave(self._dataset)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (ValueError, OSError) as error:
@@ -101,8 +106,22 @@ class Checkpoints:
         """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits."""
         step = self.best_step() if best else self.latest_step()
         if step is not None:
+            self._check_classes(step)
             self._check_shapes(step, variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+    def _check_classes(self, step: int) -> None:
+        """Raises `UserError` if the network was trained to tell other classes apart, or the same in another order."""
+        if DATASET not in self._manager.item_metadata(step):
+            return
+        kept = self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]["class_names"]
+        here = self._dataset["class_names"]
+        if kept and here and kept != here:
+            differing = [f"{old!r} there, {new!r} here" for old, new in zip(kept, here, strict=False) if old != new]
+            first = differing[0] if differing else f"{len(kept)} classes there, {len(here)} here"
+            raise UserError(
+                f"the network in {self.path} was trained on other classes: {first}; compare config.data, or the folders"
+            )
 
     def _check_shapes(self, step: int, variables: Any) -> None:
         found = self._manager.item_metadata(step)[NETWORK]

@@ -16,26 +16,34 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command: one line of help, its flags, and what it runs once they are parsed."""
+    """A command: one line of help, its flags, what it runs once they are parsed, and whether it takes one word besides.
+
+    That word is handed on under the name `operand`, which is also how `--help` calls it.
+    """
 
     summary: str
     define: Callable[[flags.FlagValues, list[str]], None]
     run: Callable[[flags.FlagValues, Console], Any]
+    operand: str = ""
 
 
 def _define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
 
 
-def _define_train(values: flags.FlagValues, arguments: list[str]) -> None:
-    _define_workdir(values)
+def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
         "configs/DATA.py or configs/DATA.py:ARCH; fields by --config.FIELD=VALUE",
         flag_values=values,
-        sys_argv=["train", *arguments],
+        sys_argv=["ftwt", *arguments],
     )
+
+
+def _define_train(values: flags.FlagValues, arguments: list[str]) -> None:
+    _define_workdir(values)
+    _define_config(values, arguments)
 
 
 def _define_estimate(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -47,6 +55,18 @@ def _define_estimate(values: flags.FlagValues, arguments: list[str]) -> None:
 def _define_evaluate(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
+
+
+def _define_prepare(values: flags.FlagValues, arguments: list[str]) -> None:
+    flags.DEFINE_string(
+        "data_dir", None, "where TFDS keeps its data, if not where it does by itself", flag_values=values
+    )
+
+
+def _define_benchmark(values: flags.FlagValues, arguments: list[str]) -> None:
+    _define_config(values, arguments)
+    flags.DEFINE_bool("input", False, "time the input of training alone", flag_values=values)
+    flags.DEFINE_float("seconds", 10.0, "how long to measure", flag_values=values)
 
 
 def _train(values: flags.FlagValues, console: Console) -> None:
@@ -70,10 +90,31 @@ def _evaluate(values: flags.FlagValues, console: Console) -> None:
     evaluate(_workdir(values), values.best, console)
 
 
+def _prepare(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.data.tfds_sets import PREFIX, prepare
+
+    kind, _, name = values["dataset"].value.partition(":")
+    if f"{kind}:" != PREFIX or not name:
+        raise UserError(f"prepare takes {PREFIX}NAME, such as {PREFIX}cifar10; other data sets need no preparation")
+    prepare(name, values.data_dir, console)
+
+
+def _benchmark(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.input_benchmark import benchmark_input
+
+    if not values.input:
+        raise UserError("benchmark measures the input of training so far: give --input")
+    benchmark_input(_need(values, "config", "--config=configs/imagenet.py"), values.seconds, console)
+
+
 COMMANDS = {
     "train": Command("train a baseline, then its gates; goes on by itself where it stopped", _define_train, _train),
     "estimate": Command("predict the MACs reduction from a trained baseline", _define_estimate, _estimate),
     "evaluate": Command("accuracy, work and gates on the held-out split", _define_evaluate, _evaluate),
+    "prepare": Command(
+        "download a TFDS data set, once, in the format that training reads", _define_prepare, _prepare, "dataset"
+    ),
+    "benchmark": Command("images/s of the input pipeline", _define_benchmark, _benchmark),
 }
 
 
@@ -102,7 +143,8 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
         values = flags.FlagValues()
         COMMANDS[name].define(values, [])
-        print(f"{name}: {COMMANDS[name].summary}\n{values.module_help(__name__)}")
+        operand = f" {COMMANDS[name].operand.upper()}" if COMMANDS[name].operand else ""
+        print(f"{name}{operand}: {COMMANDS[name].summary}\n{values.module_help(__name__)}")
         return None
     arguments = _find_config(arguments)
     overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
@@ -123,9 +165,15 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
 def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     COMMANDS[name].define(values, arguments)
-    rest = values([name, *arguments])
-    if rest[1:]:
-        raise UserError(f"{name} takes flags only; got {rest[1]!r}")
+    rest = values([name, *arguments])[1:]
+    operand = COMMANDS[name].operand
+    if operand:
+        if len(rest) != 1:
+            raise UserError(f"{name} takes one {operand}, such as tfds:cifar10; got {' '.join(rest) or 'none'}")
+        flags.DEFINE_string(operand, rest.pop(), "", flag_values=values)
+        values.mark_as_parsed()
+    if rest:
+        raise UserError(f"{name} takes flags only; got {rest[0]!r}")
     return values
 
 

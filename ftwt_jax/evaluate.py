@@ -39,12 +39,15 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "units": list(found.gate_names),
         "density": list(found.gates.density),
         "samples": found.samples,
+        "skipped": list(run.dataset.skipped.names),
         "r": estimate["r"],
         "checkpoint": "best" if best else "newest",
     }
     workdir.write_json(run.workdir / EVALUATION, result)
     console.print(unit_table(found))
     console.print(summary_table(result, run))
+    if run.dataset.skipped.names:
+        console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
     return result
 
 

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -124,15 +126,29 @@ class ProgressDisplay:
 
 
 class Stopwatch:
-    """Images per second since it was made."""
+    """Images per second since it was made, and the share of that time in which the device waited for input."""
 
     def __init__(self) -> None:
-        self._time, self._images = time.perf_counter(), 0
+        self._time, self._images, self._waited = time.perf_counter(), 0, 0.0
+
+    def next_batch(self, batches: Iterator[Any], before: jax.Array | None) -> Any:
+        """The next batch; the time that it takes counts as waiting unless the device is busy all the while.
+
+        Args:
+          batches: where it comes from.
+          before: a result of the step before, by which it is known whether that step has ended.
+        """
+        start = time.perf_counter()
+        batch = next(batches)
+        if before is None or before.is_ready():
+            self._waited += time.perf_counter() - start
+        return batch
 
     def add(self, images: int) -> None:
         """Counts images that have been dealt with."""
         self._images += images
 
-    def read(self) -> float:
-        """Images per second so far."""
-        return self._images / max(time.perf_counter() - self._time, 1e-9)
+    def read(self) -> Scalars:
+        """`images_per_second` and `input_wait`, a share in [0, 1], so far."""
+        passed = max(time.perf_counter() - self._time, 1e-9)
+        return {"images_per_second": self._images / passed, "input_wait": self._waited / passed}

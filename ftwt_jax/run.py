@@ -80,11 +80,15 @@ class Run:
 
     def network_in(self, workdir: pathlib.Path, stage: str, best: bool = False) -> dict[str, Any]:
         """A trained network of this config from any workdir."""
-        checkpoints = Checkpoints(workdir, stage)
+        checkpoints = Checkpoints(workdir, stage, self.dataset.describe())
         try:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
         finally:
             checkpoints.close()
+
+    def checkpoints(self, stage: str, create: bool = False) -> Checkpoints:
+        """The checkpoints of one stage of this run."""
+        return Checkpoints(self.workdir, stage, self.dataset.describe(), create)
 
     def evaluator(self, stage: str, masks: str = "heads") -> Evaluator:
         """Evaluation of one of the two networks; the same object each time, so that it compiles once."""
@@ -94,11 +98,12 @@ class Run:
 
     def test_batches(self) -> Any:
         """The held-out split."""
-        return eval_batches(self.dataset.test, self.config.eval_batch_size)
+        return eval_batches(self.dataset, self.dataset.test, self.config.eval_batch_size)
 
     def estimator(self, variables: Any) -> Estimator:
         """Predictions for the dense network with these variables."""
-        batches = eval_batches(self.dataset.train, self.config.eval_batch_size, limit=ESTIMATE_SAMPLES)
+        size = self.config.eval_batch_size
+        batches = eval_batches(self.dataset, self.dataset.train, size, limit=ESTIMATE_SAMPLES)
         return Estimator(self.evaluator(GATED, masks="targets"), variables, list(batches))
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ftwt_jax import optim, workdir
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
+from ftwt_jax.data.augment import make_augment
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
@@ -40,6 +41,14 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     elif config.baseline.epochs <= 0:
         raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
     baseline = given_baseline(run) if config.init_from else None
+    data = run.dataset
+    console.print(
+        f"{config.data.name}: {len(data.train):,} pictures to train on, {len(data.test):,} held out, "
+        f"{data.num_classes} classes",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     workdir.prepare(run.workdir, config)
 
     if baseline is None:
@@ -64,7 +73,7 @@ def given_baseline(run: Run) -> Variables:
 
 def keep_baseline(run: Run, baseline: Variables) -> None:
     """Copies a baseline from elsewhere into this run, which then stands by itself."""
-    checkpoints = Checkpoints(run.workdir, BASELINE, create=True)
+    checkpoints = run.checkpoints(BASELINE, create=True)
     try:
         if checkpoints.latest_step() is None:
             checkpoints.save_network(baseline)
@@ -99,8 +108,9 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
     settings = run.settings(stage)
     total, epoch = stage_steps(run, stage)
     optimizer, rate = optim.make_optimizer(settings, epoch, total)
-    checkpoints = Checkpoints(run.workdir, stage, create=True)
-    batches = train_batches(run.dataset, config.batch_size, config.seed + STAGES.index(stage))
+    checkpoints = run.checkpoints(stage, create=True)
+    seed = config.seed + STAGES.index(stage)
+    batches = train_batches(run.dataset, config.batch_size, seed)
     whole = replicated(run.mesh)
     try:
         start = checkpoints.latest_step() or 0
@@ -119,6 +129,7 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
             run.mesh,
             optim.gate_weight(settings, total) if gated else None,
             settings.loss_reduction if gated else "mean",
+            make_augment(run.dataset, seed),
         )
         offset = 0 if stage == BASELINE or config.init_from else stage_steps(run, BASELINE)[0]
         writer = MetricsWriter(run.workdir, stage, start, offset)
@@ -154,10 +165,13 @@ class _Loop:
     def run(self, state: TrainState, step_fn: Callable[..., Any], batches: Any, start: int, total: int) -> TrainState:
         config = self._run.config
         r = jax.device_put(jnp.float32(self._r), replicated(self._run.mesh))
-        watch, pending = Stopwatch(), []
+        watch, newest = Stopwatch(), None
+        pending: list[Any] = []
         for step in range(start + 1, total + 1):
-            state, metrics = step_fn(state, put_batch(next(batches), self._run.mesh), r)
+            batch = watch.next_batch(batches, newest)
+            state, metrics = step_fn(state, put_batch(batch, self._run.mesh), r)
             pending.append(metrics)
+            newest = metrics["loss"]
             if step == start + 1:
                 # The first step compiles; the rate that is shown leaves it out.
                 jax.block_until_ready(metrics)
@@ -168,7 +182,7 @@ class _Loop:
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
                 scalars = self._collect(pending, step)
-                scalars |= {"learning_rate": float(self._rate(step - 1)), "images_per_second": watch.read()}
+                scalars |= {"learning_rate": float(self._rate(step - 1)), **watch.read()}
                 pending = []
                 if save:
                     scalars |= self._evaluate(state)

@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from ftwt_jax.data.augment import Augment
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gates import GateControl, GateOutput
 from ftwt_jax.losses import gate_loss
@@ -61,6 +62,7 @@ def make_train_step(
     mesh: Mesh,
     gate_weight: optax.Schedule | None = None,
     gate_reduction: str = "mean",
+    augment: Augment | None = None,
 ) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the jit-compiled step: (state, batch, r) -> (state, metrics of this batch).
 
@@ -69,13 +71,16 @@ def make_train_step(
     Args:
       gate_weight: weight of the gate loss at a step; None for a dense network.
       gate_reduction: see `gate_loss`.
+      augment: what is done to the batch's pictures first, by the batch's positions.
     """
 
     def step(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[TrainState, Metrics]:
+        images = augment(batch["image"], batch["position"]) if augment else batch["image"]
+
         def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             outputs, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
-                normalize(batch["image"]),
+                normalize(images),
                 train=True,
                 control=GateControl(r=r),
                 mutable=["batch_stats"],

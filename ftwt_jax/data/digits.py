@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from sklearn.datasets import load_digits as load_scans
 
+from ftwt_jax.data.build import mean_and_std
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
 
@@ -34,13 +35,14 @@ def load_digits(image_size: int = SIDE) -> Dataset:
     order = np.random.default_rng(0).permutation(len(images))
     held_out = np.arange(len(order)) % TEST_SHARE == 0
     train, test = order[~held_out], order[held_out]
-    pixels = images[train] / 255
+    mean, std = mean_and_std(images[train])
     return Dataset(
         train=ArraySource(images[train], labels[train]),
         test=ArraySource(images[test], labels[test]),
         num_classes=10,
         image_shape=(image_size, image_size, 1),
-        mean=(float(pixels.mean()),),
-        std=(float(pixels.std()),),
+        mean=mean,
+        std=std,
         crop_padding=image_size // SIDE,
+        class_names=tuple(map(str, range(10))),
     )

@@ -1,62 +1,118 @@
 """Batches for training and evaluation, fed through Grain: deterministic, sharded per process, resumable."""
 
-from collections.abc import Iterator
-from typing import Any
+import concurrent.futures
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
 import numpy as np
 
-from ftwt_jax.data.source import Dataset, Example, Source
+from ftwt_jax.data.build import threads
+from ftwt_jax.data.pictures import BrokenPictureError, Picture
+from ftwt_jax.data.source import ArraySource, Dataset, Source
+from ftwt_jax.data.views import central_view, random_view
 
-
-def augment(example: Example, rng: np.random.Generator, crop_padding: int, flip: bool) -> Example:
-    """Random crop of the padded picture, and random mirroring."""
-    image = example["image"]
-    if crop_padding:
-        height, width = image.shape[:2]
-        padded = np.pad(image, ((crop_padding, crop_padding), (crop_padding, crop_padding), (0, 0)))
-        top, left = rng.integers(0, 2 * crop_padding + 1, size=2)
-        image = padded[top : top + height, left : left + width]
-    if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
-    return {**example, "image": image}
+Batch = dict[str, np.ndarray]
+# Batches that are made ahead.
+AHEAD = 4
 
 
 def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless shuffled and augmented batches: image uint8 [B, H, W, channels], label int32 [B].
+    """Endless shuffled batches for the training step.
 
-    Every epoch has its own order and its own crops, both decided by (seed, epoch, index) alone. The iterator's state,
-    which Orbax saves and restores, is its position. `batch_size` is that of all processes together; each reads its
-    share.
+    Every epoch has an order of its own. What is done to a picture follows from its position in the stream of all epochs,
+    hence from (seed, epoch, index) alone: here for `resized_crop`, in the step for small pictures (see `make_augment`).
+    The iterator's state, which Orbax saves and restores, is its position.
+
+    Args:
+      dataset: its `train` is read.
+      batch_size: that of all processes together; each reads its share.
+      seed: of the order and, here, of the regions.
+
+    Returns:
+      An iterator of image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the example in its source)
+      and position uint32 [B].
     """
-    examples = grain.MapDataset.source(dataset.train).seed(seed).shuffle().repeat()
-    if dataset.crop_padding or dataset.flip:
-        examples = examples.random_map(lambda e, rng: augment(e, rng, dataset.crop_padding, dataset.flip))
-    shard = examples[jax.process_index() :: jax.process_count()]
-    batches = shard.batch(batch_size // jax.process_count(), drop_remainder=True)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))
+    share = batch_size // jax.process_count()
+    numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
+    numbers = numbers.map_with_index(lambda position, index: (position, index))
+    mine = numbers[jax.process_index() :: jax.process_count()]
+    size, flip = dataset.image_shape[0], dataset.flip
+
+    def view(picture: Picture, position: int) -> np.ndarray:
+        return random_view(picture, size, flip, np.random.Generator(np.random.Philox(key=[seed, position])))
+
+    read = _reader(dataset, dataset.train, view)
+
+    def gather(pairs: list[tuple[int, int]]) -> Batch:
+        positions, indices = np.asarray(pairs, np.int64).T
+        batch, missing = read(indices, positions)
+        while missing.any():
+            # In the place of a picture that cannot be decoded stands the next one that can.
+            indices = np.where(missing, (indices + 1) % len(dataset.train), indices)
+            batch, missing = read(indices, positions)
+        return batch | {"index": indices.astype(np.int32), "position": positions.astype(np.uint32)}
+
+    batches = mine.batch(share, drop_remainder=True, batch_fn=gather)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
 
 
-def eval_batches(source: Source, batch_size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
+def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
     """The source once, in order, in batches of one size; the last is filled up with examples of weight 0.
 
     Args:
-      source: what to read.
+      dataset: whose pictures these are.
+      source: its `test` or `train`.
       batch_size: examples a batch over all processes; each process reads its share.
-      limit: read the first so many examples only.
+      limit: read so many examples only, spread evenly over the source.
 
     Yields:
-      image uint8 [B, H, W, channels], label int32 [B], weight float32 [B].
+      image uint8 [B, H, W, channels], label int32 [B], weight float32 [B]. What cannot be decoded has weight 0.
     """
     count = len(source) if limit is None else min(limit, len(source))
     share = batch_size // jax.process_count()
     first = jax.process_index() * share
-    for start in range(0, count, batch_size):
-        indices = np.arange(start + first, start + first + share)
-        examples = [source[int(i)] for i in np.minimum(indices, count - 1)]
-        yield {
-            "image": np.stack([e["image"] for e in examples]),
-            "label": np.asarray([e["label"] for e in examples], np.int32),
-            "weight": (indices < count).astype(np.float32),
-        }
+    read = _reader(dataset, source, lambda picture, position: central_view(picture, dataset.image_shape[0]))
+
+    def gather(start: int) -> Batch:
+        places = np.arange(start + first, start + first + share)
+        batch, missing = read(np.minimum(places, count - 1) * len(source) // count, places)
+        return batch | {"weight": ((places < count) & ~missing).astype(np.float32)}
+
+    starts = grain.MapDataset.range(0, count, batch_size).map(gather)
+    yield from starts.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
+
+
+def _reader(
+    dataset: Dataset, source: Source, view: Callable[[Picture, int], np.ndarray]
+) -> Callable[[np.ndarray, np.ndarray], tuple[Batch, np.ndarray]]:
+    """A function from indices and positions, int64 [B], to a batch and bool [B]: which pictures cannot be decoded."""
+    if isinstance(source, ArraySource):
+        return lambda indices, positions: (
+            {"image": source.images[indices], "label": source.labels[indices].astype(np.int32)},
+            np.zeros(len(indices), bool),
+        )
+    # Threads, no processes: decoders work outside Python's lock, and nothing outlives a run that is killed.
+    workers = threads()
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+
+    def read(indices: np.ndarray, positions: np.ndarray) -> tuple[Batch, np.ndarray]:
+        images = np.zeros((len(indices), *dataset.image_shape), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
+        missing = np.zeros(len(indices), bool)
+
+        def work(part: int) -> None:
+            for place in range(part, len(indices), workers):
+                example = source[int(indices[place])]
+                labels[place] = example["label"]
+                try:
+                    images[place] = view(Picture(example["image"], dataset.image_shape[-1]), int(positions[place]))
+                except BrokenPictureError as error:
+                    missing[place] = True
+                    dataset.skipped.add(example.get("name", f"picture {indices[place]}"), str(error))
+
+        for done in [pool.submit(work, part) for part in range(workers)]:
+            done.result()
+        return {"image": images, "label": labels}, missing
+
+    return read

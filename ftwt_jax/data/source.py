@@ -2,20 +2,27 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
+from ftwt_jax.data.skipped import Skipped
+
 
 class Example(TypedDict):
-    """One picture, uint8 [H, W, channels], and its class, int32."""
+    """One picture and its class.
 
-    image: np.ndarray
-    label: np.ndarray
+    `image` is uint8 [H, W, channels], or the bytes of a JPEG, PNG or WebP file; `label` counts classes from 0; `name` is
+    what a warning calls the picture.
+    """
+
+    image: np.ndarray | bytes
+    label: int | np.integer
+    name: NotRequired[str]
 
 
 class Source(Protocol):
-    """A random-access sequence of examples."""
+    """A random-access sequence of examples; read from several threads at once."""
 
     def __len__(self) -> int: ...
 
@@ -43,10 +50,14 @@ class Dataset:
     Attributes:
       train, test: the sources; `test` is the held-out split on which accuracy is reported.
       num_classes: number of classes.
-      image_shape: (H, W, channels) of every picture.
+      image_shape: (H, W, channels) of every picture that the network is given.
       mean, std: per channel of the training pictures scaled to [0, 1]; the network sees (x / 255 - mean) / std.
       crop_padding: training pictures are padded by so many zero pixels and cropped at random.
       flip: training pictures are mirrored at random.
+      resized_crop: pictures come in sizes of their own: for training, a random region is resized to `image_shape`; for
+        evaluation, the central one.
+      class_names: in the order of the labels; empty where classes are only numbers.
+      skipped: pictures that could not be decoded.
     """
 
     train: Source
@@ -57,3 +68,15 @@ class Dataset:
     std: Sequence[float]
     crop_padding: int = 0
     flip: bool = False
+    resized_crop: bool = False
+    class_names: tuple[str, ...] = ()
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+
+    def describe(self) -> dict[str, Any]:
+        """What a trained network must remember of its data, as plain JSON data."""
+        return {
+            "class_names": list(self.class_names),
+            "image_shape": list(self.image_shape),
+            "mean": [float(value) for value in self.mean],
+            "std": [float(value) for value in self.std],
+        }

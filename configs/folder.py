@@ -1,0 +1,28 @@
+"""A folder of your own pictures: PATH/train/CLASS/*.jpg with PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg.
+
+python -m ftwt_jax train --config=configs/folder.py:resnet18 --config.data.name=folder:PATH --workdir=workdirs/mine
+
+At 224x224 pixels, with random regions resized. Of one tree a tenth is held out (--config.data.test_fraction). For small
+pictures: --config.data.augment=crop --config.data.image_size=32 --config.model.stem=cifar, which holds them in memory.
+How long it takes depends on how many there are: `python -m ftwt_jax benchmark --input` with the same flags tells how
+fast they can be read. ResNet-18 at 224x224 trains on a GPU; 2 CPU cores do a few pictures a second.
+"""
+
+from ml_collections import ConfigDict
+
+from ftwt_jax.config import default_config
+
+
+def get_config(arch: str = "resnet18") -> ConfigDict:
+    """The run for a network by its name in `ftwt_jax.models`."""
+    config = default_config(arch)
+    config.data.update(name="folder:", image_size=224, augment="resized_crop", flip=True)
+    config.model.stem = "imagenet"
+    config.batch_size = config.eval_batch_size = 64
+    config.checkpoint_every = 500
+    for stage in (config.baseline, config.gates):
+        stage.update(schedule="cosine", weight_decay=1e-4)
+    config.baseline.update(epochs=90, lr=0.05)
+    config.gates.update(epochs=60, lr=0.01)
+    config.gates.r = 0.93
+    return config

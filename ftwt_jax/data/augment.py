@@ -1,0 +1,44 @@
+"""Augmentation of small pictures, inside the jit-compiled training step: a batch at a time, on the device."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt8, UInt32
+
+from ftwt_jax.data.source import Dataset
+
+Images = UInt8[Array, "n height width channels"]
+Augment = Callable[[Images, UInt32[Array, " n"]], Images]
+
+
+def crop_and_flip(images: Images, positions: UInt32[Array, " n"], key: Array, padding: int, flip: bool) -> Images:
+    """Random crop of the zero-padded pictures, and random mirroring.
+
+    Args:
+      images: uint8 [n, H, W, channels].
+      positions: number of each picture in the stream of all epochs, uint32 [n]; it alone decides, with `key`, what is
+        done to a picture, so that neither the batch nor the device it comes to makes a difference.
+      key: random key of the run.
+      padding: zero pixels added on each side before the crop.
+      flip: whether to mirror left to right, half the time.
+    """
+    height, width, channels = images.shape[1:]
+
+    def one(image: Array, position: Array) -> Array:
+        place, side = jax.random.split(jax.random.fold_in(key, position))
+        if padding:
+            padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+            top, left = jax.random.randint(place, (2,), 0, 2 * padding + 1)
+            image = jax.lax.dynamic_slice(padded, (top, left, 0), (height, width, channels))
+        return jnp.where(jax.random.bernoulli(side), image[:, ::-1], image) if flip else image
+
+    return jax.vmap(one)(images, positions)
+
+
+def make_augment(dataset: Dataset, seed: int) -> Augment | None:
+    """What the training step does to its pictures; None if nothing, or if they arrive augmented."""
+    if dataset.resized_crop or not (dataset.crop_padding or dataset.flip):
+        return None
+    key = jax.random.key(seed)
+    return lambda images, positions: crop_and_flip(images, positions, key, dataset.crop_padding, dataset.flip)

@@ -1,0 +1,168 @@
+"""From two sources of pictures to a data set: the check, the pixels in memory where they fit, their mean and deviation."""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ftwt_jax.data.pictures import BrokenPictureError, Picture
+from ftwt_jax.data.skipped import Skipped
+from ftwt_jax.data.source import ArraySource, Dataset, Source
+from ftwt_jax.data.views import central_view
+from ftwt_jax.errors import UserError, unknown_name
+
+AUGMENTS = ("crop", "resized_crop", "none")
+# Zero pixels on each side before the crop, as a share of the side: 4 of 32.
+PADDING_SHARE = 8
+# What networks trained on ImageNet were given, and by custom all that see pictures of many sizes.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEMORY_SHARE = 0.5
+# Sets of pictures of many sizes are looked through before the start up to this size; beyond, broken ones turn up as they
+# are read.
+MOST_CHECKED = 20_000
+
+
+def threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_dataset(
+    train: Source,
+    test: Source,
+    class_names: Sequence[str],
+    image_size: int,
+    augment: str = "crop",
+    flip: bool = True,
+    channels: int = 3,
+) -> Dataset:
+    """Makes a data set of two sources.
+
+    Args:
+      train, test: pictures of any size, decoded or not; see `Example`.
+      class_names: in the order of the labels.
+      image_size: side in pixels of what the network is given.
+      augment: `crop`: small pictures, decoded once and held in memory at `image_size`; padded by an eighth of the side
+        and cropped at random, normalised with the set's own mean and deviation. `none`: the same without the crop.
+        `resized_crop`: large pictures, decoded as they are read, random regions of them resized (see `random_view`),
+        normalised with ImageNet's mean and deviation.
+      flip: mirror training pictures at random.
+      channels: 1 for grey, 3 for RGB.
+
+    Raises:
+      UserError: an unknown `augment`, pictures that do not fit in memory, or too many that cannot be decoded.
+    """
+    if augment not in AUGMENTS:
+        raise unknown_name("config.data.augment", augment, AUGMENTS)
+    if image_size < 1:
+        raise UserError(f"config.data.image_size is the side in pixels and must be positive; got {image_size}")
+    skipped = Skipped(len(train) + len(test))
+    shape = (image_size, image_size, channels)
+    if augment == "resized_crop":
+        if len(train) + len(test) <= MOST_CHECKED:
+            train, test = (_without_broken(source, channels, skipped) for source in (train, test))
+        mean, std = (
+            (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((np.mean(IMAGENET_MEAN),), (np.mean(IMAGENET_STD),))
+        )
+    else:
+        _check_memory(len(train) + len(test), shape)
+        train, test = (in_memory(source, shape, skipped) for source in (train, test))
+        mean, std = mean_and_std(train.images)
+    return Dataset(
+        train=train,
+        test=test,
+        num_classes=len(class_names),
+        image_shape=shape,
+        mean=mean,
+        std=std,
+        crop_padding=image_size // PADDING_SHARE if augment == "crop" else 0,
+        flip=flip,
+        resized_crop=augment == "resized_crop",
+        class_names=tuple(class_names),
+        skipped=skipped,
+    )
+
+
+def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, over uint8 [n, H, W, channels] scaled to [0, 1]; a deviation of 0 is given as 1."""
+    # Counting the 256 values is exact, and needs no copy of the pictures in another type.
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    shares = np.stack(counts) / counts[0].sum()
+    values = np.arange(256) / 255
+    mean = shares @ values
+    std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
+    return tuple(map(float, mean)), tuple(float(s) if s > 1e-6 else 1.0 for s in std)
+
+
+def in_memory(source: Source, shape: tuple[int, int, int], skipped: Skipped) -> ArraySource:
+    """Decodes a whole source once to pictures of one size; those that cannot be decoded are left out."""
+    if isinstance(source, ArraySource) and source.images.shape[1:] == shape:
+        return source
+    images = np.empty((len(source), *shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+
+    def read(index: int, example: Any, picture: Picture) -> None:
+        images[index] = central_view(picture, shape[0], central=1)
+        labels[index] = example["label"]
+
+    good = _each(source, shape[-1], skipped, read)
+    return ArraySource(images, labels) if good.all() else ArraySource(images[good], labels[good])
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Some examples of another source."""
+
+    source: Source
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[int(self.indices[index])]
+
+
+def _without_broken(source: Source, channels: int, skipped: Skipped) -> Source:
+    # The coarsest scale is enough to see whether a file is whole.
+    good = _each(source, channels, skipped, lambda index, example, picture: picture.pixels(8))
+    return source if good.all() else Selection(source, np.flatnonzero(good))
+
+
+def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, Any, Picture], Any]) -> np.ndarray:
+    """Opens every picture, on all cores; bool [n]: which could be used."""
+    good = np.ones(len(source), bool)
+
+    def work(index: int) -> tuple[int, str, str] | None:
+        example = source[index]
+        try:
+            use(index, example, Picture(example["image"], channels))
+        except BrokenPictureError as error:
+            return index, example.get("name", f"picture {index}"), str(error)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+        try:
+            for found in pool.map(work, range(len(source))):
+                if found is not None:
+                    index, name, reason = found
+                    good[index] = False
+                    skipped.add(name, reason)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return good
+
+
+def _check_memory(count: int, shape: tuple[int, int, int]) -> None:
+    needed = count * int(np.prod(shape))
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > MEMORY_SHARE * installed:
+        raise UserError(
+            f"{count} pictures of {shape[0]}x{shape[1]} pixels take {needed / 2**30:.0f} GiB, too much to hold in the "
+            f"{installed / 2**30:.0f} GiB of this machine: set config.data.augment=resized_crop, which reads them as "
+            "they are needed, or a smaller config.data.image_size"
+        )

@@ -1,0 +1,80 @@
+"""Fashion-MNIST: 60,000 grey pictures of clothes to train on, 10,000 held out (Xiao et al. 2017)."""
+
+import gzip
+import pathlib
+import zlib
+
+import numpy as np
+
+from ftwt_jax.data import tfds_sets
+from ftwt_jax.data.build import build_dataset, in_memory
+from ftwt_jax.data.skipped import Skipped
+from ftwt_jax.data.source import ArraySource, Dataset
+from ftwt_jax.errors import UserError
+
+SIDE = 28
+# Where Debian's package `dataset-fashion-mnist` puts its files.
+PACKAGE = pathlib.Path("/usr/share/datasets/fashion-mnist")
+TRAIN, TEST = "train", "t10k"
+TFDS_NAME = "fashion_mnist"
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+def load_fashion_mnist(
+    image_size: int = 32, augment: str = "crop", flip: bool = True, data_dir: str | None = None
+) -> Dataset:
+    """Loads Fashion-MNIST from the files of Debian's package, else from TFDS's prepared copy.
+
+    Args:
+      image_size: side in pixels; the pictures have 28 and are padded with zeros to more.
+      augment, flip: see `build_dataset`.
+      data_dir: folder of the four `*-ubyte.gz` files, or of prepared TFDS data sets.
+
+    Raises:
+      UserError: the files are nowhere, or broken; the message says how to get them.
+    """
+    if image_size < SIDE:
+        raise UserError(f"Fashion-MNIST has {SIDE}x{SIDE} pixels: config.data.image_size must be at least {SIDE}")
+    folder = pathlib.Path(data_dir).expanduser() if data_dir else PACKAGE
+    if _path(folder, TRAIN, "images").exists():
+        parts = [_read_split(folder, split) for split in (TRAIN, TEST)]
+    elif tfds_sets.is_prepared(TFDS_NAME, data_dir):
+        sources = tfds_sets.open_sources(TFDS_NAME, data_dir=data_dir)
+        parts = [in_memory(source, (SIDE, SIDE, 1), Skipped(len(source))) for source in (sources.train, sources.test)]
+    else:
+        raise UserError(
+            f"Fashion-MNIST is neither in {folder} nor prepared by TFDS: `apt-get install dataset-fashion-mnist`, or "
+            f"`{tfds_sets.prepare_command(TFDS_NAME, data_dir)}`"
+        )
+    train, test = (ArraySource(_pad(part.images, image_size), part.labels) for part in parts)
+    return build_dataset(train, test, CLASSES, image_size, augment, flip, channels=1)
+
+
+def _path(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
+    return folder / f"{split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz"
+
+
+def _read_idx(path: pathlib.Path) -> np.ndarray:
+    """An array of bytes in the IDX format: two zeros, type 8, the number of axes, their lengths, then the values."""
+    try:
+        data = gzip.decompress(path.read_bytes())
+        axes = data[3] if data[:3] == b"\0\0\x08" else 0
+        shape = np.frombuffer(data, ">i4", axes, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}; install Debian's dataset-fashion-mnist again") from None
+
+
+def _read_split(folder: pathlib.Path, split: str) -> ArraySource:
+    images, labels = (_read_idx(_path(folder, split, kind)) for kind in ("images", "labels"))
+    if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{folder} does not hold Fashion-MNIST: {split} has {images.shape} pictures {labels.shape} labels"
+        )
+    return ArraySource(images[..., None], labels.astype(np.int32))
+
+
+def _pad(images: np.ndarray, side: int) -> np.ndarray:
+    before = (side - SIDE) // 2
+    after = side - SIDE - before
+    return np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))

@@ -1,0 +1,135 @@
+"""Folders of pictures: `PATH/train/CLASS/*` with `PATH/val/` or `PATH/test/`, or one tree `PATH/CLASS/*`."""
+
+import dataclasses
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from ftwt_jax.data.build import build_dataset
+from ftwt_jax.data.source import Dataset, Example
+from ftwt_jax.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+TRAIN, HELD_OUT = "train", ("val", "test")
+
+
+class Entry(NamedTuple):
+    """A file and the number of its class."""
+
+    path: str
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Encoded pictures, read from their files as they are asked for."""
+
+    entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self.entries[index]
+        return {"image": pathlib.Path(path).read_bytes(), "label": label, "name": path}
+
+
+def load_folder(
+    place: str,
+    image_size: int = 224,
+    augment: str = "resized_crop",
+    flip: bool = True,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    test_fraction: float = 0.1,
+) -> Dataset:
+    """Loads `folder:PATH`; classes are the names of the folders.
+
+    Args:
+      place: the path. It holds `train/` and `val/` or `test/`, with a folder of pictures per class in each; or the
+        classes themselves, and then `test_fraction` of each is held out, always the same pictures.
+      image_size, augment, flip: see `build_dataset`.
+      train_split, test_split: names of the two folders if they are others.
+      test_fraction: share held out of one tree.
+
+    Raises:
+      UserError: no such folder, no pictures, fewer than two classes, or other classes in one split than in the other.
+    """
+    root = pathlib.Path(place).expanduser()
+    if not place or not root.is_dir():
+        raise UserError(f"no folder of pictures at {place!r}: config.data.name=folder:PATH names one")
+    root = root.absolute()
+    if train_split or test_split or (root / TRAIN).is_dir():
+        splits = [_split_folder(root, train_split, (TRAIN,)), _split_folder(root, test_split, HELD_OUT)]
+        names = _common_classes(*splits)
+        train, test = (_entries(split, names) for split in splits)
+    else:
+        names = _class_names(root)
+        train, test = _divide(_entries(root, names), test_fraction)
+    sources = FileSource(train), FileSource(test)
+    return build_dataset(*sources, class_names=names, image_size=image_size, augment=augment, flip=flip)
+
+
+def _split_folder(root: pathlib.Path, name: str | None, usual: tuple[str, ...]) -> pathlib.Path:
+    for candidate in [name] if name else usual:
+        if (root / candidate).is_dir():
+            return root / candidate
+    wanted = f"{name}/" if name else " or ".join(f"{candidate}/" for candidate in usual)
+    raise UserError(
+        f"{root} has no {wanted}: add it, or give one tree of classes, of which a part is held out, "
+        f"as config.data.name=folder:{root / TRAIN}"
+    )
+
+
+def _class_names(folder: pathlib.Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        found = f"only one class, {names[0]!r}," if names else "no class"
+        raise UserError(f"{found} in {folder}: it must hold a folder of pictures for each class, and at least two")
+    return names
+
+
+def _common_classes(train: pathlib.Path, test: pathlib.Path) -> list[str]:
+    names, others = _class_names(train), _class_names(test)
+    if names != others:
+        only = [
+            f"only in {folder}: {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}"
+            for folder, extra in ((train, {*names} - {*others}), (test, {*others} - {*names}))
+            if extra
+        ]
+        raise UserError(f"the two splits have different classes; {'; '.join(only)}")
+    return names
+
+
+def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
+    """All pictures below the class folders, in the order of their paths."""
+    entries: list[Entry] = []
+    for label, name in enumerate(names):
+        before = len(entries)
+        for parent, folders, files in os.walk(folder / name, followlinks=True):
+            folders.sort()
+            pictures = (f for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+            entries += [Entry(os.path.join(parent, file), label) for file in pictures]
+        if len(entries) == before:
+            kinds = ", ".join(kind[1:] for kind in EXTENSIONS)
+            raise UserError(f"no pictures in {folder / name}: a class folder holds files of {kinds}")
+    return tuple(entries)
+
+
+def _divide(entries: tuple[Entry, ...], fraction: float) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Holds out the same share of every class, at least one picture of each."""
+    if not 0 < fraction < 1:
+        raise UserError(f"config.data.test_fraction is the share held out, between 0 and 1; got {fraction}")
+    labels = np.asarray([entry.label for entry in entries])
+    rng = np.random.default_rng(0)
+    held_out = np.zeros(len(entries), bool)
+    for label in np.unique(labels):
+        mine = rng.permutation(np.flatnonzero(labels == label))
+        if len(mine) < 2:
+            raise UserError(f"{pathlib.Path(entries[mine[0]].path).parent} has one picture; both splits need one")
+        held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
+    parts = (np.flatnonzero(chosen) for chosen in (~held_out, held_out))
+    train, test = (tuple(entries[i] for i in part) for part in parts)
+    return train, test

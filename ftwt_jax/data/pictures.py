@@ -1,0 +1,107 @@
+"""Decoding of picture files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; the rest by Pillow."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps
+
+GREY, COLOUR = 1, 3
+# Scales at which libjpeg-turbo decodes with less work.
+REDUCTIONS = (8, 4, 2)
+# EXIF orientation: (quarter turns counter-clockwise, then mirrored left to right).
+_ORIENTATIONS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
+_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class BrokenPictureError(Exception):
+    """A picture that cannot be decoded; the message says why."""
+
+
+class Picture:
+    """A picture whose size is known, upright, and whose pixels are decoded when they are asked for.
+
+    Args:
+      image: uint8 [H, W, channels], or the bytes of a file.
+      channels: 1 for grey, 3 for RGB; whatever the file has is converted. Transparency is dropped.
+
+    Raises:
+      BrokenPictureError: the bytes are no picture.
+    """
+
+    def __init__(self, image: np.ndarray | bytes, channels: int):
+        self._channels, self._turns, self._mirrored = channels, 0, False
+        self._encoded: bytes | None = None
+        self._pixels: np.ndarray | None = None
+        if isinstance(image, np.ndarray):
+            self._pixels = image
+            height, width = image.shape[:2]
+        else:
+            try:
+                header = Image.open(io.BytesIO(image))
+                if header.format == "JPEG" and header.mode in ("L", "RGB"):
+                    # The pixels wait until it is known how large they must be.
+                    orientation = header.getexif().get(ExifTags.Base.Orientation)
+                    self._turns, self._mirrored = _ORIENTATIONS.get(orientation, (0, False))
+                    self._encoded = image
+                    width, height = header.size
+                else:
+                    self._pixels = _by_pillow(header, channels)
+                    height, width = self._pixels.shape[:2]
+            except Exception as error:
+                # Codecs fail in as many ways as files do.
+                raise BrokenPictureError(_reason(error)) from None
+        self._stored = height, width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self._stored
+        return (width, height) if self._turns % 2 else (height, width)
+
+    def pixels(self, reduction: int = 1, fast: bool = False) -> np.ndarray:
+        """The picture, uint8 [H, W, channels].
+
+        Args:
+          reduction: 1, 2, 4 or 8: a JPEG may be decoded at this fraction of its size; others come whole.
+          fast: spread a JPEG's colours over pixels, and transform its blocks, the quickest way, good enough to train on.
+
+        Raises:
+          BrokenPictureError: the file is cut off or damaged.
+        """
+        if self._encoded is None:
+            assert self._pixels is not None
+            return self._pixels
+        height, width = self._stored
+        try:
+            try:
+                kind = "GRAY" if self._channels == GREY else "RGB"
+                least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+                pixels = simplejpeg.decode_jpeg(self._encoded, kind, fastdct=fast, fastupsample=fast, **least)
+            except ValueError:
+                # What strict decoding refuses may still be whole.
+                pixels = _to_array(Image.open(io.BytesIO(self._encoded)), self._channels)
+        except Exception as error:
+            raise BrokenPictureError(_reason(error)) from None
+        pixels = np.rot90(pixels, self._turns)
+        return pixels[:, ::-1] if self._mirrored else pixels
+
+
+def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
+    image.load()
+    return _to_array(ImageOps.exif_transpose(image), channels)
+
+
+def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+    if image.mode in _SIXTEEN_BIT:
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    pixels = np.asarray(image.convert("L" if channels == GREY else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no picture"
+    return " ".join(str(error).split()) or type(error).__name__

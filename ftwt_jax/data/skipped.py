@@ -1,0 +1,47 @@
+"""Pictures that cannot be decoded: each is named once and counted, and too many of them stop the run."""
+
+import threading
+import warnings
+
+from ftwt_jax.errors import UserError
+
+MOST_SKIPPED = 0.01
+
+
+class Skipped:
+    """The pictures of one data set that could not be decoded.
+
+    Args:
+      total: number of pictures of all splits; more than 1 % of them skipped is a `UserError`.
+    """
+
+    def __init__(self, total: int = 0):
+        self._total, self._names = total, dict[str, str]()
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Which they are, in the order in which they were met."""
+        return tuple(self._names)
+
+    def summary(self) -> str:
+        """How many there are, on one line."""
+        return f"{len(self._names)} of {self._total} pictures cannot be decoded and were skipped"
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts a picture, and warns of it unless it was met before.
+
+        Raises:
+          UserError: more than 1 % of all pictures cannot be decoded.
+        """
+        with self._lock:
+            if name in self._names:
+                return
+            self._names[name] = reason
+            count = len(self._names)
+        warnings.warn(f"{name} cannot be decoded and is skipped: {reason}", stacklevel=2)
+        if count > MOST_SKIPPED * self._total:
+            raise UserError(
+                f"{count} of {self._total} pictures cannot be decoded, more than {MOST_SKIPPED:.0%}: "
+                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''}; mend or delete them"
+            )
