@@ -93,7 +93,7 @@ def _evaluate(values: flags.FlagValues, console: Console) -> None:
 def _prepare(values: flags.FlagValues, console: Console) -> None:
     from ftwt_jax.data.tfds_sets import PREFIX, prepare
 
-    kind, _, name = values["dataset"].value.partition(":")
+    kind, _, name = str(values["dataset"].value).partition(":")
     if f"{kind}:" != PREFIX or not name:
         raise UserError(f"prepare takes {PREFIX}NAME, such as {PREFIX}cifar10; other data sets need no preparation")
     prepare(name, values.data_dir, console)

@@ -34,8 +34,8 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
     }
     side = dataset.image_shape[0]
     console.print(
-        f"input of {config.data.name} at {side}x{side}, batch {config.batch_size}: {rate:.0f} images/s on {cores} cores, "
-        f"{rate / cores:.0f} per core (median of {ROUNDS} rounds, {min(rates):.0f} to {max(rates):.0f})",
+        f"input of {config.data.name} at {side}x{side}, batch {config.batch_size}: {rate:.0f} images/s on "
+        f"{cores} cores, {rate / cores:.0f} per core (median of {ROUNDS} rounds, {min(rates):.0f} to {max(rates):.0f})",
         highlight=False,
         soft_wrap=True,
     )

@@ -3,8 +3,8 @@
 python -m tests.input_against_torch [--pictures=FOLDER] [--batch=64] [--seconds=4] [--rounds=5]     needs PyTorch
 
 Both read the files, take a random region by the same rule, resize it to 224x224 and give batches of uint8; converting
-to float, which the `DataLoader` of a usual program does on the CPU as well, is left out. Without --pictures: 200 JPEGs of
-500x375 pixels, cut out of the photographs that scikit-learn brings.
+to float, which the `DataLoader` of a usual program does on the CPU as well, is left out. Without --pictures: 200 JPEGs
+of 500x375 pixels, cut out of the photographs that scikit-learn brings.
 """
 
 import pathlib

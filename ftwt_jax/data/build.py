@@ -1,4 +1,4 @@
-"""From two sources of pictures to a data set: the check, the pixels in memory where they fit, their mean and deviation."""
+"""From two sources to a data set: broken pictures set aside, small ones held in memory, their mean and deviation."""
 
 import concurrent.futures
 import dataclasses
@@ -18,10 +18,10 @@ AUGMENTS = ("crop", "resized_crop", "none")
 # Zero pixels on each side before the crop, as a share of the side: 4 of 32.
 PADDING_SHARE = 8
 # What networks trained on ImageNet were given, and by custom all that see pictures of many sizes.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 MEMORY_SHARE = 0.5
-# Sets of pictures of many sizes are looked through before the start up to this size; beyond, broken ones turn up as they
-# are read.
+# Up to so many large pictures are looked through before the start; of more, the broken ones turn up as they are read.
 MOST_CHECKED = 20_000
 
 
@@ -64,9 +64,7 @@ def build_dataset(
     if augment == "resized_crop":
         if len(train) + len(test) <= MOST_CHECKED:
             train, test = (_without_broken(source, channels, skipped) for source in (train, test))
-        mean, std = (
-            (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((np.mean(IMAGENET_MEAN),), (np.mean(IMAGENET_STD),))
-        )
+        mean, std = (values if channels == 3 else (sum(values) / 3,) for values in (IMAGENET_MEAN, IMAGENET_STD))
     else:
         _check_memory(len(train) + len(test), shape)
         train, test = (in_memory(source, shape, skipped) for source in (train, test))

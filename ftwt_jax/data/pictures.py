@@ -41,7 +41,7 @@ class Picture:
                 header = Image.open(io.BytesIO(image))
                 if header.format == "JPEG" and header.mode in ("L", "RGB"):
                     # The pixels wait until it is known how large they must be.
-                    orientation = header.getexif().get(ExifTags.Base.Orientation)
+                    orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
                     self._turns, self._mirrored = _ORIENTATIONS.get(orientation, (0, False))
                     self._encoded = image
                     width, height = header.size
@@ -64,7 +64,7 @@ class Picture:
 
         Args:
           reduction: 1, 2, 4 or 8: a JPEG may be decoded at this fraction of its size; others come whole.
-          fast: spread a JPEG's colours over pixels, and transform its blocks, the quickest way, good enough to train on.
+          fast: take the quickest of a JPEG decoder's ways, whose values are a little off: good enough to train on.
 
         Raises:
           BrokenPictureError: the file is cut off or damaged.

@@ -20,9 +20,9 @@ AHEAD = 4
 def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.DatasetIterator:
     """Endless shuffled batches for the training step.
 
-    Every epoch has an order of its own. What is done to a picture follows from its position in the stream of all epochs,
-    hence from (seed, epoch, index) alone: here for `resized_crop`, in the step for small pictures (see `make_augment`).
-    The iterator's state, which Orbax saves and restores, is its position.
+    Every epoch has an order of its own. What is done to a picture follows from its position in the stream of all
+    epochs, hence from (seed, epoch, index) alone: here for `resized_crop`, in the step for small pictures (see
+    `make_augment`). The iterator's state, which Orbax saves and restores, is its position.
 
     Args:
       dataset: its `train` is read.

@@ -12,8 +12,8 @@ from ftwt_jax.data.skipped import Skipped
 class Example(TypedDict):
     """One picture and its class.
 
-    `image` is uint8 [H, W, channels], or the bytes of a JPEG, PNG or WebP file; `label` counts classes from 0; `name` is
-    what a warning calls the picture.
+    `image` is uint8 [H, W, channels], or the bytes of a JPEG, PNG or WebP file; `label` counts classes from 0; `name`
+    is what a warning calls the picture.
     """
 
     image: np.ndarray | bytes

@@ -1,4 +1,4 @@
-"""Data sets prepared by TensorFlow Datasets, read at random without TensorFlow; and their preparation, which needs it."""
+"""Data sets prepared by TensorFlow Datasets: read without TensorFlow, prepared with it."""
 
 import dataclasses
 import importlib.util
@@ -152,7 +152,7 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
 
 
 def _convert(builder: Any) -> None:
-    """Writes the records of another format again, beside the old ones, and notes it in the data set's own description."""
+    """Writes the records of another format again, beside the old ones, and notes it in the data set's description."""
     import tensorflow as tf
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core import dataset_info

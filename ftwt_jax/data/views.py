@@ -21,7 +21,7 @@ def random_region(height: int, width: int, rng: np.random.Generator) -> tuple[in
     """Top, left, height and width of a region of random area, ratio and place, inside the picture."""
     for _ in range(ATTEMPTS):
         area = height * width * rng.uniform(*AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, RATIO)))
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -55,7 +55,7 @@ def random_view(picture: Picture, size: int, flip: bool, rng: np.random.Generato
 
 
 def central_view(picture: Picture, size: int, central: float = CENTRAL) -> np.ndarray:
-    """The picture with its shorter side resized to `size / central`, and the centre of it, uint8 [size, size, channels].
+    """The centre of the picture after its shorter side was resized to `size / central`; uint8 [size, size, channels].
 
     Resized as Pillow does, and torchvision with it: bilinear and antialiased.
     """
