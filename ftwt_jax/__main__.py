@@ -3,13 +3,19 @@
 import os
 import sys
 import warnings
+from typing import Any
 
 from ftwt_jax.commands import COMMANDS, parse, usage
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import SkippedPictureWarning, UserError
+
+_show_warning = warnings.showwarning
 
 
-def _warn(message: Warning | str, *rest: object, **options: object) -> None:
-    print(f"ftwt: warning: {message}", file=sys.stderr)
+def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+    if issubclass(category, SkippedPictureWarning):
+        print(f"ftwt: warning: {message}", file=sys.stderr)
+    else:
+        _show_warning(message, category, *rest, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -92,13 +92,16 @@ class Checkpoints:
 
     def restore(self, state: TrainState, sharding: NamedSharding, batches: grain.DatasetIterator) -> TrainState:
         """The newest state, shaped like `state`; `batches` is set to the position it was saved with."""
+        step = self.latest_step()
+        if step is not None:
+            self._check_size(step)
         optimizer = {"step": state.step, "state": state.opt_state}
         items = {
             NETWORK: ocp.args.StandardRestore(_targets(state.variables, sharding)),
             OPTIMIZER: ocp.args.StandardRestore(_targets(optimizer, sharding)),
             INPUT: grain.checkpoint.CheckpointRestore(batches),
         }
-        found = self._restore(self.latest_step(), items)
+        found = self._restore(step, items)
         network, optimizer = found[NETWORK], found[OPTIMIZER]
         return TrainState(optimizer["step"], network["params"], network["batch_stats"], optimizer["state"])
 
@@ -110,12 +113,24 @@ class Checkpoints:
             self._check_shapes(step, variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
 
+    def _kept(self, step: int, field: str) -> Any:
+        """What a checkpoint keeps of its data; None if it keeps nothing."""
+        if not (self.path / str(step) / DATASET).is_dir():
+            return None
+        return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET].get(field)
+
+    def _check_size(self, step: int) -> None:
+        """Raises `UserError` if an epoch now has another length, so that the input position means nothing."""
+        kept, here = self._kept(step, "train_size"), self._dataset["train_size"]
+        if kept not in (None, here):
+            raise UserError(
+                f"{self.path / str(step)} was written while there were {kept} training pictures, and now there are "
+                f"{here}: bring the data back to what they were, or start in a new workdir with config.init_from"
+            )
+
     def _check_classes(self, step: int) -> None:
         """Raises `UserError` if the network was trained to tell other classes apart, or the same in another order."""
-        if DATASET not in self._manager.item_metadata(step):
-            return
-        kept = self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]["class_names"]
-        here = self._dataset["class_names"]
+        kept, here = self._kept(step, "class_names"), self._dataset["class_names"]
         if kept and here and kept != here:
             differing = [f"{old!r} there, {new!r} here" for old, new in zip(kept, here, strict=False) if old != new]
             first = differing[0] if differing else f"{len(kept)} classes there, {len(here)} here"

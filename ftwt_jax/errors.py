@@ -1,4 +1,4 @@
-"""The one exception of the library, and the message that goes with a misspelt name."""
+"""The library's own exception and warning, and the message that goes with a misspelt name."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. In a program it is an ordinary `ValueError`.
     """
+
+
+class SkippedPictureWarning(UserWarning):
+    """A picture was left out; the message, on one line, says which and why."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ftwt_jax import optim
 from ftwt_jax.checkpoints import Checkpoints
-from ftwt_jax.data import load_dataset
+from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, unknown_name
@@ -108,7 +108,10 @@ class Run:
 
 
 def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
-    """Builds the parts of a run; raises `UserError` for whatever in the config cannot work."""
+    """Builds the parts of a run; raises `UserError` for whatever in the config cannot work.
+
+    Folders in `config.data` are made absolute there.
+    """
     _check_fields(config)
     mesh = data_mesh()
     check_batch_size(config.batch_size, mesh, "config.batch_size")
@@ -120,6 +123,7 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
             raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
     for stage in (config.baseline, config.gates):
         optim.check_stage(stage)
+    config.data.update(absolute_paths(config.data))
     dataset = load_dataset(**config.data)
     gates = gate_config(config.gates)
     models = {

@@ -103,7 +103,7 @@ def test_a_config_without_its_fields_is_refused_by_their_names(capsys, tmp_path)
 
 def test_a_config_file_without_a_field(capsys, tmp_path):
     text = (ROOT / "configs" / "digits.py").read_text()
-    (tmp_path / "mine.py").write_text(text.replace('            "init_from": "",\n', ""))
+    (tmp_path / "mine.py").write_text(text.replace("    return config", "    del config.init_from\n    return config"))
     error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
     assert "the config lacks init_from" in error
 

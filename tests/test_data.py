@@ -1,19 +1,57 @@
-"""The bundled digits and the batches made of them."""
+"""Batches: deterministic in (seed, epoch, index), resumable, each example once; and the bundled digits."""
 
+import jax
 import numpy as np
 import pytest
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.pipeline import augment, eval_batches, train_batches
+from ftwt_jax.data.augment import crop_and_flip, make_augment
+from ftwt_jax.data.build import build_dataset, mean_and_std
+from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import ArraySource, Dataset
+from ftwt_jax.sharding import data_mesh, split
+
+COUNT = 30
+
+
+class Numbered:
+    """Pictures of one shade each, 10x12 pixels, labelled by their number: read one by one, as large ones are."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int):
+        return {"image": np.full((10, 12, 3), index + 1, np.uint8), "label": index}
 
 
 @pytest.fixture(scope="module")
-def numbered() -> Dataset:
+def in_memory() -> Dataset:
     """30 pictures, each a single shade and labelled by its own number, so that what was read can be told."""
-    images = np.broadcast_to(np.arange(30, dtype=np.uint8)[:, None, None, None] + 1, (30, 4, 4, 1))
-    source = ArraySource(images, np.arange(30, dtype=np.int32))
-    return Dataset(source, source, 30, (4, 4, 1), (0.0,), (1.0,), crop_padding=1, flip=True)
+    images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None] + 1, (COUNT, 4, 4, 1))
+    source = ArraySource(images, np.arange(COUNT, dtype=np.int32))
+    return Dataset(source, source, COUNT, (4, 4, 1), (0.0,), (1.0,), crop_padding=1, flip=True)
+
+
+@pytest.fixture(scope="module")
+def one_by_one() -> Dataset:
+    """The same, decoded as they are read."""
+    return build_dataset(Numbered(), Numbered(), [str(n) for n in range(COUNT)], 4, "resized_crop")
+
+
+@pytest.fixture(params=["in_memory", "one_by_one"])
+def numbered(request) -> Dataset:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Makes this process believe to be one of several."""
+
+    def pretend(index: int, count: int) -> None:
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+
+    return pretend
 
 
 @pytest.mark.parametrize("size", [8, 20, 32])
@@ -38,12 +76,26 @@ def test_no_digit_is_in_both_splits():
     assert not train.intersection(test)
 
 
+def test_mean_and_deviation_are_those_of_the_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (20, 5, 7, 3), np.uint8)
+    images[..., 2] = 9
+    mean, std = mean_and_std(images)
+    pixels = images / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std[:2], pixels.std((0, 1, 2))[:2], rtol=1e-9)
+    assert std[2] == 1, "a channel of one value must not be divided by 0"
+
+
 def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(numbered):
     batches = train_batches(numbered, 10, seed=3)
-    epochs = [np.concatenate([next(batches)["label"] for _ in range(3)]) for _ in range(2)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(30))
-    assert list(epochs[0]) != list(epochs[1])
+    epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
+    orders = [np.concatenate([batch["index"] for batch in epoch]) for epoch in epochs]
+    for order, epoch in zip(orders, epochs, strict=True):
+        assert sorted(order) == list(range(COUNT))
+        np.testing.assert_array_equal(order, np.concatenate([batch["label"] for batch in epoch]))
+        shades = np.concatenate([batch["image"].max((1, 2, 3)) for batch in epoch])
+        np.testing.assert_array_equal(shades, order + 1)
+    assert list(orders[0]) != list(orders[1])
 
 
 def test_batches_follow_the_seed_alone(numbered):
@@ -52,8 +104,7 @@ def test_batches_follow_the_seed_alone(numbered):
         return [next(batches) for _ in range(5)]
 
     for a, b in zip(read(1), read(1), strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["label"], b["label"])
+        jax.tree.map(np.testing.assert_array_equal, a, b)
     assert any((a["label"] != b["label"]).any() for a, b in zip(read(1), read(2), strict=True))
 
 
@@ -66,9 +117,49 @@ def test_a_restored_position_goes_on_with_the_next_batch(numbered):
     again = train_batches(numbered, 7, seed=0)
     again.set_state(position)
     for batch in wanted:
-        found = next(again)
-        np.testing.assert_array_equal(found["image"], batch["image"])
-        np.testing.assert_array_equal(found["label"], batch["label"])
+        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
+
+
+def test_an_interrupted_epoch_is_read_to_its_end_without_an_example_twice_or_missed(numbered):
+    before = train_batches(numbered, 6, seed=5)
+    seen = [next(before)["index"] for _ in range(2)]
+    position = before.get_state()
+    next(before)  # Read ahead of the checkpoint, and lost with the process.
+    after = train_batches(numbered, 6, seed=5)
+    after.set_state(position)
+    seen += [next(after)["index"] for _ in range(3)]
+    assert sorted(np.concatenate(seen)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_together_read_what_one_reads(numbered, processes, count):
+    """Picture by picture: the same crop of the same example at the same place of the stream."""
+
+    def read() -> dict[int, tuple]:
+        batches = train_batches(numbered, 6, seed=2)
+        rows = {}
+        for batch in (next(batches) for _ in range(7)):
+            for image, label, place in zip(batch["image"], batch["label"], batch["position"], strict=True):
+                rows[int(place)] = (int(label), image.tobytes())
+        return rows
+
+    alone, together = read(), {}
+    for index in range(count):
+        processes(index, count)
+        mine = read()
+        assert not mine.keys() & together.keys()
+        together |= mine
+    assert together == alone
+
+
+def test_the_number_of_threads_changes_nothing(one_by_one, monkeypatch):
+    def read():
+        batches = train_batches(one_by_one, 8, seed=4)
+        return [next(batches) for _ in range(4)]
+
+    wanted = read()
+    monkeypatch.setattr("ftwt_jax.data.pipeline.threads", lambda: 5)
+    jax.tree.map(np.testing.assert_array_equal, read(), wanted)
 
 
 def test_augmentation_crops_the_padded_picture_and_mirrors_it():
@@ -76,17 +167,66 @@ def test_augmentation_crops_the_padded_picture_and_mirrors_it():
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     crops = {padded[t : t + 3, x : x + 3].tobytes() for t in range(3) for x in range(3)}
     mirrored = {np.frombuffer(c, np.uint8).reshape(3, 3, 1)[:, ::-1].tobytes() for c in crops}
-    rng = np.random.default_rng(0)
-    seen = {augment({"image": image, "label": 0}, rng, 1, True)["image"].tobytes() for _ in range(500)}
-    assert seen == crops | mirrored
-    same = augment({"image": image, "label": 5}, rng, 0, False)
-    np.testing.assert_array_equal(same["image"], image)
-    assert same["label"] == 5
+    images, positions = np.stack([image] * 500), np.arange(500, dtype=np.uint32)
+    key = jax.random.key(0)
+
+    def seen(padding: int, flip: bool) -> set[bytes]:
+        return {x.tobytes() for x in np.asarray(crop_and_flip(images, positions, key, padding, flip))}
+
+    assert seen(1, True) == crops | mirrored
+    assert seen(1, False) == crops
+    assert seen(0, True) == {image.tobytes(), np.ascontiguousarray(image[:, ::-1]).tobytes()}
 
 
-@pytest.mark.parametrize(("count", "size", "limit"), [(30, 7, None), (30, 30, None), (30, 64, None), (30, 8, 11)])
-def test_evaluation_counts_every_example_once_in_batches_of_one_size(numbered, count, size, limit):
-    batches = list(eval_batches(numbered.test, size, limit))
+def test_augmentation_follows_seed_and_position_not_the_batch(in_memory):
+    images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), np.uint8)
+    positions = np.arange(100, 112, dtype=np.uint32)
+    augment = make_augment(in_memory, seed=3)
+    whole = np.asarray(augment(images, positions))
+    parts = [augment(images[i : i + 4], positions[i : i + 4]) for i in (0, 4, 8)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert (np.asarray(make_augment(in_memory, seed=4)(images, positions)) != whole).any()
+    assert (np.asarray(augment(images, positions + 12)) != whole).any()
+
+
+def test_augmentation_needs_nothing_of_the_other_devices(in_memory):
+    """The crop is a gather; were it not split with the batch, every device would be sent every picture."""
+    augment, whole = make_augment(in_memory, seed=0), split(data_mesh())
+    images, positions = np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.uint32)
+    text = jax.jit(augment, in_shardings=whole, out_shardings=whole).lower(images, positions).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize(("count", "size"), [(30, 7), (30, 30), (30, 64)])
+def test_evaluation_counts_every_example_once_in_batches_of_one_size(numbered, count, size):
+    batches = list(eval_batches(numbered, numbered.test, size))
     assert {len(batch["label"]) for batch in batches} == {size}
     counted = np.concatenate([batch["label"][batch["weight"] == 1] for batch in batches])
-    np.testing.assert_array_equal(counted, np.arange(min(count, limit or count)))
+    np.testing.assert_array_equal(counted, np.arange(count))
+
+
+def test_a_limited_evaluation_is_spread_over_the_source(numbered):
+    batches = list(eval_batches(numbered, numbered.test, 4, limit=10))
+    counted = np.concatenate([batch["label"][batch["weight"] == 1] for batch in batches])
+    np.testing.assert_array_equal(counted, np.arange(0, 30, 3))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_evaluate_every_example_once(numbered, processes, count):
+    counted = []
+    for index in range(count):
+        processes(index, count)
+        for batch in eval_batches(numbered, numbered.test, 8):
+            assert len(batch["label"]) == 8 // count
+            counted += batch["label"][batch["weight"] == 1].tolist()
+    assert sorted(counted) == list(range(COUNT))
+
+
+def test_a_set_of_its_own_is_two_sources_and_their_classes(one_by_one):
+    small = build_dataset(Numbered(), Numbered(), [str(n) for n in range(COUNT)], 8, "crop", flip=False)
+    assert small.train.images.shape == (COUNT, 8, 8, 3)
+    assert small.num_classes == one_by_one.num_classes == COUNT
+    assert small.crop_padding == 1
+    assert not one_by_one.crop_padding
+    np.testing.assert_array_equal(small.train.images[:, 0, 0, 0], np.arange(COUNT) + 1)

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+from ftwt_jax.commands import parse
 from tests.conftest import ROOT, readme_blocks
+
+README = (ROOT / "README.md").read_text()
 
 # What the trainer needs and the method does not.
 TRAINER = {
@@ -65,9 +68,18 @@ def test_python_in_the_readme_runs(block):
     subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, timeout=300)
 
 
+@pytest.mark.parametrize("flags", sorted(set(re.findall(r"`(--config=\S+:\S+ --config[^`]*)`", README))))
+def test_flags_in_the_readme_are_understood(flags):
+    config = parse("train", ["--workdir=DIR", *flags.split()]).config
+    for path, value in re.findall(r"--config\.(\S+)=(\S+)", flags):
+        found = config
+        for key in path.split("."):
+            found = found[key]
+        assert str(found) == value or float(found) == float(value)
+
+
 def test_files_that_the_readme_names_are_there():
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\b(?:ftwt_jax|configs|launch|tests)/[\w./]+\w", text))
+    named = set(re.findall(r"\b(?:ftwt_jax|configs|launch|tests)/[\w./]+\w", README))
     assert len(named) > 5
     for name in named:
         assert (ROOT / name).exists(), name

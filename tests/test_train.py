@@ -5,9 +5,12 @@ import json
 import os
 import pathlib
 import pty
+import re
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -94,6 +97,7 @@ def test_metrics_and_tensorboard_tell_the_same(tiny_run):
         assert scalars == pytest.approx(lines, rel=1e-6)
     gated = [m for m in metrics if m["stage"] == GATED]
     assert {"gate_accuracy", "density", "images_per_second", "accuracy", "gate_loss"} <= gated[-1].keys()
+    assert all(0 <= m["input_wait"] <= 1 for m in metrics)
 
 
 def test_plain_lines_when_there_is_no_terminal(tiny_run):
@@ -162,8 +166,66 @@ def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path,
     )
     mine, theirs = read_metrics(workdir), read_metrics(tiny_run[0])
     for line in (*mine, *theirs):
-        del line["images_per_second"]
+        del line["images_per_second"], line["input_wait"]
     assert mine == theirs
+
+
+# Notes which examples each step is given, then runs the program.
+RECORDING = """
+import json, sys
+from ftwt_jax import train
+from ftwt_jax.__main__ import main
+put_batch, log = train.put_batch, open(sys.argv[1], "a")
+def recording(batch, mesh):
+    print(json.dumps(batch["index"].tolist()), file=log, flush=True)
+    return put_batch(batch, mesh)
+train.put_batch = recording
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path):
+    workdir, count = tmp_path / "run", 1347
+    arguments = ["train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=0"]
+
+    def start(log: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", RECORDING, tmp_path / log, *arguments]
+        return subprocess.Popen(
+            command, cwd=program.cwd, env=program.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    killed = start("before")
+    deadline = time.monotonic() + 300
+    while not reached(workdir, BASELINE, 14):
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    again = start("after")
+    printed, error = again.communicate(timeout=300)
+    assert again.returncode == 0, error
+    step = int(re.search(r"going on from step (\d+)", printed).group(1))
+    before, after = (
+        [json.loads(row) for row in (tmp_path / log).read_text().splitlines()] for log in ("before", "after")
+    )
+    seen = np.concatenate([*before[:step], *after])
+    assert count < step * len(before[0]) < 2 * count, "killed within an epoch"
+    for epoch in range(2):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    newest = max((workdir / "checkpoints" / GATED).glob("[0-9]*"), key=lambda path: int(path.name))
+    for kept in newest.glob("dataset/*"):
+        kept.write_text(kept.read_text().replace('"train_size": 1347', '"train_size": 1340'))
+    config = json.loads((workdir / "config.json").read_text())
+    config["gates"]["epochs"] = 3
+    (workdir / "config.json").write_text(json.dumps(config))
+    error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
+    assert "1340 training pictures, and now there are 1347" in error
 
 
 def reached(workdir: pathlib.Path, stage: str, step: int) -> bool:

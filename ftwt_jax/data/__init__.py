@@ -1,7 +1,8 @@
 """Data sets by name. A new one is one file here and one line in `REGISTRY`."""
 
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftwt_jax.data.digits import load_digits
@@ -14,6 +15,17 @@ from ftwt_jax.errors import unknown_name
 REGISTRY: dict[str, Callable[..., Dataset]] = {"digits": load_digits, "fashion_mnist": load_fashion_mnist}
 # Those of which there are many: what follows the colon is their first argument.
 FAMILIES: dict[str, Callable[..., Dataset]] = {"tfds": load_tfds, "folder": load_folder}
+
+
+def absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a data set with its folders made absolute, so that they hold from any current directory."""
+    found = dict(options)
+    kind, _, place = str(options["name"]).partition(":")
+    if kind == "folder" and place:
+        found["name"] = f"folder:{os.path.abspath(os.path.expanduser(place))}"
+    if options.get("data_dir") and "://" not in options["data_dir"]:
+        found["data_dir"] = os.path.abspath(os.path.expanduser(options["data_dir"]))
+    return found
 
 
 def load_dataset(name: str, **options: Any) -> Dataset:

@@ -3,7 +3,7 @@
 import threading
 import warnings
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import SkippedPictureWarning, UserError
 
 MOST_SKIPPED = 0.01
 
@@ -39,7 +39,7 @@ class Skipped:
                 return
             self._names[name] = reason
             count = len(self._names)
-        warnings.warn(f"{name} cannot be decoded and is skipped: {reason}", stacklevel=2)
+        warnings.warn(f"{name} cannot be decoded and is skipped: {reason}", SkippedPictureWarning, stacklevel=2)
         if count > MOST_SKIPPED * self._total:
             raise UserError(
                 f"{count} of {self._total} pictures cannot be decoded, more than {MOST_SKIPPED:.0%}: "

@@ -76,6 +76,7 @@ class Dataset:
         """What a trained network must remember of its data, as plain JSON data."""
         return {
             "class_names": list(self.class_names),
+            "train_size": len(self.train),
             "image_shape": list(self.image_shape),
             "mean": [float(value) for value in self.mean],
             "std": [float(value) for value in self.std],

@@ -180,7 +180,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
     except tfds.core.DatasetNotFoundError:
         where = f" or in {data_dir}" if data_dir else ""
         known = tfds.list_builders(with_community_datasets=False)
