@@ -25,7 +25,7 @@ PUBLISHED_R = {"vgg16_bn": 0.92, "resnet56": 0.8, "mobilenet_v1": 1.0}
 
 def get_config(arch: str = "resnet56") -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
-    config = default_config(arch)
+    config = default_config(arch, stem="cifar")
     config.data.update(name="tfds:cifar10", image_size=32, augment="crop", flip=True)
     config.gates.r = PUBLISHED_R.get(arch, 0.9)
     if arch == "mobilenet_v2":

@@ -14,7 +14,7 @@ from ftwt_jax.config import default_config
 
 def get_config(arch: str = "resnet56") -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
-    config = default_config(arch)
+    config = default_config(arch, stem="cifar")
     config.data.update(name="tfds:cifar100", image_size=32, augment="crop", flip=True)
     if arch == "mobilenet_v2":
         for stage in (config.baseline, config.gates):

@@ -20,7 +20,7 @@ SMALL = "vgg_bn"
 def get_config(arch: str = SMALL) -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
     small = arch == SMALL
-    config = default_config(arch)
+    config = default_config(arch, stem="cifar")
     config.data.name, config.data.image_size = "digits", 8 if small else 32
     if small:
         config.model.plan = (32, 32, "M", 64, 64, "M", 64)

@@ -11,7 +11,7 @@ from ftwt_jax.config import default_config
 
 def get_config(arch: str = "resnet20") -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
-    config = default_config(arch)
+    config = default_config(arch, stem="cifar")
     config.data.update(name="fashion_mnist", image_size=32, augment="crop", flip=True)
     config.checkpoint_every = 469
     for stage in (config.baseline, config.gates):

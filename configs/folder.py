@@ -15,9 +15,8 @@ from ftwt_jax.config import default_config
 
 def get_config(arch: str = "resnet18") -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
-    config = default_config(arch)
+    config = default_config(arch, stem="imagenet")
     config.data.update(name="folder:", image_size=224, augment="resized_crop", flip=True)
-    config.model.stem = "imagenet"
     config.batch_size = config.eval_batch_size = 64
     config.checkpoint_every = 500
     for stage in (config.baseline, config.gates):

@@ -26,11 +26,10 @@ PUBLISHED_R = {"resnet34": 0.93, "resnet18": 0.91, "mobilenet_v1": 1.0}
 
 def get_config(arch: str = "resnet34") -> ConfigDict:
     """The run for a network by its name in `ftwt_jax.models`."""
-    config = default_config(arch)
+    config = default_config(arch, stem="imagenet")
     config.data.update(
         name="tfds:imagenet2012", image_size=224, augment="resized_crop", flip=True, test_split="validation"
     )
-    config.model.stem = "imagenet"
     config.batch_size = config.eval_batch_size = 256
     config.checkpoint_every = 5000
     for stage in (config.baseline, config.gates):

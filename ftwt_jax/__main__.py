@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ftwt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ftwt: interrupted; `train` goes on from its newest checkpoint", file=sys.stderr)
+        hint = "; the same command goes on from its newest checkpoint" if arguments[0] == "train" else ""
+        print(f"ftwt: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

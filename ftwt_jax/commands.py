@@ -195,9 +195,10 @@ def _one_line(error: BaseException) -> str:
 def _find_config(arguments: list[str]) -> list[str]:
     """Lets `--config=configs/digits.py` be found beside the code from any current directory.
 
-    Flags of the config that are written with a blank come back with "=".
+    Flags of the config that are written with a blank come back with "=", and the config itself comes first.
     """
-    found, rest = [], list(arguments)
+    found: list[str] = []
+    rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         name = argument.lstrip("-")
@@ -208,7 +209,7 @@ def _find_config(arguments: list[str]) -> list[str]:
             file, colon, arch = value.partition(":")
             argument = f"--config={_config_file(file)}{colon}{arch}"
         found.append(argument)
-    return found
+    return sorted(found, key=lambda argument: not argument.startswith("--config="))
 
 
 def _config_file(file: str) -> str:

@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ftwt_jax.models import options_of
+
 
 def _stage() -> dict:
     """How a stage is trained: the CIFAR recipe of the authors' code, baseline and gates alike."""
@@ -18,11 +20,12 @@ def _stage() -> dict:
     }
 
 
-def default_config(arch: str) -> ConfigDict:
+def default_config(arch: str, stem: str) -> ConfigDict:
     """A config with every field; `data.name` and `data.image_size` are still to be filled in.
 
     Args:
       arch: the network by its name in `ftwt_jax.models`.
+      stem: `cifar` for small pictures, `imagenet` for large ones; for the networks that have both.
     """
     return ConfigDict(
         {
@@ -50,7 +53,7 @@ def default_config(arch: str) -> ConfigDict:
                 "name": arch,
                 "plan": placeholder(tuple),
                 "width": 1.0,
-                "stem": placeholder(str),
+                "stem": stem if "stem" in options_of(arch) else placeholder(str),
                 "dtype": "float32",
             },
             "batch_size": 128,

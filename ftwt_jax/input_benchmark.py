@@ -11,6 +11,8 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.build import threads
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
+from ftwt_jax.run import check_settings
+from ftwt_jax.sharding import data_mesh
 
 ROUNDS = 5
 
@@ -22,6 +24,7 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
     """
     if not seconds > 0:
         raise UserError(f"--seconds is how long to measure and must be positive; got {seconds}")
+    check_settings(config, data_mesh())
     dataset = load_dataset(**config.data)
     rates = measure_rates(dataset, config.batch_size, config.seed, seconds)
     rate, cores = statistics.median(rates), threads()

@@ -112,17 +112,8 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
     Folders in `config.data` are made absolute there.
     """
-    _check_fields(config)
     mesh = data_mesh()
-    check_batch_size(config.batch_size, mesh, "config.batch_size")
-    check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
-    if not 0 <= config.seed < MOST_SEED:
-        raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")
-    for field in ("log_every", "checkpoint_every"):
-        if config[field] < 1:
-            raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
-    for stage in (config.baseline, config.gates):
-        optim.check_stage(stage)
+    check_settings(config, mesh)
     config.data.update(absolute_paths(config.data))
     dataset = load_dataset(**config.data)
     gates = gate_config(config.gates)
@@ -133,6 +124,20 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     run = Run(config, workdir, dataset, mesh, normalizer(dataset), models)
     run.abstract_variables(BASELINE)  # Refuses pictures that the network cannot take, before anything is written.
     return run
+
+
+def check_settings(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises `UserError` for a field that is missing, or a value that cannot work with any data or network."""
+    _check_fields(config)
+    check_batch_size(config.batch_size, mesh, "config.batch_size")
+    check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
+    if not 0 <= config.seed < MOST_SEED:
+        raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")
+    for field in ("log_every", "checkpoint_every"):
+        if config[field] < 1:
+            raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
+    for stage in (config.baseline, config.gates):
+        optim.check_stage(stage)
 
 
 def _check_fields(config: ConfigDict) -> None:

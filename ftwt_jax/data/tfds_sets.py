@@ -41,7 +41,10 @@ class RecordSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        row = self.records[index]
+        try:
+            row = self.records[index]
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(self.name, error) from None
         return {"image": row[self.image], "label": row[self.label], "name": f"{self.name}, picture {index}"}
 
 
@@ -105,16 +108,52 @@ def open_sources(
     def source(split: str) -> RecordSource:
         try:
             records = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
-        except (ValueError, KeyError, AssertionError, OSError) as error:
-            known = ", ".join(builder.info.splits)
-            raise UserError(f"{PREFIX}{name} has no split {split!r}: {_one_line(error)}; its splits: {known}") from None
-        if not len(records):
-            raise UserError(f"the split {split!r} of {PREFIX}{name} is empty")
+            len(records)
+        except RuntimeError as error:
+            raise _damaged(f"{PREFIX}{name} {split}", error) from None
         return RecordSource(records, image, label, f"{PREFIX}{name} {split}")
 
+    _check_apart(builder, name, train_split or TRAIN, test_split)
     features = builder.info.features
     names = tuple(features[label].names or map(str, range(features[label].num_classes)))
     return Sources(source(train_split or TRAIN), source(test_split), names, features[image].shape)
+
+
+class Piece(NamedTuple):
+    """Some examples of one file: from `start` to before `stop`."""
+
+    file: str
+    start: int
+    stop: int
+
+
+def _pieces(builder: Any, name: str, split: str) -> list[Piece]:
+    """Where the examples of a split expression lie; raises `UserError` if it is none, or empty."""
+    try:
+        parts = builder.info.splits[split].file_instructions
+    except (ValueError, KeyError, AssertionError) as error:
+        known = ", ".join(builder.info.splits)
+        raise UserError(f"{PREFIX}{name} has no split {split!r}: {_one_line(error)}; its splits: {known}") from None
+    counts = ((part, part.examples_in_shard if part.take == -1 else part.take) for part in parts)
+    pieces = [Piece(str(part.filename), part.skip, part.skip + count) for part, count in counts if count > 0]
+    if not pieces:
+        raise UserError(f"the split {split!r} of {PREFIX}{name} is empty")
+    return pieces
+
+
+def _check_apart(builder: Any, name: str, train: str, test: str) -> None:
+    """Raises `UserError` if an example is both trained on and held out."""
+    for a in _pieces(builder, name, train):
+        for b in _pieces(builder, name, test):
+            if a.file == b.file and max(a.start, b.start) < min(a.stop, b.stop):
+                raise UserError(
+                    f"the splits {train!r} and {test!r} of {PREFIX}{name} share examples: set config.data.train_split "
+                    "and config.data.test_split so that nothing that is held out is trained on"
+                )
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    return UserError(f"{name} cannot be read: {_one_line(error)}; delete the data set's folder and prepare it again")
 
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
@@ -138,14 +177,14 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
     if not _prepared(builder):
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(NEEDS)
-        if builder.info.splits:
-            _convert(builder)
-        else:
-            try:
+        try:
+            if builder.info.splits:
+                _convert(builder)
+            else:
                 builder.download_and_prepare(file_format=FORMAT)
-            except Exception as error:
-                # The data set's own code runs here: downloads, archives, checksums, instructions for manual downloads.
-                raise UserError(f"{PREFIX}{name} cannot be prepared: {_one_line(error)}") from error
+        except Exception as error:
+            # The data set's own code runs here: downloads, archives, checksums, instructions for manual downloads.
+            raise UserError(f"{PREFIX}{name} cannot be prepared: {_one_line(error)}") from error
     builder = _builder(name, data_dir)
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
     console.print(f"{PREFIX}{name} is prepared in {builder.data_dir}: {sizes}", highlight=False, soft_wrap=True)
@@ -167,8 +206,13 @@ def _convert(builder: Any) -> None:
                 )
             unfinished = path.parent / f"incomplete.{wanted.name}"
             writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-            for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
-                writer.write(record)
+            try:
+                for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
+                    writer.write(record)
+            except BaseException:
+                writer.close()
+                unfinished.unlink(missing_ok=True)
+                raise
             writer.close()
             unfinished.replace(wanted)
     description = builder.info.as_proto

@@ -47,6 +47,12 @@ def _options(name: str, build: Callable[..., nn.Module]) -> list[str]:
     return [option for option in OPTIONS if option in fields and option not in fixed]
 
 
+def options_of(name: str) -> list[str]:
+    """What `create_model` takes for a network besides classes and gates; nothing for an unknown name."""
+    build = REGISTRY.get(name) or _cifar_resnet(name)
+    return [] if build is None else _options(name, build)
+
+
 def create_model(name: str, num_classes: int, gates: GateConfig | None = None, **arch: Any) -> nn.Module:
     """Builds a network, dense or gated, from one definition.
 
