@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.set_verbosity(logging.FATAL)
     warnings.showwarning = _warn
+    warnings.filterwarnings("ignore", module="PIL")  # Of a file that it can read all the same, and without its name.
     try:
         values = parse(arguments[0], arguments[1:])
         if values is not None:

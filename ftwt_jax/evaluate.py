@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
@@ -81,7 +82,7 @@ def summary_table(result: dict[str, Any], run: Run) -> Table:
     """What was saved, and what it cost."""
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
     title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures{best}"
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("", "dense", "gated"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")

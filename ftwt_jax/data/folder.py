@@ -33,7 +33,7 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Example:
         path, label = self.entries[index]
-        return {"image": pathlib.Path(path).read_bytes(), "label": label, "name": path}
+        return {"image": pathlib.Path(path), "label": label, "name": path}
 
 
 def load_folder(
@@ -61,8 +61,12 @@ def load_folder(
     if not place or not root.is_dir():
         raise UserError(f"no folder of pictures at {place!r}: config.data.name=folder:PATH names one")
     root = root.absolute()
-    if train_split or test_split or (root / TRAIN).is_dir():
+    if train_split or test_split or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
         splits = [_split_folder(root, train_split, (TRAIN,)), _split_folder(root, test_split, HELD_OUT)]
+        if splits[0].samefile(splits[1]):
+            raise UserError(
+                f"{splits[0]} is both trained on and held out: config.data.test_split must be another folder"
+            )
         names = _common_classes(*splits)
         train, test = (_entries(split, names) for split in splits)
     else:
@@ -108,8 +112,13 @@ def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for label, name in enumerate(names):
         before = len(entries)
+        seen: set[str] = set()
         for parent, folders, files in os.walk(folder / name, followlinks=True):
-            folders.sort()
+            if os.path.realpath(parent) in seen:
+                folders.clear()  # A link to a folder above.
+                continue
+            seen.add(os.path.realpath(parent))
+            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             pictures = (f for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
             entries += [Entry(os.path.join(parent, file), label) for file in pictures]
         if len(entries) == before:

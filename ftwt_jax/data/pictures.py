@@ -1,12 +1,18 @@
 """Decoding of picture files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; the rest by Pillow."""
 
+import contextlib
 import io
+import pathlib
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 GREY, COLOUR = 1, 3
+# What may be opened: Pillow knows other formats, some of which run programs of their own.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# A JPEG with several pictures, as some cameras write it, counts as its first.
+JPEGS = ("JPEG", "MPO")
 # Scales at which libjpeg-turbo decodes with less work.
 REDUCTIONS = (8, 4, 2)
 # EXIF orientation: (quarter turns counter-clockwise, then mirrored left to right).
@@ -22,14 +28,14 @@ class Picture:
     """A picture whose size is known, upright, and whose pixels are decoded when they are asked for.
 
     Args:
-      image: uint8 [H, W, channels], or the bytes of a file.
+      image: uint8 [H, W, channels], the bytes of a file, or its path.
       channels: 1 for grey, 3 for RGB; whatever the file has is converted. Transparency is dropped.
 
     Raises:
-      BrokenPictureError: the bytes are no picture.
+      BrokenPictureError: there is no picture.
     """
 
-    def __init__(self, image: np.ndarray | bytes, channels: int):
+    def __init__(self, image: np.ndarray | bytes | pathlib.Path, channels: int):
         self._channels, self._turns, self._mirrored = channels, 0, False
         self._encoded: bytes | None = None
         self._pixels: np.ndarray | None = None
@@ -38,8 +44,10 @@ class Picture:
             height, width = image.shape[:2]
         else:
             try:
-                header = Image.open(io.BytesIO(image))
-                if header.format == "JPEG" and header.mode in ("L", "RGB"):
+                if isinstance(image, pathlib.Path):
+                    image = image.read_bytes()
+                header = Image.open(io.BytesIO(image), formats=FORMATS)
+                if header.format in JPEGS and header.mode in ("L", "RGB"):
                     # The pixels wait until it is known how large they must be.
                     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
                     self._turns, self._mirrored = _ORIENTATIONS.get(orientation, (0, False))
@@ -89,7 +97,9 @@ class Picture:
 
 def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
     image.load()
-    return _to_array(ImageOps.exif_transpose(image), channels)
+    with contextlib.suppress(Exception):  # Damaged EXIF data say nothing of the pixels.
+        image = ImageOps.exif_transpose(image)
+    return _to_array(image, channels)
 
 
 def _to_array(image: Image.Image, channels: int) -> np.ndarray:

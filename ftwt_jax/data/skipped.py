@@ -34,6 +34,7 @@ class Skipped:
         Raises:
           UserError: more than 1 % of all pictures cannot be decoded.
         """
+        name = "\\n".join(name.splitlines())
         with self._lock:
             if name in self._names:
                 return

@@ -1,6 +1,7 @@
 """What a data set is to the rest of the program: two random-access sequences and a few numbers."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -12,11 +13,11 @@ from ftwt_jax.data.skipped import Skipped
 class Example(TypedDict):
     """One picture and its class.
 
-    `image` is uint8 [H, W, channels], or the bytes of a JPEG, PNG or WebP file; `label` counts classes from 0; `name`
-    is what a warning calls the picture.
+    `image` is uint8 [H, W, channels], or a JPEG, PNG or WebP file, as its bytes or its path; `label` counts classes
+    from 0; `name` is what a warning calls the picture.
     """
 
-    image: np.ndarray | bytes
+    image: np.ndarray | bytes | pathlib.Path
     label: int | np.integer
     name: NotRequired[str]
 

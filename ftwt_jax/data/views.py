@@ -13,6 +13,8 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 ATTEMPTS = 10
 # The side that is cut out of the centre over the shorter side of the resized picture: 224 of 256.
 CENTRAL = 224 / 256
+# From this many times as long as wide on, a picture is not resized whole.
+THIN = 10
 
 cv2.setNumThreads(1)  # Pictures are dealt with side by side already.
 
@@ -62,9 +64,16 @@ def central_view(picture: Picture, size: int, central: float = CENTRAL) -> np.nd
     short = round(size / central)
     height, width = picture.size
     rows, columns = (short * side // min(height, width) for side in (height, width))
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
     pixels = picture.pixels(_reduction(min(height, width), short))
     if pixels.shape[:2] != (rows, columns):
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        pixels = np.asarray(image.resize((columns, rows), Image.Resampling.BILINEAR)).reshape(rows, columns, -1)
-    top, left = round((rows - size) / 2), round((columns - size) / 2)
+        if max(rows, columns) > THIN * short:
+            # The whole of it might be larger than memory, and the centre by itself differs in its rounding alone.
+            scale_y, scale_x = pixels.shape[0] / rows, pixels.shape[1] / columns
+            box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+            image, top, left = image.resize((size, size), Image.Resampling.BILINEAR, box=box), 0, 0
+        else:
+            image = image.resize((columns, rows), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
     return pixels[top : top + size, left : left + size]
