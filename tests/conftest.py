@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from ftwt_jax.__main__ import main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A network and a schedule that train in seconds: 22 steps of baseline, 22 of gates.
 TINY = (
@@ -78,6 +80,15 @@ def tiny_run(program, tmp_path_factory) -> tuple[pathlib.Path, str]:
     """A finished tiny run: its workdir and what it printed."""
     workdir = tmp_path_factory.mktemp("tiny") / "run"
     return workdir, program.run("train", *TINY, f"--workdir={workdir}")
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The one line that a command prints when it ends with status 2."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ftwt: error: ")
+    assert error.count("\n") == 1
+    return error
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:

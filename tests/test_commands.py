@@ -3,17 +3,9 @@
 import pytest
 
 from ftwt_jax.__main__ import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fails
 
 DIGITS = "--config=configs/digits.py"
-
-
-def fails(capsys, *arguments: str) -> str:
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("ftwt: error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.mark.parametrize(

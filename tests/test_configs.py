@@ -24,8 +24,7 @@ from ftwt_jax.data import FAMILIES, REGISTRY
 from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model
 from ftwt_jax.run import _check_fields, arch_options, gate_config
-from tests.conftest import ROOT
-from tests.test_commands import fails
+from tests.conftest import ROOT, fails
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 ARCHS = (None, "vgg16_bn", "resnet18", "resnet56", "mobilenet_v1", "mobilenet_v2")

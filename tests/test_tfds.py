@@ -19,8 +19,7 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.pictures import Picture
 from ftwt_jax.data.source import Dataset, Source
 from ftwt_jax.errors import UserError
-from tests.conftest import Program, read_metrics
-from tests.test_commands import fails
+from tests.conftest import Program, fails, read_metrics
 
 # One worker runs all of this file, so that the sets are built once.
 pytestmark = pytest.mark.xdist_group("tfds")
