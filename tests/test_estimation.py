@@ -7,7 +7,7 @@ import pytest
 
 import ftwt_jax as ftwt
 from ftwt_jax.data.pipeline import eval_batches
-from ftwt_jax.data.source import ArraySource
+from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.estimation import Estimator
 from ftwt_jax.evaluation import Evaluator
 from ftwt_jax.sharding import data_mesh
@@ -24,19 +24,22 @@ def normalize(images):
 def network():
     rng = np.random.default_rng(0)
     source = ArraySource(rng.integers(0, 256, (50, 8, 8, 3), np.uint8), rng.integers(0, 4, 50).astype(np.int32))
+    dataset = Dataset(source, source, 4, (8, 8, 3), (0.0,), (1.0,))
     model = ftwt.create_model("vgg_bn", 4, gates=ftwt.GateConfig(), plan=PLAN)
     dense = ftwt.create_model("vgg_bn", 4, plan=PLAN)
     variables = dense.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
     estimator = Estimator(
-        Evaluator(model, normalize, data_mesh(), masks="targets"), variables, list(eval_batches(source, 16))
+        Evaluator(model, normalize, data_mesh(), masks="targets"),
+        variables,
+        list(eval_batches(dataset, dataset.test, 16)),
     )
-    return estimator, model, dense, variables, source
+    return estimator, model, dense, variables, dataset
 
 
 @pytest.mark.parametrize("r", [0.3, 0.8, 1.0])
 def test_prediction_is_the_work_of_the_dense_network_under_its_own_targets(network, r):
-    estimator, _, dense, variables, source = network
-    x = normalize(jnp.asarray(source.images))
+    estimator, _, dense, variables, dataset = network
+    x = normalize(jnp.asarray(dataset.test.images))
     inputs, work, area = 3, 0.0, 8 * 8
     for index, features in enumerate(f for f in PLAN if f != "M"):
         unit = {kind: variables[kind][f"unit{index}"] for kind in ("params", "batch_stats")}
@@ -83,15 +86,16 @@ def test_a_sweep_compiles_once(network):
 
 
 def test_evaluation_ignores_the_examples_that_fill_the_last_batch(network):
-    _, model, _, variables, source = network
+    _, model, _, variables, dataset = network
     full = init_from_dense(model, variables, jnp.zeros((1, 8, 8, 3)), jax.random.key(2))
     one, many = (
-        Evaluator(model, normalize, data_mesh()).run(full, eval_batches(source, size), 0.7) for size in (50, 16)
+        Evaluator(model, normalize, data_mesh()).run(full, eval_batches(dataset, dataset.test, size), 0.7)
+        for size in (50, 16)
     )
     assert (one.samples, one.accuracy) == (many.samples, many.accuracy)
     assert one.macs_reduction == pytest.approx(many.macs_reduction, abs=1e-6)
     assert one.gates == many.gates
-    outputs = model.apply(full, normalize(jnp.asarray(source.images)), control=ftwt.GateControl(r=0.7))
+    outputs = model.apply(full, normalize(jnp.asarray(dataset.test.images)), control=ftwt.GateControl(r=0.7))
     report = ftwt.summarize_gates(ftwt.count_gates(outputs.gates), 50)
     assert one.gates.gate_accuracy == pytest.approx(report.gate_accuracy)
     assert one.macs_reduction == pytest.approx(1 - ftwt.macs(outputs).mean() / ftwt.dense_macs(outputs), abs=1e-6)
