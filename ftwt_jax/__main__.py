@@ -8,6 +8,7 @@ from typing import Any
 from ftwt_jax.commands import COMMANDS, parse, usage
 from ftwt_jax.errors import SkippedPictureWarning, UserError
 
+INTERRUPTED = 130
 _show_warning = warnings.showwarning
 
 
@@ -43,9 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = "; the same command goes on from its newest checkpoint" if arguments[0] == "train" else ""
         print(f"ftwt: interrupted{hint}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
+def run() -> None:
+    """The program: `main`, and the end of the process."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == INTERRUPTED:
+        # What XLA is still compiling would keep the process for long, or crash it.
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -95,6 +95,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is not None:
             self._check_size(step)
+            self._check_classes(step)
         optimizer = {"step": state.step, "state": state.opt_state}
         items = {
             NETWORK: ocp.args.StandardRestore(_targets(state.variables, sharding)),
@@ -113,8 +114,12 @@ class Checkpoints:
             self._check_shapes(step, variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
 
+    def kept(self, field: str) -> Any:
+        """What the newest checkpoint keeps of its data, see `Dataset.describe`; None if there is no such thing."""
+        step = self.latest_step()
+        return None if step is None else self._kept(step, field)
+
     def _kept(self, step: int, field: str) -> Any:
-        """What a checkpoint keeps of its data; None if it keeps nothing."""
         if not (self.path / str(step) / DATASET).is_dir():
             return None
         return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET].get(field)

@@ -10,6 +10,7 @@ from rich.console import Console
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.build import threads
 from ftwt_jax.data.pipeline import train_batches
+from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
 from ftwt_jax.run import check_settings
 from ftwt_jax.sharding import data_mesh
@@ -40,6 +41,7 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
         f"input of {config.data.name} at {side}x{side}, batch {config.batch_size}: {rate:.0f} images/s on "
         f"{cores} cores, {rate / cores:.0f} per core (median of {ROUNDS} rounds, {min(rates):.0f} to {max(rates):.0f})",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if dataset.skipped.names:
@@ -47,7 +49,7 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
     return result
 
 
-def measure_rates(dataset: Any, batch_size: int, seed: int, seconds: float) -> list[float]:
+def measure_rates(dataset: Dataset, batch_size: int, seed: int, seconds: float) -> list[float]:
     """Images per second of `ROUNDS` rounds, after what was made ahead has been used up."""
     batches = train_batches(dataset, batch_size, seed)
     deadline = time.perf_counter() + seconds / ROUNDS

@@ -132,7 +132,7 @@ class Stopwatch:
         self._time, self._images, self._waited = time.perf_counter(), 0, 0.0
 
     def next_batch(self, batches: Iterator[Any], before: jax.Array | None) -> Any:
-        """The next batch; the time that it takes counts as waiting unless the device is busy all the while.
+        """The next batch; all the time that it takes counts as waiting, unless the device is busy to the end of it.
 
         Args:
           batches: where it comes from.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftwt_jax import optim
-from ftwt_jax.checkpoints import Checkpoints
+from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import Dataset
@@ -116,6 +116,9 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     check_settings(config, mesh)
     config.data.update(absolute_paths(config.data))
     dataset = load_dataset(**config.data)
+    dataset = _normalized_as_trained(
+        dataset, [workdir, *([pathlib.Path(config.init_from)] if config.init_from else [])]
+    )
     gates = gate_config(config.gates)
     models = {
         stage: create_model(num_classes=dataset.num_classes, gates=setting, **arch_options(config.model))
@@ -124,6 +127,18 @@ def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
     run = Run(config, workdir, dataset, mesh, normalizer(dataset), models)
     run.abstract_variables(BASELINE)  # Refuses pictures that the network cannot take, before anything is written.
     return run
+
+
+def _normalized_as_trained(dataset: Dataset, workdirs: list[pathlib.Path]) -> Dataset:
+    """The data with the mean and deviation that a trained baseline was given, if one of these workdirs has one."""
+    for place in workdirs:
+        if has_checkpoint(place, BASELINE):
+            checkpoints = Checkpoints(place, BASELINE, dataset.describe())
+            mean, std = checkpoints.kept("mean"), checkpoints.kept("std")
+            checkpoints.close()
+            if mean and len(mean) == dataset.image_shape[-1]:
+                return dataclasses.replace(dataset, mean=mean, std=std)
+    return dataset
 
 
 def check_settings(config: ConfigDict, mesh: Mesh) -> None:

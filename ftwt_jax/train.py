@@ -59,6 +59,8 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
         estimate = choose_r(run, baseline, console)
         train_stage(run, GATED, console, lambda: init_gated(run, baseline), estimate["r"])
         evaluate_run(run, console)
+    elif run.dataset.skipped.names:
+        console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
     seconds = time.perf_counter() - started
     console.print(
         f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, markup=False, soft_wrap=True
@@ -171,6 +173,9 @@ class _Loop:
             batch = watch.next_batch(batches, newest)
             state, metrics = step_fn(state, put_batch(batch, self._run.mesh), r)
             pending.append(metrics)
+            if newest is not None:
+                # One step ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
+                newest.block_until_ready()
             newest = metrics["loss"]
             if step == start + 1:
                 # The first step compiles; the rate that is shown leaves it out.

@@ -27,7 +27,7 @@ from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.views import random_region
 
 SIDE = 224
-PICTURES = flags.DEFINE_string("pictures", "", "folder:PATH of pictures, as configs/folder.py takes it")
+PICTURES = flags.DEFINE_string("pictures", "", "folder with train/ and val/")
 BATCH = flags.DEFINE_integer("batch", 64, "pictures per batch")
 SECONDS = flags.DEFINE_float("seconds", 4.0, "length of a turn")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each")

@@ -7,8 +7,11 @@ import pytest
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.augment import crop_and_flip, make_augment
 from ftwt_jax.data.build import build_dataset, mean_and_std
+from ftwt_jax.data.pictures import Picture
 from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import ArraySource, Dataset
+from ftwt_jax.data.views import central_view
+from ftwt_jax.errors import UserError
 from ftwt_jax.sharding import data_mesh, split
 
 COUNT = 30
@@ -221,6 +224,27 @@ def test_processes_together_evaluate_every_example_once(numbered, processes, cou
             assert len(batch["label"]) == 8 // count
             counted += batch["label"][batch["weight"] == 1].tolist()
     assert sorted(counted) == list(range(COUNT))
+
+
+def test_pictures_in_memory_are_viewed_like_others_where_that_is_asked_for():
+    images = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3), np.uint8)
+    source = ArraySource(images, np.arange(6, dtype=np.int32))
+    dataset = build_dataset(source, source, [str(n) for n in range(6)], 4, "resized_crop")
+    assert next(train_batches(dataset, 6, 0))["image"].shape == (6, 4, 4, 3)
+    (batch,) = eval_batches(dataset, dataset.test, 6)
+    wanted = [central_view(Picture(image, 3), 4) for image in images]
+    np.testing.assert_array_equal(batch["image"], wanted)
+
+
+@pytest.mark.parametrize("augment", ["crop", "resized_crop"])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_refused(augment, label):
+    class Labelled(Numbered):
+        def __getitem__(self, index: int):
+            return super().__getitem__(index) | {"label": label if index == 7 else 0, "name": f"number {index}"}
+
+    with pytest.raises(UserError, match=f"number 7 has the label {label}, and there are 3 classes"):
+        build_dataset(Labelled(), Labelled(), ["a", "b", "c"], 8, augment)
 
 
 def test_a_set_of_its_own_is_two_sources_and_their_classes(one_by_one):

@@ -271,6 +271,13 @@ def test_what_is_trained_on_is_not_held_out(tmp_path):
     assert "both trained on and held out" in refused(tmp_path, train_split="train", test_split="train")
 
 
+@pytest.mark.parametrize("names", [("training", "validation"), ("Train", "Val")])
+def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):
+    write_splits(tmp_path, names)
+    assert "look like splits" in refused(tmp_path)
+    assert load(tmp_path, train_split=names[0], test_split=names[1]).class_names == CLASSES
+
+
 def test_a_held_out_part_alone_is_no_tree_of_classes(tmp_path):
     write_splits(tmp_path)
     shutil.rmtree(tmp_path / "train")

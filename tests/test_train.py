@@ -218,14 +218,44 @@ def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path):
 def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
-    newest = max((workdir / "checkpoints" / GATED).glob("[0-9]*"), key=lambda path: int(path.name))
-    for kept in newest.glob("dataset/*"):
-        kept.write_text(kept.read_text().replace('"train_size": 1347', '"train_size": 1340'))
+    edit_kept_data(workdir, GATED, '"train_size": 1347', '"train_size": 1340')
     config = json.loads((workdir / "config.json").read_text())
     config["gates"]["epochs"] = 3
     (workdir / "config.json").write_text(json.dumps(config))
     error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
     assert "1340 training pictures, and now there are 1347" in error
+
+
+def edit_kept_data(workdir: pathlib.Path, stage: str, old: str, new: str) -> None:
+    """Changes what the newest checkpoint says of the data it was trained on."""
+    newest = max((workdir / "checkpoints" / stage).glob("[0-9]*"), key=lambda path: int(path.name))
+    edited = 0
+    for kept in newest.glob("dataset/*"):
+        edited += kept.read_text().count(old)
+        kept.write_text(kept.read_text().replace(old, new))
+    assert edited == 1
+
+
+def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    edit_kept_data(workdir, GATED, '["0", "1"', '["1", "0"')
+    config = json.loads((workdir / "config.json").read_text())
+    config["gates"]["epochs"] = 3
+    (workdir / "config.json").write_text(json.dumps(config))
+    error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
+    assert "trained on other classes: '1' there, '0' here" in error
+
+
+def test_a_network_is_given_pictures_normalised_as_in_training(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    path, config = workdirs.load(str(workdir))
+    mean = make_run(config, path).dataset.mean[0]
+    edit_kept_data(workdir, BASELINE, f'"mean": [{mean}]', '"mean": [0.125]')
+    assert make_run(config, path).dataset.mean == [0.125]
+    config.init_from = str(workdir)
+    assert make_run(config, tmp_path / "new").dataset.mean == [0.125]
 
 
 def reached(workdir: pathlib.Path, stage: str, step: int) -> bool:

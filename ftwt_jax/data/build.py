@@ -10,7 +10,7 @@ import numpy as np
 
 from ftwt_jax.data.pictures import BrokenPictureError, Picture
 from ftwt_jax.data.skipped import Skipped
-from ftwt_jax.data.source import ArraySource, Dataset, Source
+from ftwt_jax.data.source import ArraySource, Dataset, Example, Source
 from ftwt_jax.data.views import central_view
 from ftwt_jax.errors import UserError, unknown_name
 
@@ -21,6 +21,8 @@ PADDING_SHARE = 8
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 MEMORY_SHARE = 0.5
+# Pictures dealt with in one go.
+CHUNK = 256
 # Up to so many large pictures are looked through before the start; of more, the broken ones turn up as they are read.
 MOST_CHECKED = 20_000
 
@@ -63,11 +65,11 @@ def build_dataset(
     shape = (image_size, image_size, channels)
     if augment == "resized_crop":
         if len(train) + len(test) <= MOST_CHECKED:
-            train, test = (_without_broken(source, channels, skipped) for source in (train, test))
+            train, test = (_without_broken(source, channels, len(class_names), skipped) for source in (train, test))
         mean, std = (values if channels == 3 else (sum(values) / 3,) for values in (IMAGENET_MEAN, IMAGENET_STD))
     else:
-        _check_memory(len(train) + len(test), shape)
-        train, test = (in_memory(source, shape, skipped) for source in (train, test))
+        check_memory(len(train) + len(test), shape)
+        train, test = (in_memory(source, shape, len(class_names), skipped) for source in (train, test))
         mean, std = mean_and_std(train.images)
     return Dataset(
         train=train,
@@ -86,25 +88,28 @@ def build_dataset(
 
 def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per channel, over uint8 [n, H, W, channels] scaled to [0, 1]; a deviation of 0 is given as 1."""
-    # Counting the 256 values is exact, and needs no copy of the pictures in another type.
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
-    shares = np.stack(counts) / counts[0].sum()
+    # Counting the 256 values is exact; a part at a time, since counting makes copies.
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), CHUNK):
+        part = images[start : start + CHUNK]
+        counts += [np.bincount(part[..., c].ravel(), minlength=256) for c in range(len(counts))]
+    shares = counts / counts[0].sum()
     values = np.arange(256) / 255
     mean = shares @ values
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
     return tuple(map(float, mean)), tuple(float(s) if s > 1e-6 else 1.0 for s in std)
 
 
-def in_memory(source: Source, shape: tuple[int, int, int], skipped: Skipped) -> ArraySource:
+def in_memory(source: Source, shape: tuple[int, int, int], classes: int, skipped: Skipped) -> ArraySource:
     """Decodes a whole source once to pictures of one size; those that cannot be decoded are left out."""
     if isinstance(source, ArraySource) and source.images.shape[1:] == shape:
         return source
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
-    def read(index: int, example: Any, picture: Picture) -> None:
+    def read(index: int, example: Example, picture: Picture) -> None:
         images[index] = central_view(picture, shape[0], central=1)
-        labels[index] = example["label"]
+        labels[index] = checked_label(example, classes)
 
     good = _each(source, shape[-1], skipped, read)
     return ArraySource(images, labels) if good.all() else ArraySource(images[good], labels[good])
@@ -124,9 +129,12 @@ class Selection:
         return self.source[int(self.indices[index])]
 
 
-def _without_broken(source: Source, channels: int, skipped: Skipped) -> Source:
-    # The coarsest scale is enough to see whether a file is whole.
-    good = _each(source, channels, skipped, lambda index, example, picture: picture.pixels(8))
+def _without_broken(source: Source, channels: int, classes: int, skipped: Skipped) -> Source:
+    def look(index: int, example: Example, picture: Picture) -> None:
+        checked_label(example, classes)
+        picture.pixels(8)  # The coarsest scale is enough to see whether a file is whole.
+
+    good = _each(source, channels, skipped, look)
     return source if good.all() else Selection(source, np.flatnonzero(good))
 
 
@@ -134,19 +142,20 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
     """Opens every picture, on all cores; bool [n]: which could be used."""
     good = np.ones(len(source), bool)
 
-    def work(index: int) -> tuple[int, str, str] | None:
-        example = source[index]
-        try:
-            use(index, example, Picture(example["image"], channels))
-        except BrokenPictureError as error:
-            return index, example.get("name", f"picture {index}"), str(error)
-        return None
+    def work(start: int) -> list[tuple[int, str, str]]:
+        broken = []
+        for index in range(start, min(start + CHUNK, len(source))):
+            example = source[index]
+            try:
+                use(index, example, Picture(example["image"], channels))
+            except BrokenPictureError as error:
+                broken.append((index, example.get("name", f"picture {index}"), str(error)))
+        return broken
 
     with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
         try:
-            for found in pool.map(work, range(len(source))):
-                if found is not None:
-                    index, name, reason = found
+            for broken in pool.map(work, range(0, len(source), CHUNK)):
+                for index, name, reason in broken:
                     good[index] = False
                     skipped.add(name, reason)
         except BaseException:
@@ -155,7 +164,18 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
     return good
 
 
-def _check_memory(count: int, shape: tuple[int, int, int]) -> None:
+def checked_label(example: Example, classes: int) -> int:
+    """The label of an example; raises `UserError` if it is none of the classes."""
+    label = int(example["label"])
+    if not 0 <= label < classes:
+        raise UserError(
+            f"{example.get('name', 'a picture')} has the label {label}, and there are {classes} classes: a split "
+            "without labels is of no use; choose others with config.data.train_split and config.data.test_split"
+        )
+    return label
+
+
+def check_memory(count: int, shape: tuple[int, int, int]) -> None:
     needed = count * int(np.prod(shape))
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > MEMORY_SHARE * installed:

@@ -1,18 +1,19 @@
 """Fashion-MNIST: 60,000 grey pictures of clothes to train on, 10,000 held out (Xiao et al. 2017)."""
 
 import gzip
+import os
 import pathlib
 import zlib
 
 import numpy as np
 
 from ftwt_jax.data import tfds_sets
-from ftwt_jax.data.build import build_dataset, in_memory
+from ftwt_jax.data.build import build_dataset, check_memory, in_memory
 from ftwt_jax.data.skipped import Skipped
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
 
-SIDE = 28
+SIDE, TOTAL = 28, 70_000
 # Where Debian's package `dataset-fashion-mnist` puts its files.
 PACKAGE = pathlib.Path("/usr/share/datasets/fashion-mnist")
 TRAIN, TEST = "train", "t10k"
@@ -35,12 +36,16 @@ def load_fashion_mnist(
     """
     if image_size < SIDE:
         raise UserError(f"Fashion-MNIST has {SIDE}x{SIDE} pixels: config.data.image_size must be at least {SIDE}")
-    folder = pathlib.Path(data_dir).expanduser() if data_dir else PACKAGE
+    check_memory(TOTAL, (image_size, image_size, 1))
+    folder = pathlib.Path(os.path.expanduser(data_dir)) if data_dir else PACKAGE
     if _path(folder, TRAIN, "images").exists():
         parts = [_read_split(folder, split) for split in (TRAIN, TEST)]
     elif tfds_sets.is_prepared(TFDS_NAME, data_dir):
         sources = tfds_sets.open_sources(TFDS_NAME, data_dir=data_dir)
-        parts = [in_memory(source, (SIDE, SIDE, 1), Skipped(len(source))) for source in (sources.train, sources.test)]
+        parts = [
+            in_memory(source, (SIDE, SIDE, 1), len(CLASSES), Skipped(len(source)))
+            for source in (sources.train, sources.test)
+        ]
     else:
         raise UserError(
             f"Fashion-MNIST is neither in {folder} nor prepared by TFDS: `apt-get install dataset-fashion-mnist`, or "

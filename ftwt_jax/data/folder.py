@@ -13,6 +13,7 @@ from ftwt_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 TRAIN, HELD_OUT = "train", ("val", "test")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class Entry(NamedTuple):
@@ -57,7 +58,7 @@ def load_folder(
     Raises:
       UserError: no such folder, no pictures, fewer than two classes, or other classes in one split than in the other.
     """
-    root = pathlib.Path(place).expanduser()
+    root = pathlib.Path(os.path.expanduser(place))
     if not place or not root.is_dir():
         raise UserError(f"no folder of pictures at {place!r}: config.data.name=folder:PATH names one")
     root = root.absolute()
@@ -71,6 +72,11 @@ def load_folder(
         train, test = (_entries(split, names) for split in splits)
     else:
         names = _class_names(root)
+        if {name.lower() for name in names} <= SPLIT_NAMES:
+            raise UserError(
+                f"the folders {', '.join(names)} of {root} look like splits, not classes: name them with "
+                "config.data.train_split and config.data.test_split"
+            )
         train, test = _divide(_entries(root, names), test_fraction)
     sources = FileSource(train), FileSource(test)
     return build_dataset(*sources, class_names=names, image_size=image_size, augment=augment, flip=flip)

@@ -72,7 +72,7 @@ class Picture:
 
         Args:
           reduction: 1, 2, 4 or 8: a JPEG may be decoded at this fraction of its size; others come whole.
-          fast: take the quickest of a JPEG decoder's ways, whose values are a little off: good enough to train on.
+          fast: spread a JPEG's colours over its pixels the quick way, without smoothing: good enough to train on.
 
         Raises:
           BrokenPictureError: the file is cut off or damaged.
@@ -85,7 +85,7 @@ class Picture:
             try:
                 kind = "GRAY" if self._channels == GREY else "RGB"
                 least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
-                pixels = simplejpeg.decode_jpeg(self._encoded, kind, fastdct=fast, fastupsample=fast, **least)
+                pixels = simplejpeg.decode_jpeg(self._encoded, kind, fastupsample=fast, **least)
             except ValueError:
                 # What strict decoding refuses may still be whole.
                 pixels = _to_array(Image.open(io.BytesIO(self._encoded)), self._channels)

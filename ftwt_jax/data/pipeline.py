@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from ftwt_jax.data.build import threads
+from ftwt_jax.data.build import checked_label, threads
 from ftwt_jax.data.pictures import BrokenPictureError, Picture
 from ftwt_jax.data.source import ArraySource, Dataset, Source
 from ftwt_jax.data.views import central_view, random_view
@@ -49,8 +49,11 @@ def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.Dataset
         batch, missing = read(indices, positions)
         while missing.any():
             # In the place of a picture that cannot be decoded stands the next one that can.
-            indices = np.where(missing, (indices + 1) % len(dataset.train), indices)
-            batch, missing = read(indices, positions)
+            places = np.flatnonzero(missing)
+            indices[places] = (indices[places] + 1) % len(dataset.train)
+            others, missing[places] = read(indices[places], positions[places])
+            for key, values in others.items():
+                batch[key][places] = values
         return batch | {"index": indices.astype(np.int32), "position": positions.astype(np.uint32)}
 
     batches = mine.batch(share, drop_remainder=True, batch_fn=gather)
@@ -87,7 +90,7 @@ def _reader(
     dataset: Dataset, source: Source, view: Callable[[Picture, int], np.ndarray]
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Batch, np.ndarray]]:
     """A function from indices and positions, int64 [B], to a batch and bool [B]: which pictures cannot be decoded."""
-    if isinstance(source, ArraySource):
+    if isinstance(source, ArraySource) and not dataset.resized_crop:
         return lambda indices, positions: (
             {"image": source.images[indices], "label": source.labels[indices].astype(np.int32)},
             np.zeros(len(indices), bool),
@@ -104,7 +107,7 @@ def _reader(
         def work(part: int) -> None:
             for place in range(part, len(indices), workers):
                 example = source[int(indices[place])]
-                labels[place] = example["label"]
+                labels[place] = checked_label(example, dataset.num_classes)
                 try:
                     images[place] = view(Picture(example["image"], dataset.image_shape[-1]), int(positions[place]))
                 except BrokenPictureError as error:

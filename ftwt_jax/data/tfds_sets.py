@@ -6,6 +6,7 @@ import os
 import shlex
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from ftwt_jax.data.build import build_dataset
@@ -89,6 +90,8 @@ def open_sources(
     name: str, train_split: str | None = None, test_split: str | None = None, data_dir: str | None = None
 ) -> Sources:
     """Opens both splits of a prepared data set; raises `UserError` as `load_tfds` does."""
+    # Where TensorFlow is installed, paths such as gs:// would be opened by it.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     import tensorflow_datasets as tfds
 
     builder = _builder(name, data_dir)
@@ -187,7 +190,8 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
             raise UserError(f"{PREFIX}{name} cannot be prepared: {_one_line(error)}") from error
     builder = _builder(name, data_dir)
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-    console.print(f"{PREFIX}{name} is prepared in {builder.data_dir}: {sizes}", highlight=False, soft_wrap=True)
+    done = f"{PREFIX}{name} is prepared in {builder.data_dir}: {sizes}"
+    console.print(done, highlight=False, markup=False, soft_wrap=True)
 
 
 def _convert(builder: Any) -> None:
@@ -250,7 +254,8 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
     features, supervised = builder.info.features, builder.info.supervised_keys
     image, label = supervised if supervised and len(supervised) == 2 else ("image", "label")
     wanted = {image: tfds.features.Image, label: tfds.features.ClassLabel}
-    if not all(key in features and isinstance(features[key], kind) for key, kind in wanted.items()):
+    fits = all(key in features and isinstance(features[key], kind) for key, kind in wanted.items())
+    if not fits or features[image].np_dtype not in (np.uint8, np.uint16):
         raise UserError(f"{PREFIX}{name} is no set of pictures with classes: it has {', '.join(features)}")
     return image, label
 
