@@ -19,7 +19,7 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.pictures import Picture
 from ftwt_jax.data.source import Dataset, Source
 from ftwt_jax.errors import UserError
-from tests.conftest import Program, fails, read_metrics
+from tests.conftest import ROOT, Program, fails, read_metrics
 
 # One worker runs all of this file, so that the sets are built once.
 pytestmark = pytest.mark.xdist_group("tfds")
@@ -37,55 +37,6 @@ TRAIN = (
     "--config.baseline.epochs=1",
     "--config.gates.epochs=1",
 )
-BUILDERS = f"""
-import sys
-import numpy as np
-import tensorflow_datasets as tfds
-
-FOLDER = sys.argv[1]
-WRITTEN = np.load(f"{{FOLDER}}/written.npz")
-
-
-class FtwtShades(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-    SPLITS, IMAGE, LABEL = ("train", "test"), "image", "label"
-    FEATURES = {{
-        "image": tfds.features.Image(shape=({SIDE}, {SIDE}, 3)),
-        "label": tfds.features.ClassLabel(names={CLASSES}),
-    }}
-
-    def _info(self):
-        features = tfds.features.FeaturesDict(self.FEATURES)
-        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=(self.IMAGE, self.LABEL))
-
-    def _split_generators(self, downloads):
-        return {{split: self._generate_examples(split) for split in self.SPLITS}}
-
-    def _generate_examples(self, split):
-        for key, (image, label) in enumerate(zip(WRITTEN[f"{{split}}_images"], WRITTEN[f"{{split}}_labels"])):
-            yield key, {{self.IMAGE: image[..., :self.FEATURES[self.IMAGE].shape[-1]], self.LABEL: label}}
-
-
-class FtwtUndivided(FtwtShades):
-    "Grey, one split, classes without names, and features that are called otherwise."
-    SPLITS, IMAGE, LABEL = ("train",), "photo", "kind"
-    FEATURES = {{
-        "photo": tfds.features.Image(shape=({SIDE}, {SIDE}, 1)),
-        "kind": tfds.features.ClassLabel(num_classes={len(CLASSES)}),
-    }}
-
-
-class FtwtWords(FtwtShades):
-    FEATURES = {{"image": tfds.features.Text(), "label": tfds.features.ClassLabel(names={CLASSES})}}
-
-    def _generate_examples(self, split):
-        yield 0, {{"image": "a word", "label": 0}}
-
-
-for builder in (FtwtShades, FtwtUndivided, FtwtWords):
-    builder(data_dir=f"{{FOLDER}}/array_record", file_format="array_record").download_and_prepare()
-FtwtShades(data_dir=f"{{FOLDER}}/tfrecord").download_and_prepare()
-"""
 # What a machine without TensorFlow is: a package that no path holds.
 WITHOUT_TENSORFLOW = """
 import importlib.machinery
@@ -164,7 +115,7 @@ def written(program, tmp_path_factory) -> Written:
         f"{split}_labels": labels[split] for split in SIZES
     }
     np.savez(folder / "written.npz", **arrays)
-    python(program, BUILDERS, folder)
+    python(program, (ROOT / "tests" / "build_shades.py").read_text(), folder)
     return Written(images, labels, folder / "array_record", folder / "tfrecord")
 
 
