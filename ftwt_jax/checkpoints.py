@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -114,19 +114,16 @@ class Checkpoints:
             self._check_shapes(step, variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
 
-    def kept(self, field: str) -> Any:
-        """What the newest checkpoint keeps of its data, see `Dataset.describe`; None if there is no such thing."""
-        step = self.latest_step()
-        return None if step is None else self._kept(step, field)
-
-    def _kept(self, step: int, field: str) -> Any:
+    def kept_dataset(self, step: int | None = None) -> dict[str, Any]:
+        """What a checkpoint (the newest) keeps of its data, see `Dataset.describe`; empty if it keeps nothing."""
+        step = self.latest_step() if step is None else step
         if not (self.path / str(step) / DATASET).is_dir():
-            return None
-        return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET].get(field)
+            return {}
+        return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]
 
     def _check_size(self, step: int) -> None:
         """Raises `UserError` if an epoch now has another length, so that the input position means nothing."""
-        kept, here = self._kept(step, "train_size"), self._dataset["train_size"]
+        kept, here = self.kept_dataset(step).get("train_size"), self._dataset["train_size"]
         if kept not in (None, here):
             raise UserError(
                 f"{self.path / str(step)} was written while there were {kept} training pictures, and now there are "
@@ -135,7 +132,7 @@ class Checkpoints:
 
     def _check_classes(self, step: int) -> None:
         """Raises `UserError` if the network was trained to tell other classes apart, or the same in another order."""
-        kept, here = self._kept(step, "class_names"), self._dataset["class_names"]
+        kept, here = self.kept_dataset(step).get("class_names"), self._dataset["class_names"]
         if kept and here and kept != here:
             differing = [f"{old!r} there, {new!r} here" for old, new in zip(kept, here, strict=False) if old != new]
             first = differing[0] if differing else f"{len(kept)} classes there, {len(here)} here"
@@ -177,7 +174,7 @@ class Checkpoints:
 
 def _reason(error: Exception) -> str:
     """The error on one line; of a long one, how it begins and, where the system's own words stand, how it ends."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 240 else f"{text[:100]} ... {text[-120:]}"
 
 

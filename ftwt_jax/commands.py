@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.errors import UserError, one_line, unknown_name
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -154,12 +154,12 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
             _check_fields(without.config, overrides)
         return _parse(name, arguments) if overrides else without
     except flags.Error as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     except UserError:
         raise
     except Exception as error:
         # The config file is anybody's code, and ml_collections lets whatever it raises through as it is.
-        raise UserError(f"bad config: {type(error).__name__}: {_one_line(error)}") from error
+        raise UserError(f"bad config: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
@@ -186,10 +186,6 @@ def _check_fields(config: ConfigDict, overrides: list[str]) -> None:
             if key not in known:
                 raise unknown_name("config field", key, known)
             node = node[key]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _find_config(arguments: list[str]) -> list[str]:

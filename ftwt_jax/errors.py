@@ -15,6 +15,11 @@ class SkippedPictureWarning(UserWarning):
     """A picture was left out; the message, on one line, says which and why."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not one of `known`: gives the nearest one and the whole list."""
     choices = list(known)

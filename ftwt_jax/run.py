@@ -134,10 +134,10 @@ def _normalized_as_trained(dataset: Dataset, workdirs: list[pathlib.Path]) -> Da
     for place in workdirs:
         if has_checkpoint(place, BASELINE):
             checkpoints = Checkpoints(place, BASELINE, dataset.describe())
-            mean, std = checkpoints.kept("mean"), checkpoints.kept("std")
+            kept = checkpoints.kept_dataset()
             checkpoints.close()
-            if mean and len(mean) == dataset.image_shape[-1]:
-                return dataclasses.replace(dataset, mean=mean, std=std)
+            if kept and len(kept["mean"]) == dataset.image_shape[-1]:
+                return dataclasses.replace(dataset, mean=kept["mean"], std=kept["std"])
     return dataset
 
 

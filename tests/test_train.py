@@ -215,17 +215,6 @@ def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
-def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(tiny_run[0], workdir)
-    edit_kept_data(workdir, GATED, '"train_size": 1347', '"train_size": 1340')
-    config = json.loads((workdir / "config.json").read_text())
-    config["gates"]["epochs"] = 3
-    (workdir / "config.json").write_text(json.dumps(config))
-    error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
-    assert "1340 training pictures, and now there are 1347" in error
-
-
 def edit_kept_data(workdir: pathlib.Path, stage: str, old: str, new: str) -> None:
     """Changes what the newest checkpoint says of the data it was trained on."""
     newest = max((workdir / "checkpoints" / stage).glob("[0-9]*"), key=lambda path: int(path.name))
@@ -236,14 +225,23 @@ def edit_kept_data(workdir: pathlib.Path, stage: str, old: str, new: str) -> Non
     assert edited == 1
 
 
-def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(tiny_run[0], workdir)
-    edit_kept_data(workdir, GATED, '["0", "1"', '["1", "0"')
+def refused_to_go_on(program, finished: pathlib.Path, workdir: pathlib.Path, old: str, new: str) -> str:
+    """What `train` says to a finished run that is to go on, but whose checkpoint tells of other data."""
+    shutil.copytree(finished, workdir)
+    edit_kept_data(workdir, GATED, old, new)
     config = json.loads((workdir / "config.json").read_text())
     config["gates"]["epochs"] = 3
     (workdir / "config.json").write_text(json.dumps(config))
-    error = program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
+    return program.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=3", status=2)
+
+
+def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
+    error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '"train_size": 1347', '"train_size": 1340')
+    assert "1340 training pictures, and now there are 1347" in error
+
+
+def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
+    error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '["0", "1"', '["1", "0"')
     assert "trained on other classes: '1' there, '0' here" in error
 
 

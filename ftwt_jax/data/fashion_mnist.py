@@ -72,7 +72,12 @@ def _read_idx(path: pathlib.Path) -> np.ndarray:
 
 def _read_split(folder: pathlib.Path, split: str) -> ArraySource:
     images, labels = (_read_idx(_path(folder, split, kind)) for kind in ("images", "labels"))
-    if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or labels.shape != images.shape[:1] or labels.max() > 9:
+    if (
+        images.ndim != 3
+        or images.shape[1:] != (SIDE, SIDE)
+        or labels.shape != images.shape[:1]
+        or labels.max() >= len(CLASSES)
+    ):
         raise UserError(
             f"{folder} does not hold Fashion-MNIST: {split} has {images.shape} pictures {labels.shape} labels"
         )

@@ -8,7 +8,9 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
-GREY, COLOUR = 1, 3
+from ftwt_jax.errors import one_line
+
+GREY = 1
 # What may be opened: Pillow knows other formats, some of which run programs of their own.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A JPEG with several pictures, as some cameras write it, counts as its first.
@@ -114,4 +116,4 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "no picture"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

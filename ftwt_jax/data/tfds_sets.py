@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ftwt_jax.data.build import build_dataset
 from ftwt_jax.data.source import Dataset, Example, Source
-from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.errors import UserError, one_line, unknown_name
 
 PREFIX = "tfds:"
 FORMAT = "array_record"
@@ -136,7 +136,7 @@ def _pieces(builder: Any, name: str, split: str) -> list[Piece]:
         parts = builder.info.splits[split].file_instructions
     except (ValueError, KeyError, AssertionError) as error:
         known = ", ".join(builder.info.splits)
-        raise UserError(f"{PREFIX}{name} has no split {split!r}: {_one_line(error)}; its splits: {known}") from None
+        raise UserError(f"{PREFIX}{name} has no split {split!r}: {_shortened(error)}; its splits: {known}") from None
     counts = ((part, part.examples_in_shard if part.take == -1 else part.take) for part in parts)
     pieces = [Piece(str(part.filename), part.skip, part.skip + count) for part, count in counts if count > 0]
     if not pieces:
@@ -156,7 +156,7 @@ def _check_apart(builder: Any, name: str, train: str, test: str) -> None:
 
 
 def _damaged(name: str, error: Exception) -> UserError:
-    return UserError(f"{name} cannot be read: {_one_line(error)}; delete the data set's folder and prepare it again")
+    return UserError(f"{name} cannot be read: {_shortened(error)}; delete the data set's folder and prepare it again")
 
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
@@ -187,7 +187,7 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
                 builder.download_and_prepare(file_format=FORMAT)
         except Exception as error:
             # The data set's own code runs here: downloads, archives, checksums, instructions for manual downloads.
-            raise UserError(f"{PREFIX}{name} cannot be prepared: {_one_line(error)}") from error
+            raise UserError(f"{PREFIX}{name} cannot be prepared: {_shortened(error)}") from error
     builder = _builder(name, data_dir)
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
     done = f"{PREFIX}{name} is prepared in {builder.data_dir}: {sizes}"
@@ -240,7 +240,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
             raise UserError(
                 f"{PREFIX}{name} is not prepared: run `{prepare_command(name, data_dir)}`; {NEEDS}"
             ) from None
-        raise UserError(f"{PREFIX}{name} cannot be opened: {_one_line(error)}") from None
+        raise UserError(f"{PREFIX}{name} cannot be opened: {_shortened(error)}") from None
 
 
 def _prepared(builder: Any) -> bool:
@@ -260,6 +260,6 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
     return image, label
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+def _shortened(error: BaseException) -> str:
+    text = one_line(error)
     return text if len(text) <= 600 else f"{text[:600]} ..."
