@@ -15,6 +15,10 @@ class SkippedPictureWarning(UserWarning):
     """A picture was left out; the message, on one line, says which and why."""
 
 
+class WeightsWarning(UserWarning):
+    """Imported weights are not all as they were; the message, on one line, says which."""
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line; its kind if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -66,7 +66,8 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
       gates: settings of the gates; None: the dense network. Parameters have the same names in both, the gated network
         only adds its heads.
       **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50 default to `imagenet`,
-        MobileNets to `cifar`); `plan` (VGG: filters per unit, "M" for a pool); `dtype` of the computation.
+        MobileNets to `cifar`; MobileNetV2 also takes `published`, the CIFAR network of the authors' code); `plan` (VGG:
+        filters per unit, "M" for a pool); `dtype` of the computation.
 
     Raises:
       UserError: unknown name or option, or a value outside its range.
@@ -83,8 +84,9 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
     for option in arch:
         if option not in _options(name, build):
             raise unknown_name(f"{name} option", option, _options(name, build))
-    if "stem" in arch and arch["stem"] not in STEMS:
-        raise unknown_name("stem", arch["stem"], STEMS)
+    stems = (*STEMS, "published") if name == "mobilenet_v2" else STEMS
+    if "stem" in arch and arch["stem"] not in stems:
+        raise unknown_name("stem", arch["stem"], stems)
     width = arch.get("width", 1.0)
     if not isinstance(width, (int, float, np.number)) or not 0 < width < math.inf:
         raise UserError(f"width multiplies the number of filters and must be positive and finite; got {width!r}")

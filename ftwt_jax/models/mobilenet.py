@@ -13,10 +13,10 @@ from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 # (filters, stride) of each depthwise-separable pair.
 V1_PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
-# (expansion, filters, blocks, stride) of each stage; stride of the second stage: 1 on CIFAR, 2 on ImageNet.
+# (expansion, filters, blocks, stride) of each stage on ImageNet.
 V2_STAGES = (
     (1, 16, 1, 1),
-    (6, 24, 2, None),
+    (6, 24, 2, 2),
     (6, 32, 3, 2),
     (6, 64, 4, 2),
     (6, 96, 3, 1),
@@ -70,19 +70,18 @@ class InvertedResidual(nn.Module):
     strides: int
     skip_unit_expansion: bool
     projection: bool
-    act: Any
     gates: GateConfig | None = None
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Activations, train: bool = False) -> Activations:
-        unit = functools.partial(GatedUnit, gates=self.gates, dtype=self.dtype)
+        unit = functools.partial(GatedUnit, act=nn.relu6, gates=self.gates, dtype=self.dtype)
         inputs = x.values.shape[-1]
         hidden = inputs * self.expansion
         y = x
         if not (self.skip_unit_expansion and self.expansion == 1):
-            y = unit(hidden, kernel_size=1, act=self.act, name="expand")(y, train)
-        y = unit(hidden, strides=self.strides, groups=hidden, act=self.act, name="depthwise")(y, train)
+            y = unit(hidden, kernel_size=1, name="expand")(y, train)
+        y = unit(hidden, strides=self.strides, groups=hidden, name="depthwise")(y, train)
         y = unit(self.features, kernel_size=1, act=None, name="project")(y, train)
         if self.strides != 1:
             return y
@@ -94,7 +93,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Inverted residuals. ImageNet's shrinks more, uses ReLU6, and has no projection shortcuts."""
+    """Inverted residuals with ReLU6.
+
+    Attributes:
+      stem: `imagenet`; `cifar`: fewer strides, and projection shortcuts where only the number of channels changes: the
+        network of the authors' published total at width 1; `published`: the CIFAR network that the authors' code holds,
+        without those shortcuts and with a stride less, the one of their total at width .5. The last two are told apart
+        by their parameters as well: `cifar` runs variables that hold no projection as `published`.
+    """
 
     num_classes: int
     gates: GateConfig | None = None
@@ -106,25 +112,26 @@ class MobileNetV2(nn.Module):
     def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
         imagenet = self.stem == "imagenet"
-        x = start(images, control, shrinks=32 if imagenet else 8)
-        act = nn.relu6 if imagenet else nn.relu
-        unit = functools.partial(GatedUnit, act=act, gates=self.gates, dtype=self.dtype)
+        projection = self.stem == "cifar" and self._has_projections()
+        x = start(images, control, shrinks=32 if imagenet else 8 if projection else 4)
+        unit = functools.partial(GatedUnit, act=nn.relu6, gates=self.gates, dtype=self.dtype)
 
         def filters(features: int) -> int:
             return divisible(features * self.width) if imagenet else scaled(features, self.width)
 
         x = unit(filters(32), strides=2 if imagenet else 1, name="stem")(x, train)
         index = 0
-        for expansion, features, blocks, first_stride in V2_STAGES:
-            strides = first_stride or (2 if imagenet else 1)
+        unstrided = () if imagenet else (1,) if projection else (1, 2)
+        for stage, (expansion, features, blocks, strides) in enumerate(V2_STAGES):
+            if stage in unstrided:
+                strides = 1
             for block in range(blocks):
                 x = InvertedResidual(
                     filters(features),
                     expansion,
                     1 if block else strides,
                     skip_unit_expansion=imagenet,
-                    projection=not imagenet,
-                    act=act,
+                    projection=projection,
                     gates=self.gates,
                     dtype=self.dtype,
                     name=f"block{index}",
@@ -133,3 +140,9 @@ class MobileNetV2(nn.Module):
         last = max(1280, filters(1280)) if imagenet else filters(1280)
         x = unit(last, kernel_size=1, name="last")(x, train)
         return Classifier(self.num_classes, counted_pool=False, dtype=self.dtype, name="classifier")(x)
+
+    def _has_projections(self) -> bool:
+        """Whether the variables at hand are of the CIFAR network with projection shortcuts; those made anew are."""
+        if self.is_initializing() or scaled(32, self.width) == scaled(16, self.width):
+            return True
+        return "shortcut" in self.variables["params"].get("block0", {})

@@ -1,0 +1,1 @@
+"""Weights from and to PyTorch: files, names and arrays."""

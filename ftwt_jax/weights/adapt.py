@@ -1,0 +1,70 @@
+"""Fits a trained network to pictures with other channels, or to other classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ftwt_jax.gates import HEAD_NAME
+from ftwt_jax.units import Classifier
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+CLASSIFIER = ("params", "classifier", "dense")
+# The unit that sees the pictures, by the two names that the networks here have for it.
+FIRST_UNITS = ("stem", "unit0")
+RGB = 3
+
+
+def can_adapt(path: Path, have: Shape, need: Shape) -> bool:
+    """Whether `adapt` brings an array of the one shape to the other."""
+    if path[:3] == CLASSIFIER:
+        return have[:-1] == need[:-1]
+    axis = channel_axis(path)
+    if axis is None or len(have) != len(need):
+        return False
+    return have[axis] == RGB and need == (*have[:axis], 1, *have[axis + 1 :])
+
+
+def channel_axis(path: Path) -> int | None:
+    """Axis of an array that counts the channels of the pictures; None if none does."""
+    if path[1] not in FIRST_UNITS or path[-1] != "kernel":
+        return None
+    return 0 if HEAD_NAME in path else 2
+
+
+def adapt(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> tuple[dict[str, Any], list[str]]:
+    """Variables of the given shapes from those of the same network for other classes, or for RGB.
+
+    A classifier of another size is made anew. From RGB to grey, kernels are summed over the channels, which equals
+    showing the old network the grey picture in all three.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}.
+      shapes: what is wanted, by path; other differences than those above are left as they are.
+
+    Returns:
+      The variables, and a sentence for each thing that was done.
+    """
+    arrays, notes = dict(flatten_dict(variables)), []
+    kernel = (*CLASSIFIER, "kernel")
+    features, classes = shapes[kernel]
+    if arrays[kernel].shape[1] != classes:
+        notes.append(f"it tells {arrays[kernel].shape[1]} classes apart, not {classes}: its classifier was made anew")
+        fresh = Classifier(classes).init(jax.random.key(0), jnp.zeros((1, 1, 1, features)))["params"]["dense"]
+        arrays |= {(*CLASSIFIER, leaf): value for leaf, value in fresh.items()}
+    summed = [path for path in shapes if channel_axis(path) is not None and arrays[path].shape != shapes[path]]
+    for path in summed:
+        arrays[path] = arrays[path].sum(axis=channel_axis(path), keepdims=True)
+    if summed:
+        notes.append("the pictures are grey and it was trained on RGB: the kernels of its first unit were summed")
+    return unflatten_dict(arrays), notes
+
+
+def has_fresh_classifier(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> bool:
+    """Whether `adapt` makes the classifier anew for these shapes."""
+    kernel = (*CLASSIFIER, "kernel")
+    return flatten_dict(variables)[kernel].shape != shapes[kernel]

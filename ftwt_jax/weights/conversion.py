@@ -1,0 +1,86 @@
+"""What our variables cannot hold of an imported state dict, kept so that it leaves bit for bit as it came."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from ftwt_jax.errors import UserError
+from ftwt_jax.weights.files import read_checkpoint, write_safetensors
+from ftwt_jax.weights.source import Arrays, Source
+from ftwt_jax.weights.state import Variables, export_state, layout_called
+
+FILE = "conversion.safetensors"
+COUNTER, REST = "counter/", "rest/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """The names that a state dict had, and what is left over of its values.
+
+    Attributes:
+      layout, gated: which names they were.
+      prefix: what stood before all of them.
+      names: all of them, without the prefix.
+      counters: batch norm's counts of batches.
+      rests: by name, what is to be added to the bits of a gate head's kernel that was divided on its way in and
+        multiplied on its way out, for that rounds.
+    """
+
+    layout: str
+    gated: bool
+    prefix: str
+    names: tuple[str, ...]
+    counters: Arrays
+    rests: Arrays
+
+    @classmethod
+    def of(cls, source: Source, model: nn.Module, variables: Variables, layout: Any) -> "Conversion":
+        """What is left over of a state dict from which these variables were made."""
+        back = export_state(model, variables, layout)
+        rests = {}
+        for name, array in source.arrays.items():
+            if name in back and array.shape == back[name].shape and not np.array_equal(array, back[name]):
+                rest = _bits(array) - _bits(back[name])
+                rests[name] = rest.astype(np.int8) if np.abs(rest).max() < 128 else rest
+        return cls(layout.name, layout.gated, source.prefix, tuple(source.arrays), source.counters, rests)
+
+    def restore(self, model: nn.Module, variables: Variables) -> Arrays:
+        """The state dict that was imported, from the variables that were made of it."""
+        found = export_state(model, variables, layout_called(model, self.layout, self.gated))
+        arrays = {name: found[name] for name in self.names if name in found}
+        for name, rest in self.rests.items():
+            if name in arrays and arrays[name].shape == rest.shape:
+                arrays[name] = (_bits(arrays[name]) + rest.astype(np.int32)).view(np.float32)
+        return {self.prefix + name: array for name, array in {**arrays, **self.counters}.items()}
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes the record into a workdir."""
+        arrays = {COUNTER + name: array for name, array in self.counters.items()}
+        arrays |= {REST + name: array for name, array in self.rests.items()}
+        facts = {"layout": self.layout, "gated": self.gated, "prefix": self.prefix, "names": self.names}
+        write_safetensors(folder / FILE, arrays, {"conversion": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "Conversion | None":
+        """The record of a workdir; None if its network was not imported."""
+        if not (folder / FILE).exists():
+            return None
+        arrays, metadata = read_checkpoint(folder / FILE)
+        try:
+            facts = json.loads(metadata["conversion"])
+            names = tuple(facts["names"])
+            parts = (
+                {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+                for kind in (COUNTER, REST)
+            )
+            return cls(facts["layout"], facts["gated"], facts["prefix"], names, *parts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / FILE} is no record of a conversion: {error!r}; remove it") from None
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32).view(np.int32)

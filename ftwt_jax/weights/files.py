@@ -1,0 +1,86 @@
+"""Files of weights. They come from strangers: nothing that one of them says is ever run."""
+
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ftwt_jax.errors import UserError, one_line
+
+SAFETENSORS = ".safetensors"
+
+
+def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Reads a checkpoint: `.safetensors`, or whatever else `torch.save` wrote.
+
+    Returns:
+      Names to arrays, or what a PyTorch checkpoint holds beside them; and the metadata of a safetensors file.
+
+    Raises:
+      UserError: the file is missing, broken, holds more than data, or needs PyTorch, which is not installed.
+    """
+    if not path.is_file():
+        what = "is a folder: name the file in it" if path.is_dir() else "is not there"
+        raise UserError(f"checkpoint {path} {what}")
+    return _read_safetensors(path) if path.suffix == SAFETENSORS else (_read_torch(path), {})
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is no whole safetensors file: {one_line(error)}") from None
+
+
+def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"reading {path.name} needs PyTorch: pip install -e '.[convert]'; a {SAFETENSORS} file does not"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of old formats, and of archives that are refused just below.
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The reader of a broken file fails in any way: KeyError, EOFError, RuntimeError, ...
+        named = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
+        if named:
+            raise UserError(
+                f"checkpoint {path} is refused: it holds {named[1]}, which is no tensor and could run code; save the "
+                "state_dict alone, as safetensors or by torch.save(model.state_dict(), FILE)"
+            ) from None
+        reason = one_line(error).split(". ")[0]
+        raise UserError(f"checkpoint {path} cannot be read by torch.load(weights_only=True): {reason}") from None
+    if not isinstance(found, Mapping):
+        raise UserError(f"checkpoint {path} holds a {type(found).__name__}: save a state_dict, names to tensors")
+    return found
+
+
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes arrays by name; the file appears whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        save_file(dict(arrays), temporary, metadata={"format": "pt", **metadata})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    finally:
+        if temporary:
+            pathlib.Path(temporary).unlink(missing_ok=True)

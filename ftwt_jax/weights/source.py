@@ -1,0 +1,68 @@
+"""A PyTorch state dict in whatever checkpoint it came in."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ftwt_jax.errors import UserError
+from ftwt_jax.weights.names import HEAD
+
+Arrays = dict[str, np.ndarray]
+
+# What wrappers of training put before every name.
+PREFIXES = ("module.", "_orig_mod.")
+# Where checkpoints keep the state dict among other things.
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+# Batch norm's count of batches: PyTorch needs it only where the momentum is None.
+COUNTER = "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A state dict as it was given: its arrays by their bare names, and what surrounded them."""
+
+    arrays: Arrays
+    prefix: str
+    counters: Arrays
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it holds gate heads."""
+        return any(f"{HEAD}." in name for name in self.arrays)
+
+
+def read_state(state: Mapping[str, Any]) -> Source:
+    """Takes a state dict out of whatever checkpoint it came in.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"a state_dict maps names to arrays; got {type(state).__name__}")
+    for key in WRAPPERS:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    tensors = {str(name): value for name, value in state.items() if hasattr(value, "shape")}
+    if not tensors:
+        raise UserError(f"there are no tensors in it, but {', '.join(map(str, state)) or 'nothing'}: give a state_dict")
+    prefix = ""
+    while found := next((p for p in PREFIXES if all(name.startswith(prefix + p) for name in tensors)), ""):
+        prefix += found
+    arrays = {name.removeprefix(prefix): _array(name, value) for name, value in tensors.items()}
+    counters = {name: array for name, array in arrays.items() if name.endswith(COUNTER)}
+    return Source({name: array for name, array in arrays.items() if name not in counters}, prefix, counters)
+
+
+def _array(name: str, tensor: Any) -> np.ndarray:
+    """A tensor of PyTorch, NumPy or JAX as a NumPy array; floats become float32."""
+    try:
+        if hasattr(tensor, "detach"):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+        array = np.asarray(tensor)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"tensor {name} is no plain array: {error}") from None
+    return array.astype(np.float32) if array.dtype.kind in "fV" else array

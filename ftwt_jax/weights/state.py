@@ -1,0 +1,311 @@
+"""A PyTorch state dict as variables of our networks, and back."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ftwt_jax.errors import UserError, WeightsWarning, unknown_name
+from ftwt_jax.gates import HEAD_NAME, GateConfig, GateHead
+from ftwt_jax.models import create_model, options_of
+from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis
+from ftwt_jax.weights.names import HEAD, LAYOUTS, Layout, default_layout, layouts
+from ftwt_jax.weights.source import Arrays, Source, read_state
+
+Variables = dict[str, Any]
+Path = tuple[str, ...]
+Shapes = dict[Path, tuple[int, ...]]
+
+# Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
+SIDE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One array of ours and its names there.
+
+    Attributes:
+      path: collection, modules and leaf of ours.
+      shape: ours.
+      name: of the tensor; `copy`: the name under which a published gated network has it once more, or "".
+      factor: ours is the tensor divided by it.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    name: str
+    copy: str = ""
+    factor: int = 1
+
+    @property
+    def is_head(self) -> bool:
+        return HEAD_NAME in self.path
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Our array in PyTorch's order of axes."""
+        if self.path[-1] != "kernel":
+            return array
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        return (array[:, :, None, None] if self.is_head else array) * np.float32(self.factor)
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """The tensor in our order of axes."""
+        if self.path[-1] != "kernel":
+            return array
+        array = array[:, :, 0, 0] if self.is_head else array
+        return (array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T) / np.float32(self.factor)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        return self.to_torch(np.broadcast_to(np.float32(0), self.shape)).shape
+
+
+_BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LINEAR = {"kernel": "weight", "bias": "bias"}
+
+
+def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
+    """Shape of every array of a network for pictures with so many channels."""
+    images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def entries(model: nn.Module, layout: Layout, shapes: Shapes) -> list[Entry]:
+    """Every array of a network with its name in a layout."""
+    scaled = model.gates is not None and model.gates.softmax
+    return [_entry(path, shape, layout, scaled) for path, shape in shapes.items()]
+
+
+def _entry(path: Path, shape: tuple[int, ...], layout: Layout, scaled: bool) -> Entry:
+    leaf = path[-1]
+    if HEAD_NAME in path:
+        head = layout.place("/".join(path[1 : path.index(HEAD_NAME)])).head
+        factor = shape[0] if scaled and leaf == "kernel" else 1
+        return Entry(path, shape, f"{head}.{_LINEAR[leaf]}", factor=factor)
+    unit, module = "/".join(path[1:-2]), path[-2]
+    place = layout.place(unit)
+    owner, names = (place.bn, _BATCH_NORM) if module == "bn" else (place.conv, _LINEAR)
+    copy = f"{place.copy}.{module}.{names[leaf]}" if place.copy else ""
+    return Entry(path, shape, f"{owner}.{names[leaf]}", copy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Variables from a state dict, and what is needed to write the same names again.
+
+    Attributes:
+      notes: what is not as it was in the state dict, a sentence each.
+    """
+
+    variables: Variables
+    layout: Layout
+    source: Source
+    notes: tuple[str, ...]
+
+
+def import_state(
+    name: str, state_dict: Mapping[str, Any], num_classes: int, gates: GateConfig | None = None, **arch: Any
+) -> Imported:
+    """`from_torch` with all that it found out."""
+    source = read_state(state_dict)
+    model, layout, asked = _network(name, source, num_classes, gates, arch)
+    wanted = entries(model, layout, _trained_shapes(layout, source, asked))
+    arrays, notes = dict(source.arrays), []
+    fresh: dict[Path, Any] = {}
+    if gates is None and source.is_gated:
+        arrays = {key: value for key, value in arrays.items() if f"{HEAD}." not in key}
+        notes.append("its gate heads were left out, for the dense network has none")
+    elif gates is not None and not source.is_gated:
+        fresh = fresh_heads([entry for entry in wanted if entry.is_head], gates)
+        notes.append("it has no gate heads: fresh ones were made, every filter on")
+    found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays)
+    variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
+    kernel = (*CLASSIFIER, "kernel")
+    variables, changes = adapt(variables, {**{e.path: e.shape for e in wanted}, kernel: asked[kernel]})
+    return Imported(variables, layout, source, (*notes, *changes))
+
+
+def _network(
+    name: str, source: Source, num_classes: int, gates: GateConfig | None, arch: dict[str, Any]
+) -> tuple[nn.Module, Layout, Shapes]:
+    """The network that a state dict is of, its layout and its shapes for RGB and the classes that are asked for.
+
+    A stem that the caller leaves open is read off the names.
+    """
+    model = create_model(name, num_classes, gates, **arch)
+    shapes = parameter_shapes(model)
+    layout = _fitting_layout(model, shapes, source)
+    stem = arch.get("stem")
+    if "stem" in options_of(name) and stem is None and layout.name != "published":
+        stem = "imagenet"
+    elif name == "mobilenet_v2" and layout.name == "published" and stem in (None, "cifar"):
+        stem = "cifar" if any(".shortcut." in key for key in source.arrays) else "published"
+    if stem not in (None, model.stem):
+        model = create_model(name, num_classes, gates, **{**arch, "stem": stem})
+        shapes = parameter_shapes(model)
+    return model, layout, shapes
+
+
+def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
+    """The layout whose names the state dict shares most."""
+    have = set(source.arrays)
+
+    def shared(layout: Layout) -> int:
+        found = entries(model, layout, shapes)
+        return len(have.intersection(e.name for e in found)) + len(have.intersection(e.copy for e in found))
+
+    return max(layouts(model), key=shared)
+
+
+def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
+    """The shapes with the channels and the classes that the state dict was trained for, as far as it has them."""
+    first = next(unit for unit in FIRST_UNITS if ("params", unit, "conv", "kernel") in shapes)
+    kernel = source.arrays.get(f"{layout.place(first).conv}.weight", np.zeros(0))
+    weight = source.arrays.get(f"{layout.place('classifier').conv}.weight", np.zeros(0))
+    found = dict(shapes)
+    for path, shape in shapes.items():
+        axis = channel_axis(path)
+        if axis is not None and kernel.ndim == 4:
+            found[path] = (*shape[:axis], kernel.shape[1], *shape[axis + 1 :])
+        if path[:3] == CLASSIFIER and weight.ndim == 2:
+            found[path] = (*shape[:-1], len(weight))
+    return found
+
+
+def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
+    """First parameters of gate heads."""
+    made: dict[Path, Any] = {}
+    kernels = [entry for entry in heads if entry.path[-1] == "kernel"]
+    for index, entry in enumerate(kernels):
+        features_in, features = entry.shape
+        head = GateHead(features, gates.pool, gates.softmax)
+        params = head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"]
+        made |= {(*entry.path[:-1], leaf): value for leaf, value in params.items()}
+    return made
+
+
+def _match(name: str, wanted: list[Entry], arrays: Arrays) -> dict[Path, np.ndarray]:
+    """Our arrays from theirs.
+
+    Raises:
+      UserError: names every tensor that is missing, unexpected, wrongly shaped, or there twice with two values.
+    """
+    found, missing, wrong = {}, [], []
+    known = set()
+    for entry in wanted:
+        known |= {entry.name, entry.copy}
+        given = [key for key in (entry.name, entry.copy) if key in arrays]
+        if not given:
+            missing.append(entry.name)
+            continue
+        shape = entry.torch_shape
+        misfits = [
+            f"{key} is {_kind(arrays[key])}, needs {_size(shape)}"
+            for key in given
+            if arrays[key].shape != shape or arrays[key].dtype != np.float32
+        ]
+        if not misfits and len(given) == 2 and not np.array_equal(arrays[given[0]], arrays[given[1]], equal_nan=True):
+            misfits = [f"{entry.name} and {entry.copy} differ"]
+        wrong += misfits
+        if not misfits:
+            found[entry.path] = entry.to_ours(arrays[given[0]])
+    unexpected = sorted(set(arrays) - known)
+    problems = [
+        f"{kind}: {', '.join(names)}"
+        for kind, names in (("missing", sorted(missing)), ("unexpected", unexpected), ("wrong", wrong))
+        if names
+    ]
+    if problems:
+        raise UserError(f"the state_dict is not that of this {name}: {'; '.join(problems)}")
+    return found
+
+
+def _kind(array: np.ndarray) -> str:
+    return _size(array.shape) + ("" if array.dtype == np.float32 else f" of {array.dtype}")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def from_torch(
+    name: str, state_dict: Mapping[str, Any], num_classes: int, gates: GateConfig | None = None, **arch: Any
+) -> Variables:
+    """Variables of `create_model(name, num_classes, gates, **arch)` from a PyTorch state dict.
+
+    Understood are the names of the method's published code (dense and gated, CIFAR networks), and, dense, those of
+    torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); which of them it
+    is, is read off the names. A published gate head's kernel is divided by its number of inputs, which our heads
+    multiply their own by; published heads pool by the mean: `GateConfig(pool="mean")`.
+
+    What differs from the state dict is said in a `WeightsWarning`: gates are asked for and it has no heads (fresh ones
+    are made, every filter on), or the other way round (they are left out), or it has another number of classes (the
+    classifier is made anew).
+
+    Args:
+      name: network, as for `create_model`.
+      state_dict: names to arrays (PyTorch's, NumPy's or JAX's), or a checkpoint that holds one as `state_dict` or
+        `model`; prefixes such as `module.` and second copies of a tensor do no harm.
+      num_classes: number of logits.
+      gates: settings of the gates; None: the dense network.
+      **arch: as for `create_model`. A `stem` that is left out is read off the names.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, float32.
+
+    Raises:
+      UserError: the tensors are not those of this network; those that are missing, unexpected or wrongly shaped are all
+        named.
+    """
+    imported = import_state(name, state_dict, num_classes, gates, **arch)
+    for note in imported.notes:
+        warnings.warn(f"{name} from a state_dict: {note}", WeightsWarning, stacklevel=2)
+    return imported.variables
+
+
+def to_torch(
+    name: str,
+    variables: Mapping[str, Any],
+    num_classes: int,
+    gates: GateConfig | None = None,
+    layout: str | None = None,
+    **arch: Any,
+) -> Arrays:
+    """The inverse of `from_torch`: variables of a network as a PyTorch state dict of NumPy arrays.
+
+    Args:
+      name, num_classes, gates, **arch: what the variables are of, as for `create_model`.
+      variables: {"params": ..., "batch_stats": ...}.
+      layout: `published`, `torchvision`, `huggingface` or `timm`; None: `published` for CIFAR networks, otherwise
+        torchvision's names, or timm's where torchvision has no such network.
+
+    Raises:
+      UserError: the network has no such layout, or the variables are not its own.
+    """
+    model = create_model(name, num_classes, gates, **arch)
+    return export_state(model, variables, layout_called(model, layout or default_layout(model), gates is not None))
+
+
+def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:
+    """A network's layout by name; raises `UserError` if it has none of that name."""
+    for found in layouts(model):
+        if (found.name, found.gated) == (name, gated):
+            return found
+    raise unknown_name(f"layout of {type(model).__name__}", name, LAYOUTS[type(model)])
+
+
+def export_state(model: nn.Module, variables: Mapping[str, Any], layout: Layout) -> Arrays:
+    """A network's variables under the names of a layout; published gated networks have their copies."""
+    ours = flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
+    arrays: Arrays = {}
+    for entry in entries(model, layout, {path: np.shape(value) for path, value in ours.items()}):
+        array = entry.to_torch(np.asarray(ours[entry.path], np.float32))
+        arrays |= {key: np.ascontiguousarray(array) for key in (entry.name, entry.copy) if key}
+    return arrays
