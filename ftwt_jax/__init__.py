@@ -1,7 +1,7 @@
 """Dynamic channel pruning for JAX/Flax, after "Fire Together Wire Together" (CVPR 2022, arXiv 2110.08232)."""
 
 from ftwt_jax.activations import Activations, LayerRecord, residual_add
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, WeightsWarning
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateConfig, GateControl, GateHead, GateOutput
 from ftwt_jax.losses import gate_loss
@@ -11,6 +11,7 @@ from ftwt_jax.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.transfer import init_from_dense
 from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.version import __version__
+from ftwt_jax.weights.state import from_torch, to_torch
 
 __all__ = [
     "Activations",
@@ -25,16 +26,19 @@ __all__ = [
     "Outputs",
     "PlainConv",
     "UserError",
+    "WeightsWarning",
     "__version__",
     "count_gates",
     "create_model",
     "dense_macs",
     "filter_mass",
+    "from_torch",
     "gate_loss",
     "init_from_dense",
     "layer_macs",
     "macs",
     "residual_add",
     "summarize_gates",
+    "to_torch",
     "topk_mass_mask",
 ]

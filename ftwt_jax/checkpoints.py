@@ -16,6 +16,8 @@ from ftwt_jax.training import TrainState
 FOLDER = "checkpoints"
 # Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
 NETWORK, OPTIMIZER, INPUT, DATASET = "network", "optimizer", "input", "dataset"
+# Among what is kept of the data: that the network of step 0 is only what training starts from.
+UNFINISHED = "unfinished"
 
 
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
@@ -62,6 +64,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
+    def step(self, best: bool = False) -> int | None:
+        """The newest step, or the best of those whose accuracy is known; None if there is none."""
+        found = self.best_step() if best else None
+        return self.latest_step() if found is None else found
+
     def best_step(self) -> int | None:
         """Step of the checkpoint with the highest accuracy; None if there is none."""
         return self._manager.best_step()
@@ -75,12 +82,24 @@ class Checkpoints:
         }
         self._save(int(state.step), items, metrics)
 
-    def save_network(self, variables: Any) -> None:
-        """Saves a finished network that was trained elsewhere, as step 0."""
-        self._save(0, {NETWORK: ocp.args.StandardSave(variables)}, None)
+    def save_network(self, variables: Any, finished: bool = True) -> None:
+        """Saves a network from elsewhere as step 0; if it is not `finished`, training starts from it."""
+        items = {NETWORK: ocp.args.StandardSave(variables)}
+        self._save(0, items, None, None if finished else {UNFINISHED: True})
 
-    def _save(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        items[DATASET] = ocp.args.JsonSave(self._dataset)
+    def is_unfinished(self) -> bool:
+        """Whether the newest network is only what training starts from."""
+        return bool(self.kept_dataset().get(UNFINISHED))
+
+    def is_finished(self, total: int) -> bool:
+        """Whether a network is there that `total` steps of training would not change."""
+        step = self.latest_step()
+        return step is not None and (step >= total or (step == 0 and not self.is_unfinished()))
+
+    def _save(
+        self, step: int, items: dict[str, Any], metrics: dict[str, float] | None, notes: dict[str, Any] | None = None
+    ) -> None:
+        items[DATASET] = ocp.args.JsonSave({**self._dataset, **(notes or {})})
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except (ValueError, OSError) as error:
@@ -108,11 +127,21 @@ class Checkpoints:
 
     def restore_network(self, variables: Any, sharding: NamedSharding, best: bool = False) -> dict[str, Any]:
         """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits."""
-        step = self.best_step() if best else self.latest_step()
+        step = self.step(best)
         if step is not None:
             self._check_classes(step)
-            self._check_shapes(step, variables)
+            self._check_shapes(self.network_shapes(best), variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+    def network_shapes(self, best: bool = False) -> Any:
+        """Shapes and dtypes of the newest (or best) network, as it was saved."""
+        step = self.step(best)
+        if step is None:
+            raise self._missing()
+        found = self._manager.item_metadata(step)[NETWORK]
+        if found is None:
+            raise UserError(f"checkpoint {self.path / str(step)} has no network in it")
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.tree)
 
     def kept_dataset(self, step: int | None = None) -> dict[str, Any]:
         """What a checkpoint (the newest) keeps of its data, see `Dataset.describe`; empty if it keeps nothing."""
@@ -140,13 +169,10 @@ class Checkpoints:
                 f"the network in {self.path} was trained on other classes: {first}; compare config.data, or the folders"
             )
 
-    def _check_shapes(self, step: int, variables: Any) -> None:
-        found = self._manager.item_metadata(step)[NETWORK]
-        if found is None:
-            raise UserError(f"checkpoint {self.path / str(step)} has no network in it")
+    def _check_shapes(self, saved: Any, variables: Any) -> None:
         here, wanted = (
             {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
-            for tree in (found.tree, variables)
+            for tree in (saved, variables)
         )
         for name in (*wanted, *here):
             if here.get(name) != wanted.get(name):

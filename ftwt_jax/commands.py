@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
@@ -69,6 +70,26 @@ def _define_benchmark(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_float("seconds", 10.0, "how long to measure", flag_values=values)
 
 
+def _define_convert(values: flags.FlagValues, arguments: list[str]) -> None:
+    flags.DEFINE_string("arch", None, "the network, such as resnet34", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "file to read: .safetensors, or what torch.save wrote", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_list("mean", None, "mean of the pictures it was trained on, such as 0.5,0.5,0.5", flag_values=values)
+    flags.DEFINE_list("std", None, "their standard deviation", flag_values=values)
+    _define_config(values, arguments)
+
+
+def _define_export(values: flags.FlagValues, arguments: list[str]) -> None:
+    _define_workdir(values)
+    flags.DEFINE_string("out", None, "file to write, such as resnet34.safetensors", flag_values=values)
+    flags.DEFINE_enum("format", "safetensors", ["safetensors"], "kind of file", flag_values=values)
+    flags.DEFINE_string(
+        "layout", None, "names: published, torchvision, huggingface or timm; if not as it came", flag_values=values
+    )
+    flags.DEFINE_bool("baseline", False, "the dense baseline, not the gated network", flag_values=values)
+    flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
+
+
 def _train(values: flags.FlagValues, console: Console) -> None:
     from ftwt_jax.train import train
 
@@ -107,6 +128,43 @@ def _benchmark(values: flags.FlagValues, console: Console) -> None:
     benchmark_input(_need(values, "config", "--config=configs/imagenet.py"), values.seconds, console)
 
 
+def _convert(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.convert import Wanted, convert
+
+    checkpoint = _need(values, "checkpoint", "--checkpoint=resnet34.safetensors")
+    out = _need(values, "out", "--out=workdirs/resnet34")
+    config = values.config
+    arch = values.arch or (config.model.name if config else _need(values, "arch", "--arch=resnet34"))
+    if config and config.model.name != arch:
+        raise UserError(f"--arch={arch} is not the config's network: give --config=FILE:{arch}")
+    if (values.mean is None) != (values.std is None):
+        raise UserError("give --mean and --std together")
+    statistics = None if values.mean is None else (_rgb(values, "mean"), _rgb(values, "std"))
+
+    def usual(name: str) -> ConfigDict:
+        return _parse("train", [f"--config={_config_file(f'configs/{name}.py')}:{arch}"]).config
+
+    convert(Wanted(checkpoint, out, arch, config, usual, statistics), console)
+
+
+def _rgb(values: flags.FlagValues, name: str) -> list[float]:
+    given: list[str] = values[name].value or []
+    try:
+        found = [float(part) for part in given]
+    except ValueError:
+        found = []
+    if len(found) != 3 or not np.isfinite(found).all() or (name == "std" and min(found) <= 0):
+        raise UserError(f"--{name} takes three numbers, such as 0.5,0.5,0.5; got {','.join(given)!r}")
+    return found
+
+
+def _export(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.export import export_weights
+
+    out = _need(values, "out", "--out=resnet34.safetensors")
+    export_weights(_workdir(values), out, console, values.layout, values.baseline, values.best)
+
+
 COMMANDS = {
     "train": Command("train a baseline, then its gates; goes on by itself where it stopped", _define_train, _train),
     "estimate": Command("predict the MACs reduction from a trained baseline", _define_estimate, _estimate),
@@ -114,6 +172,8 @@ COMMANDS = {
     "prepare": Command(
         "download a TFDS data set, once, in the format that training reads", _define_prepare, _prepare, "dataset"
     ),
+    "convert": Command("a workdir from a PyTorch checkpoint, dense or gated", _define_convert, _convert),
+    "export": Command("a workdir's network as a file for PyTorch", _define_export, _export),
     "benchmark": Command("images/s of the input pipeline", _define_benchmark, _benchmark),
 }
 

@@ -51,6 +51,13 @@ def load_estimate(run: Run) -> dict[str, float]:
     return entry
 
 
+def known_estimate(run: Run) -> dict[str, Any]:
+    """What `choose_r` settled on; for gates that were trained elsewhere, the config's r and no prediction."""
+    if not (run.workdir / ESTIMATE).exists() and run.config.gates.budget is None:
+        return {"r": run.config.gates.r, **dict.fromkeys(KEYS[1:])}
+    return load_estimate(run)
+
+
 def parse_rs(text: str) -> list[float]:
     """Reads "0.8,0.9,1"; raises `UserError` for anything that is no list of thresholds."""
     try:

@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
-from ftwt_jax.estimate import load_estimate
+from ftwt_jax.checkpoints import has_checkpoint
+from ftwt_jax.estimate import known_estimate
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
 
@@ -15,33 +16,36 @@ EVALUATION = "evaluation.json"
 
 
 def evaluate(folder: str, best: bool, console: Console) -> dict[str, Any]:
-    """Evaluates the newest (or best) gated network of a workdir beside its baseline."""
+    """Evaluates the newest (or best) gated network of a workdir beside its baseline, or the baseline alone."""
     path, config = workdir.load(folder)
     return evaluate_run(make_run(config, path), console, best)
 
 
 def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, Any]:
-    """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`."""
-    gated = run.trained(GATED, best)
-    baseline = run.trained(BASELINE)
-    estimate = load_estimate(run)
-    found = run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`.
+
+    Without a gated network, what is said of gates is null, and the accuracy that of the baseline.
+    """
+    estimate = known_estimate(run)
+    gated = run.trained(GATED, best) if has_checkpoint(run.workdir, GATED) else None
+    baseline = run.trained(BASELINE, best and gated is None)
     dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
-    assert found.gates is not None
+    found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    gates = found.gates
     result = {
         "accuracy": found.accuracy,
         "dense_accuracy": dense.accuracy,
         "macs_reduction": found.macs_reduction,
         "macs_reduction_published": found.macs_reduction_published,
-        "predicted_macs_reduction": estimate["macs_reduction"],
-        "gate_accuracy": found.gates.gate_accuracy,
-        "static_gate_accuracy": found.gates.static_gate_accuracy,
-        "dynamic_filters": found.gates.dynamic_filters,
+        "predicted_macs_reduction": None if gates is None else estimate["macs_reduction"],
+        "gate_accuracy": gates and gates.gate_accuracy,
+        "static_gate_accuracy": gates and gates.static_gate_accuracy,
+        "dynamic_filters": gates and gates.dynamic_filters,
         "units": list(found.gate_names),
-        "density": list(found.gates.density),
+        "density": list(gates.density) if gates else [],
         "samples": found.samples,
         "skipped": list(run.dataset.skipped.names),
-        "r": estimate["r"],
+        "r": estimate["r"] if gates else None,
         "checkpoint": "best" if best else "newest",
     }
     workdir.write_json(run.workdir / EVALUATION, result)
@@ -61,12 +65,11 @@ def _count(macs: float) -> str:
 
 def unit_table(found: Evaluation) -> Table:
     """A row per layer: name, channels, density, MACs before and after, reduction."""
-    assert found.gates is not None
     table = Table(title="MACs per picture, exact convention")
     table.add_column("unit")
     for heading in ("channels", "density", "MACs before", "MACs after", "reduction"):
         table.add_column(heading, justify="right")
-    density = dict(zip(found.gate_names, found.gates.density, strict=True))
+    density = dict(zip(found.gate_names, found.gates.density if found.gates else (), strict=True))
     for work in found.layers:
         name = work.layer.name
         share = f"{density[name]:.2f}" if name in density else ""
@@ -83,11 +86,16 @@ def summary_table(result: dict[str, Any], run: Run) -> Table:
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
     title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures{best}"
     table = Table(title=escape(title))
-    for heading in ("", "dense", "gated"):
+    is_gated = result["gate_accuracy"] is not None
+    for heading in ("", "dense", "gated") if is_gated else ("", "dense"):
         table.add_column(heading, justify="left" if not heading else "right")
+    if not is_gated:
+        table.add_row("accuracy", f"{result['dense_accuracy']:.4f}")
+        return table
+    predicted = result["predicted_macs_reduction"]
     table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")
     table.add_row("MACs reduction, exact", "", f"{result['macs_reduction']:.3f}")
-    table.add_row("  predicted before gate training", "", f"{result['predicted_macs_reduction']:.3f}")
+    table.add_row("  predicted before gate training", "", "unknown" if predicted is None else f"{predicted:.3f}")
     table.add_row("MACs reduction, published", "", f"{result['macs_reduction_published']:.3f}")
     table.add_row("gate accuracy", "", f"{result['gate_accuracy']:.3f}")
     table.add_row("  of the best fixed mask", "", f"{result['static_gate_accuracy']:.3f}")

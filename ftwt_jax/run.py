@@ -7,12 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftwt_jax import optim
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.data import absolute_paths, load_dataset
+from ftwt_jax.data.build import for_channels
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, unknown_name
@@ -22,6 +24,7 @@ from ftwt_jax.gates import GateConfig
 from ftwt_jax.models import create_model
 from ftwt_jax.sharding import check_batch_size, data_mesh, replicated
 from ftwt_jax.training import Normalize, normalizer
+from ftwt_jax.weights.adapt import adapt, can_adapt, has_fresh_classifier
 
 BASELINE, GATED = STAGES = "baseline", "gated"
 # The section of the config that each stage follows.
@@ -39,6 +42,20 @@ _GATES = (
 )
 _RUN = ("seed", "init_from", "batch_size", "eval_batch_size", "log_every", "checkpoint_every")
 FIELDS = {"": _RUN, "data": ("name",), "model": ("name",), "baseline": _STAGE, "gates": (*_STAGE, *_GATES)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A network from elsewhere.
+
+    Attributes:
+      notes: what was changed to make it fit, a sentence each.
+      finished: whether it is trained; off, its classifier is new.
+    """
+
+    variables: dict[str, Any]
+    notes: tuple[str, ...]
+    finished: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +93,36 @@ class Run:
 
     def trained(self, stage: str, best: bool = False) -> dict[str, Any]:
         """A trained network from its newest (or best) checkpoint."""
-        return self.network_in(self.workdir, stage, best)
-
-    def network_in(self, workdir: pathlib.Path, stage: str, best: bool = False) -> dict[str, Any]:
-        """A trained network of this config from any workdir."""
-        checkpoints = Checkpoints(workdir, stage, self.dataset.describe())
+        checkpoints = self.checkpoints(stage)
         try:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
+        finally:
+            checkpoints.close()
+
+    def adopted(self, workdir: pathlib.Path) -> Adopted:
+        """The baseline of another workdir, fitted to this run's classes and channels where they are others."""
+        checkpoints = Checkpoints(workdir, BASELINE, self.dataset.describe())
+        try:
+            wanted = flatten_dict(self.abstract_variables(BASELINE))
+            saved = flatten_dict(checkpoints.network_shapes())
+            # What can be adapted is read as it was saved; anything else that differs is an error there.
+            read = {
+                path: saved[path] if path in saved and can_adapt(path, saved[path].shape, leaf.shape) else leaf
+                for path, leaf in wanted.items()
+            }
+            found = checkpoints.restore_network(unflatten_dict(read), replicated(self.mesh))
+            shapes = {path: leaf.shape for path, leaf in wanted.items()}
+            variables, notes = adapt(found, shapes)
+            finished = not (checkpoints.is_unfinished() or has_fresh_classifier(found, shapes))
+            return Adopted(variables, tuple(notes), finished)
+        finally:
+            checkpoints.close()
+
+    def steps_of(self, stage: str) -> int:
+        """Steps that a stage has been trained for here; 0 for a network from elsewhere."""
+        checkpoints = self.checkpoints(stage)
+        try:
+            return checkpoints.latest_step() or 0
         finally:
             checkpoints.close()
 
@@ -136,8 +176,9 @@ def _normalized_as_trained(dataset: Dataset, workdirs: list[pathlib.Path]) -> Da
             checkpoints = Checkpoints(place, BASELINE, dataset.describe())
             kept = checkpoints.kept_dataset()
             checkpoints.close()
-            if kept and len(kept["mean"]) == dataset.image_shape[-1]:
-                return dataclasses.replace(dataset, mean=kept["mean"], std=kept["std"])
+            if kept:
+                mean, std = (for_channels(kept[name], dataset.image_shape[-1]) for name in ("mean", "std"))
+                return dataclasses.replace(dataset, mean=mean, std=std)
     return dataset
 
 

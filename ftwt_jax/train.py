@@ -20,7 +20,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Run, make_run
+from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
 from ftwt_jax.sharding import put_batch, replicated
 from ftwt_jax.training import TrainState, create_state, make_train_step
 from ftwt_jax.transfer import init_from_dense
@@ -38,9 +38,10 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     run = make_run(config, workdir.absolute(folder))
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
-    elif config.baseline.epochs <= 0:
+    own = has_checkpoint(run.workdir, BASELINE)
+    if config.baseline.epochs <= 0 and not (own or config.init_from):
         raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
-    baseline = given_baseline(run) if config.init_from else None
+    adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not own else None
     data = run.dataset
     console.print(
         f"{config.data.name}: {len(data.train):,} pictures to train on, {len(data.test):,} held out, "
@@ -51,10 +52,9 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     )
     workdir.prepare(run.workdir, config)
 
-    if baseline is None:
-        baseline = train_stage(run, BASELINE, console, lambda: init_dense(run))
-    else:
-        keep_baseline(run, baseline)
+    if adopted is not None:
+        keep_baseline(run, adopted, console)
+    baseline = train_stage(run, BASELINE, console, lambda: init_dense(run))
     if config.gates.epochs > 0:
         estimate = choose_r(run, baseline, console)
         train_stage(run, GATED, console, lambda: init_gated(run, baseline), estimate["r"])
@@ -67,24 +67,21 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     )
 
 
-def given_baseline(run: Run) -> Variables:
-    """The baseline that `config.init_from` names: this run's own copy if it has one, else the other workdir's."""
-    own = has_checkpoint(run.workdir, BASELINE)
-    return run.trained(BASELINE) if own else run.network_in(pathlib.Path(run.config.init_from), BASELINE)
-
-
-def keep_baseline(run: Run, baseline: Variables) -> None:
+def keep_baseline(run: Run, adopted: Adopted, console: Console) -> None:
     """Copies a baseline from elsewhere into this run, which then stands by itself."""
+    for note in adopted.notes:
+        console.print(f"baseline of {run.config.init_from}: {note}", highlight=False, markup=False, soft_wrap=True)
     checkpoints = run.checkpoints(BASELINE, create=True)
     try:
-        if checkpoints.latest_step() is None:
-            checkpoints.save_network(baseline)
+        checkpoints.save_network(adopted.variables, adopted.finished)
     finally:
         checkpoints.close()
 
 
 def init_dense(run: Run) -> Variables:
-    """Fresh variables of the dense network."""
+    """What the baseline's training starts from: what was given, or fresh variables."""
+    if has_checkpoint(run.workdir, BASELINE):
+        return run.trained(BASELINE)
     return jax.jit(run.models[BASELINE].init)(run.key(BASELINE), run.example_images)
 
 
@@ -116,7 +113,7 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
     whole = replicated(run.mesh)
     try:
         start = checkpoints.latest_step() or 0
-        if start >= total:
+        if checkpoints.is_finished(total):
             return checkpoints.restore_network(run.abstract_variables(stage), whole)
         if start:
             shapes = jax.eval_shape(lambda v: create_state(v, optimizer), run.abstract_variables(stage))
@@ -133,7 +130,7 @@ def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Varia
             settings.loss_reduction if gated else "mean",
             make_augment(run.dataset, seed),
         )
-        offset = 0 if stage == BASELINE or config.init_from else stage_steps(run, BASELINE)[0]
+        offset = 0 if stage == BASELINE else run.steps_of(BASELINE)
         writer = MetricsWriter(run.workdir, stage, start, offset)
         display = ProgressDisplay(console, stage, total, start)
         try:

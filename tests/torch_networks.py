@@ -390,7 +390,8 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
             # their mean only what differs between channels counts, which is what differs between samples.
             nn.init.normal_(layer.weight, std=layer.in_channels, generator=rng)
             layer.weight -= layer.weight.mean(1, keepdim=True)
-            nn.init.normal_(layer.bias, std=0.1, generator=rng)
+            # A bias much larger than that would leave narrow units with the same mask for every sample.
+            nn.init.normal_(layer.bias, std=0.01, generator=rng)
     return model
 
 

@@ -66,7 +66,7 @@ def build_dataset(
     if augment == "resized_crop":
         if len(train) + len(test) <= MOST_CHECKED:
             train, test = (_without_broken(source, channels, len(class_names), skipped) for source in (train, test))
-        mean, std = (values if channels == 3 else (sum(values) / 3,) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (for_channels(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
     else:
         check_memory(len(train) + len(test), shape)
         train, test = (in_memory(source, shape, len(class_names), skipped) for source in (train, test))
@@ -84,6 +84,11 @@ def build_dataset(
         class_names=tuple(class_names),
         skipped=skipped,
     )
+
+
+def for_channels(values: Sequence[float], channels: int) -> Sequence[float]:
+    """Means or deviations of pictures with so many channels: of grey ones, the average of those of RGB."""
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

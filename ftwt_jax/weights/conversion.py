@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.weights.files import read_checkpoint, write_safetensors
-from ftwt_jax.weights.source import Arrays, Source
-from ftwt_jax.weights.state import Variables, export_state, layout_called
+from ftwt_jax.weights.names import HEAD
+from ftwt_jax.weights.source import Arrays
+from ftwt_jax.weights.state import Imported, Variables, export_state, layout_called
 
 FILE = "conversion.safetensors"
 COUNTER, REST = "counter/", "rest/"
@@ -37,10 +37,16 @@ class Conversion:
     counters: Arrays
     rests: Arrays
 
+    @property
+    def holds_heads(self) -> bool:
+        """Whether the state dict was a gated network's."""
+        return any(f"{HEAD}." in name for name in self.names)
+
     @classmethod
-    def of(cls, source: Source, model: nn.Module, variables: Variables, layout: Any) -> "Conversion":
-        """What is left over of a state dict from which these variables were made."""
-        back = export_state(model, variables, layout)
+    def of(cls, imported: Imported) -> "Conversion":
+        """What is left over of a state dict from which variables were made."""
+        source, layout = imported.source, imported.layout
+        back = export_state(imported.model, imported.variables, layout)
         rests = {}
         for name, array in source.arrays.items():
             if name in back and array.shape == back[name].shape and not np.array_equal(array, back[name]):

@@ -1,5 +1,6 @@
 """Files of weights. They come from strangers: nothing that one of them says is ever run."""
 
+import json
 import os
 import pathlib
 import re
@@ -15,6 +16,8 @@ from safetensors.numpy import save_file
 from ftwt_jax.errors import UserError, one_line
 
 SAFETENSORS = ".safetensors"
+# Key under which our exports say what network they hold.
+OWN = "ftwt_jax"
 
 
 def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, str]]:
@@ -30,6 +33,17 @@ def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, st
         what = "is a folder: name the file in it" if path.is_dir() else "is not there"
         raise UserError(f"checkpoint {path} {what}")
     return _read_safetensors(path) if path.suffix == SAFETENSORS else (_read_torch(path), {})
+
+
+def own_metadata(path: pathlib.Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What one of our exports says of its network; empty for other files."""
+    try:
+        found = json.loads(metadata.get(OWN, "{}"))
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: its metadata {OWN!r} is no JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"checkpoint {path}: its metadata {OWN!r} is no JSON object")
+    return found
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ftwt_jax.errors import UserError, WeightsWarning, unknown_name
 from ftwt_jax.gates import HEAD_NAME, GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
-from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis
+from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis, has_fresh_classifier
 from ftwt_jax.weights.names import HEAD, LAYOUTS, Layout, default_layout, layouts
 from ftwt_jax.weights.source import Arrays, Source, read_state
 
@@ -101,13 +101,17 @@ class Imported:
     """Variables from a state dict, and what is needed to write the same names again.
 
     Attributes:
+      model: the network that the variables are of.
       notes: what is not as it was in the state dict, a sentence each.
+      fresh_classifier: whether the classifier is a new one.
     """
 
     variables: Variables
+    model: nn.Module
     layout: Layout
     source: Source
     notes: tuple[str, ...]
+    fresh_classifier: bool
 
 
 def import_state(
@@ -128,8 +132,24 @@ def import_state(
     found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays)
     variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
     kernel = (*CLASSIFIER, "kernel")
-    variables, changes = adapt(variables, {**{e.path: e.shape for e in wanted}, kernel: asked[kernel]})
-    return Imported(variables, layout, source, (*notes, *changes))
+    shapes = {**{entry.path: entry.shape for entry in wanted}, kernel: asked[kernel]}
+    new_classifier = has_fresh_classifier(variables, shapes)
+    variables, changes = adapt(variables, shapes)
+    return Imported(variables, model, layout, source, (*notes, *changes), new_classifier)
+
+
+def width_of(name: str, source: Source) -> float:
+    """The width multiplier of a state dict's network, from the filters of its first unit; 1 if that is not there."""
+    model = create_model(name, num_classes=1)
+    shapes = parameter_shapes(model)
+    kernel = ("params", _first_unit(shapes), "conv", "kernel")
+    layout = _fitting_layout(model, shapes, source)
+    weight = source.arrays.get(f"{layout.place(kernel[1]).conv}.weight")
+    return 1.0 if weight is None or not weight.ndim else len(weight) / shapes[kernel][-1]
+
+
+def _first_unit(shapes: Shapes) -> str:
+    return next(unit for unit in FIRST_UNITS if ("params", unit, "conv", "kernel") in shapes)
 
 
 def _network(
@@ -166,8 +186,7 @@ def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
 
 def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
     """The shapes with the channels and the classes that the state dict was trained for, as far as it has them."""
-    first = next(unit for unit in FIRST_UNITS if ("params", unit, "conv", "kernel") in shapes)
-    kernel = source.arrays.get(f"{layout.place(first).conv}.weight", np.zeros(0))
+    kernel = source.arrays.get(f"{layout.place(_first_unit(shapes)).conv}.weight", np.zeros(0))
     weight = source.arrays.get(f"{layout.place('classifier').conv}.weight", np.zeros(0))
     found = dict(shapes)
     for path, shape in shapes.items():
