@@ -25,9 +25,10 @@ from ftwt_jax.models import options_of
 from ftwt_jax.run import BASELINE, GATED, arch_options, gate_config
 from ftwt_jax.weights.adapt import adapt
 from ftwt_jax.weights.conversion import Conversion
+from ftwt_jax.weights.entries import parameter_shapes
 from ftwt_jax.weights.files import own_metadata, read_checkpoint
 from ftwt_jax.weights.source import Source, read_state
-from ftwt_jax.weights.state import Imported, Variables, import_state, parameter_shapes, width_of
+from ftwt_jax.weights.state import Imported, Variables, import_state, width_of
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 

@@ -20,6 +20,8 @@ TRAINER = {
     "orbax.checkpoint": "checkpoints",
     "rich.progress": "the progress bar",
     "cv2": "pictures",
+    "safetensors": "files of weights",
+    "torch": "checkpoints",
     "simplejpeg": "pictures",
     "sklearn": "the bundled data",
     "tensorflow_datasets": "data sets",
@@ -28,7 +30,7 @@ TRAINER = {
     "ftwt_jax.train": "the trainer",
     "ftwt_jax.commands": "the command line",
 }
-FLOOR = ("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models")
+FLOOR = ("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights")
 
 
 def modules_after(code: str) -> set[str]:

@@ -12,88 +12,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ftwt_jax.errors import UserError, WeightsWarning, unknown_name
-from ftwt_jax.gates import HEAD_NAME, GateConfig, GateHead
+from ftwt_jax.gates import GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
 from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis, has_fresh_classifier
+from ftwt_jax.weights.entries import Entry, Path, Shapes, entries, parameter_shapes
 from ftwt_jax.weights.names import HEAD, LAYOUTS, Layout, default_layout, layouts
 from ftwt_jax.weights.source import Arrays, Source, read_state
 
 Variables = dict[str, Any]
-Path = tuple[str, ...]
-Shapes = dict[Path, tuple[int, ...]]
-
-# Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
-SIDE = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One array of ours and its names there.
-
-    Attributes:
-      path: collection, modules and leaf of ours.
-      shape: ours.
-      name: of the tensor; `copy`: the name under which a published gated network has it once more, or "".
-      factor: ours is the tensor divided by it.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    name: str
-    copy: str = ""
-    factor: int = 1
-
-    @property
-    def is_head(self) -> bool:
-        return HEAD_NAME in self.path
-
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our array in PyTorch's order of axes."""
-        if self.path[-1] != "kernel":
-            return array
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        return (array[:, :, None, None] if self.is_head else array) * np.float32(self.factor)
-
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """The tensor in our order of axes."""
-        if self.path[-1] != "kernel":
-            return array
-        array = array[:, :, 0, 0] if self.is_head else array
-        return (array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T) / np.float32(self.factor)
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        return self.to_torch(np.broadcast_to(np.float32(0), self.shape)).shape
-
-
-_BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_LINEAR = {"kernel": "weight", "bias": "bias"}
-
-
-def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
-    """Shape of every array of a network for pictures with so many channels."""
-    images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
-    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
-    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-
-
-def entries(model: nn.Module, layout: Layout, shapes: Shapes) -> list[Entry]:
-    """Every array of a network with its name in a layout."""
-    scaled = model.gates is not None and model.gates.softmax
-    return [_entry(path, shape, layout, scaled) for path, shape in shapes.items()]
-
-
-def _entry(path: Path, shape: tuple[int, ...], layout: Layout, scaled: bool) -> Entry:
-    leaf = path[-1]
-    if HEAD_NAME in path:
-        head = layout.place("/".join(path[1 : path.index(HEAD_NAME)])).head
-        factor = shape[0] if scaled and leaf == "kernel" else 1
-        return Entry(path, shape, f"{head}.{_LINEAR[leaf]}", factor=factor)
-    unit, module = "/".join(path[1:-2]), path[-2]
-    place = layout.place(unit)
-    owner, names = (place.bn, _BATCH_NORM) if module == "bn" else (place.conv, _LINEAR)
-    copy = f"{place.copy}.{module}.{names[leaf]}" if place.copy else ""
-    return Entry(path, shape, f"{owner}.{names[leaf]}", copy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +55,7 @@ def import_state(
     elif gates is not None and not source.is_gated:
         fresh = fresh_heads([entry for entry in wanted if entry.is_head], gates)
         notes.append("it has no gate heads: fresh ones were made, every filter on")
-    found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays)
+    found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays, source.prefix)
     variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
     kernel = (*CLASSIFIER, "kernel")
     shapes = {**{entry.path: entry.shape for entry in wanted}, kernel: asked[kernel]}
@@ -210,37 +136,38 @@ def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
     return made
 
 
-def _match(name: str, wanted: list[Entry], arrays: Arrays) -> dict[Path, np.ndarray]:
+def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[Path, np.ndarray]:
     """Our arrays from theirs.
 
     Raises:
       UserError: names every tensor that is missing, unexpected, wrongly shaped, or there twice with two values.
     """
     found, missing, wrong = {}, [], []
-    known = set()
+    known = {key for entry in wanted for key in (entry.name, entry.copy)}
+    # The published code keeps all of its copies; a file of ours may have left them out.
+    with_copies = any(entry.copy in arrays for entry in wanted)
     for entry in wanted:
-        known |= {entry.name, entry.copy}
-        given = [key for key in (entry.name, entry.copy) if key in arrays]
+        names = [entry.name, *([entry.copy] if with_copies and entry.copy else [])]
+        given = [key for key in names if key in arrays]
+        missing += [key for key in names if key not in arrays]
         if not given:
-            missing.append(entry.name)
             continue
         shape = entry.torch_shape
         misfits = [
-            f"{key} is {_kind(arrays[key])}, needs {_size(shape)}"
+            f"{prefix}{key} is {_kind(arrays[key])}, needs {_size(shape)}"
             for key in given
             if arrays[key].shape != shape or arrays[key].dtype != np.float32
         ]
         if not misfits and len(given) == 2 and not np.array_equal(arrays[given[0]], arrays[given[1]], equal_nan=True):
-            misfits = [f"{entry.name} and {entry.copy} differ"]
+            misfits = [f"{prefix}{entry.name} and {prefix}{entry.copy} differ"]
         wrong += misfits
         if not misfits:
             found[entry.path] = entry.to_ours(arrays[given[0]])
-    unexpected = sorted(set(arrays) - known)
-    problems = [
-        f"{kind}: {', '.join(names)}"
-        for kind, names in (("missing", sorted(missing)), ("unexpected", unexpected), ("wrong", wrong))
-        if names
-    ]
+    unexpected = set(arrays) - known
+    lists = {
+        kind: sorted(prefix + key for key in keys) for kind, keys in (("missing", missing), ("unexpected", unexpected))
+    }
+    problems = [f"{kind}: {', '.join(texts)}" for kind, texts in {**lists, "wrong": wrong}.items() if texts]
     if problems:
         raise UserError(f"the state_dict is not that of this {name}: {'; '.join(problems)}")
     return found
@@ -300,7 +227,8 @@ def to_torch(
     """The inverse of `from_torch`: variables of a network as a PyTorch state dict of NumPy arrays.
 
     Args:
-      name, num_classes, gates, **arch: what the variables are of, as for `create_model`.
+      name, num_classes, gates, **arch: what the variables are of, as for `create_model`; the stem of a MobileNetV2 may
+        be left out.
       variables: {"params": ..., "batch_stats": ...}.
       layout: `published`, `torchvision`, `huggingface` or `timm`; None: `published` for CIFAR networks, otherwise
         torchvision's names, or timm's where torchvision has no such network.
@@ -308,8 +236,33 @@ def to_torch(
     Raises:
       UserError: the network has no such layout, or the variables are not its own.
     """
-    model = create_model(name, num_classes, gates, **arch)
+    ours = flatten_dict({key: variables.get(key, {}) for key in ("params", "batch_stats")})
+    model, misfits = _fitting_model(name, ours, num_classes, gates, arch)
+    if misfits:
+        paths = ", ".join(sorted("/".join(path) for path in misfits))
+        raise UserError(f"the variables are not those of this {name}: missing, unexpected or wrongly shaped: {paths}")
     return export_state(model, variables, layout_called(model, layout or default_layout(model), gates is not None))
+
+
+def _fitting_model(
+    name: str, ours: dict[Path, Any], num_classes: int, gates: GateConfig | None, arch: dict[str, Any]
+) -> tuple[nn.Module, list[Path]]:
+    """The network that variables are of, and the paths that do not fit; a stem left open is read off the paths."""
+    model = create_model(name, num_classes, gates, **arch)
+    misfits = _misfits(model, ours)
+    if misfits and name == "mobilenet_v2" and arch.get("stem", "cifar") == "cifar":
+        for stem in ("published",) if "stem" in arch else ("published", "imagenet"):
+            other = create_model(name, num_classes, gates, **{**arch, "stem": stem})
+            if not _misfits(other, ours):
+                return other, []
+    return model, misfits
+
+
+def _misfits(model: nn.Module, ours: dict[Path, Any]) -> list[Path]:
+    needed = parameter_shapes(model)
+    odd = [path for path in {**needed, **ours} if (path in needed) != (path in ours)]
+    shared = [path for path in needed if path in ours and channel_axis(path) is None]
+    return odd + [path for path in shared if np.shape(ours[path]) != needed[path]]
 
 
 def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:

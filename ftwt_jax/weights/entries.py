@@ -1,0 +1,94 @@
+"""Every array of a network, beside its name in PyTorch."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from ftwt_jax.gates import HEAD_NAME
+from ftwt_jax.weights.names import Layout
+
+Path = tuple[str, ...]
+Shapes = dict[Path, tuple[int, ...]]
+
+# Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
+SIDE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One array of ours and its names there.
+
+    Attributes:
+      path: collection, modules and leaf of ours.
+      shape: ours.
+      name: of the tensor; `copy`: the name under which a published gated network has it once more, or "".
+      factor: ours is the tensor divided by it.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    name: str
+    copy: str = ""
+    factor: int = 1
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it belongs to a gate head."""
+        return HEAD_NAME in self.path
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Our array as the tensor."""
+        return self._turned(array) * np.float32(self.factor)
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as our array."""
+        if self.path[-1] != "kernel":
+            return tensor
+        tensor = tensor[:, :, 0, 0] if self.is_head else tensor
+        return (tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T) / np.float32(self.factor)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self._turned(np.broadcast_to(np.float32(0), self.shape)).shape
+
+    def _turned(self, array: np.ndarray) -> np.ndarray:
+        """Our array in PyTorch's order of axes."""
+        if self.path[-1] != "kernel":
+            return array
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        return array[:, :, None, None] if self.is_head else array
+
+
+_BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LINEAR = {"kernel": "weight", "bias": "bias"}
+
+
+def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
+    """Shape of every array of a network for pictures with so many channels."""
+    images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def entries(model: nn.Module, layout: Layout, shapes: Shapes) -> list[Entry]:
+    """Every array of a network with its name in a layout."""
+    scaled = model.gates is not None and model.gates.softmax
+    return [_entry(path, shape, layout, scaled) for path, shape in shapes.items()]
+
+
+def _entry(path: Path, shape: tuple[int, ...], layout: Layout, scaled: bool) -> Entry:
+    leaf = path[-1]
+    if HEAD_NAME in path:
+        head = layout.place("/".join(path[1 : path.index(HEAD_NAME)])).head
+        factor = shape[0] if scaled and leaf == "kernel" else 1
+        return Entry(path, shape, f"{head}.{_LINEAR[leaf]}", factor=factor)
+    unit, module = "/".join(path[1:-2]), path[-2]
+    place = layout.place(unit)
+    owner, names = (place.bn, _BATCH_NORM) if module == "bn" else (place.conv, _LINEAR)
+    copy = f"{place.copy}.{module}.{names[leaf]}" if place.copy else ""
+    return Entry(path, shape, f"{owner}.{names[leaf]}", copy)
