@@ -21,6 +21,9 @@ from ftwt_jax.weights.source import Arrays, Source, read_state
 
 Variables = dict[str, Any]
 
+# Widths under which networks are published.
+COMMON_WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
+
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
@@ -65,13 +68,23 @@ def import_state(
 
 
 def width_of(name: str, source: Source) -> float:
-    """The width multiplier of a state dict's network, from the filters of its first unit; 1 if that is not there."""
-    model = create_model(name, num_classes=1)
-    shapes = parameter_shapes(model)
-    kernel = ("params", _first_unit(shapes), "conv", "kernel")
-    layout = _fitting_layout(model, shapes, source)
-    weight = source.arrays.get(f"{layout.place(kernel[1]).conv}.weight")
-    return 1.0 if weight is None or not weight.ndim else len(weight) / shapes[kernel][-1]
+    """The width multiplier of a state dict's network: the one whose shapes it has.
+
+    The filters of its first unit tell it, but where numbers of filters are rounded. If none fits, what they tell.
+    """
+    whole = create_model(name, num_classes=1)
+    shapes = parameter_shapes(whole)
+    layout = _fitting_layout(whole, shapes, source)
+    first = _first_unit(shapes)
+    weight = source.arrays.get(f"{layout.place(first).conv}.weight")
+    ratio = 1.0 if weight is None or not weight.size else len(weight) / shapes["params", first, "conv", "kernel"][-1]
+    arch: dict[str, Any] = {} if layout.name == "published" or "stem" not in options_of(name) else {"stem": "imagenet"}
+    for width in (ratio, *COMMON_WIDTHS):
+        model = create_model(name, num_classes=1, width=width, **arch)
+        wanted = entries(model, layout, _trained_shapes(layout, source, parameter_shapes(model)))
+        if all(source.arrays[e.name].shape == e.torch_shape for e in wanted if e.name in source.arrays):
+            return width
+    return ratio
 
 
 def _first_unit(shapes: Shapes) -> str:
