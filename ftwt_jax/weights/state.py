@@ -106,7 +106,7 @@ def _network(
         stem = "imagenet"
     elif name == "mobilenet_v2" and layout.name == "published" and stem in (None, "cifar"):
         stem = "cifar" if any(".shortcut." in key for key in source.arrays) else "published"
-    if stem not in (None, model.stem):
+    if stem not in (None, getattr(model, "stem", stem)):
         model = create_model(name, num_classes, gates, **{**arch, "stem": stem})
         shapes = parameter_shapes(model)
     return model, layout, shapes
