@@ -125,11 +125,18 @@ class Checkpoints:
         network, optimizer = found[NETWORK], found[OPTIMIZER]
         return TrainState(optimizer["step"], network["params"], network["batch_stats"], optimizer["state"])
 
-    def restore_network(self, variables: Any, sharding: NamedSharding, best: bool = False) -> dict[str, Any]:
-        """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits."""
+    def restore_network(
+        self, variables: Any, sharding: NamedSharding, best: bool = False, other_classes: bool = False
+    ) -> dict[str, Any]:
+        """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits.
+
+        Args:
+          other_classes: take one that was trained to tell other classes apart.
+        """
         step = self.step(best)
         if step is not None:
-            self._check_classes(step)
+            if not other_classes:
+                self._check_classes(step)
             self._check_shapes(self.network_shapes(best), variables)
         return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
 

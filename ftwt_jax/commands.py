@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
+# Flag that holds a field of a config that is not known yet.
+FIELD = "field"
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -76,6 +79,8 @@ def _define_convert(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_string("out", None, "folder to write", flag_values=values)
     flags.DEFINE_list("mean", None, "mean of the pictures it was trained on, such as 0.5,0.5,0.5", flag_values=values)
     flags.DEFINE_list("std", None, "their standard deviation", flag_values=values)
+    # Without --config, which is then chosen by what the checkpoint holds, its fields are kept until it is.
+    flags.DEFINE_multi_string(FIELD, [], "a field of the config, as FIELD=VALUE", flag_values=values)
     _define_config(values, arguments)
 
 
@@ -133,18 +138,21 @@ def _convert(values: flags.FlagValues, console: Console) -> None:
 
     checkpoint = _need(values, "checkpoint", "--checkpoint=resnet34.safetensors")
     out = _need(values, "out", "--out=workdirs/resnet34")
-    config = values.config
-    arch = values.arch or (config.model.name if config else _need(values, "arch", "--arch=resnet34"))
-    if config and config.model.name != arch:
-        raise UserError(f"--arch={arch} is not the config's network: give --config=FILE:{arch}")
+    if values.config is None:
+        _need(values, "arch", "--arch=resnet34")
     if (values.mean is None) != (values.std is None):
         raise UserError("give --mean and --std together")
     statistics = None if values.mean is None else (_rgb(values, "mean"), _rgb(values, "std"))
+    fields = [f"--config.{field}" for field in values[FIELD].value]
+    given = [*(field.removeprefix("--") for field in fields), *values]
 
     def usual(name: str) -> ConfigDict:
-        return _parse("train", [f"--config={_config_file(f'configs/{name}.py')}:{arch}"]).config
+        found = parse("train", [f"--config=configs/{name}.py:{values.arch}", *fields])
+        assert found is not None
+        return found.config
 
-    convert(Wanted(checkpoint, out, arch, config, usual, statistics), console)
+    explicit = frozenset(name.partition("=")[0].removeprefix("config.") for name in given)
+    convert(Wanted(checkpoint, out, values.arch, values.config, usual, explicit, statistics), console)
 
 
 def _rgb(values: flags.FlagValues, name: str) -> list[float]:
@@ -207,6 +215,8 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
         print(f"{name}{operand}: {COMMANDS[name].summary}\n{values.module_help(__name__)}")
         return None
     arguments = _find_config(arguments)
+    if name == "convert" and not any(argument.startswith("--config=") for argument in arguments):
+        arguments = [re.sub(r"^--?config\.", f"--{FIELD}=", argument) for argument in arguments]
     overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
     try:
         without = _parse(name, [argument for argument in arguments if argument not in overrides])

@@ -19,10 +19,12 @@ from ftwt_jax.checkpoints import Checkpoints
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.gates import HEAD_NAME, GateConfig
 from ftwt_jax.models import options_of
-from ftwt_jax.run import BASELINE, GATED, arch_options, gate_config
+from ftwt_jax.models.mobilenet import MobileNetV1
+from ftwt_jax.run import BASELINE, GATED, arch_options, check_settings, gate_config
+from ftwt_jax.sharding import data_mesh
 from ftwt_jax.weights.adapt import adapt
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.weights.entries import parameter_shapes
@@ -47,17 +49,19 @@ class Wanted:
 
     Attributes:
       checkpoint, out: file to read, and folder to write.
-      arch: the network by its name in `ftwt_jax.models`.
+      arch: the network by its name in `ftwt_jax.models`; None: the config's.
       config: of the data that the network is for; None: of those that it was most likely trained on.
-      usual_config: loads the config of a name in `USUAL_CONFIGS` for a network.
+      usual_config: loads the config of a name in `USUAL_CONFIGS` for this network.
+      explicit: fields of the config that were asked for, such as `gates.pool`; nothing in the checkpoint changes them.
       statistics: mean and deviation of the pictures that it was trained on; None: the usual ones of its layout.
     """
 
     checkpoint: str
     out: str
-    arch: str
+    arch: str | None
     config: ConfigDict | None
     usual_config: Callable[[str], ConfigDict]
+    explicit: frozenset[str] = frozenset()
     statistics: Statistics | None = None
 
 
@@ -73,30 +77,73 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: choose another folder with --out")
+    if wanted.config is not None:
+        _check(wanted.config, wanted.arch)
     state, metadata = read_checkpoint(path)
-    said = own_metadata(path, metadata)
     try:
+        said = _own_words(own_metadata(metadata))
         source = read_state(state)
         config, dataset = _config(wanted, source)
-        _set_gates(config, source, said)
-        gates = gate_config(config.gates) if source.is_gated else None
+        _set_gates(config, source, said.gates, wanted.explicit)
+        gates = gate_config(config.gates)
         options = arch_options(config.model)
+        name = options.pop("name")
         if wanted.config is None:
-            options.pop("stem", None)  # Read off the names.
-            options["width"] = config.model.width = width_of(wanted.arch, source)
+            if "model.stem" not in wanted.explicit:
+                options.pop("stem", None)  # Read off the names.
+            if "model.width" not in wanted.explicit and "width" in options_of(name):
+                options["width"] = config.model.width = width_of(name, source)
         classes = dataset.num_classes if dataset else _class_count(source)
-        imported = import_state(options.pop("name"), state, classes, gates, **options)
+        imported = import_state(name, state, classes, gates if source.is_gated else None, **options)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
-    if "stem" in options_of(wanted.arch):
+    if "stem" in options_of(name):
         config.model.stem = imported.model.stem
     with _appearing(folder) as partial:
-        _write(partial, config, imported, dataset, wanted.statistics or _statistics(imported, said), console)
-    kind = "gated" if source.is_gated else "dense"
+        statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
+        _write(partial, config, imported, dataset, statistics, console)
+    kind = f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})" if source.is_gated else "dense"
     names = f"{imported.layout.name} names"
-    _say(console, f"{wanted.arch}, {kind}, {names}, {_class_count(source)} classes: now in {folder}")
-    _say(console, f"its data: {config.data.name}; next: evaluate, estimate, or train --config.init_from={folder}")
+    _say(console, f"{name}, {kind}, {names}, {_class_count(source)} classes: now in {folder}")
+    model = "".join(f" --config.model.{key}={config.model[key]}" for key in ("stem", "width") if config.model[key])
+    _say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
+    _say(console, f"train --config=configs/…:{name}{model} --config.init_from={folder} --workdir=…")
     return folder
+
+
+def _check(config: ConfigDict, arch: str | None) -> None:
+    """Raises `UserError` for a config that no other command would take, or that is another network's."""
+    check_settings(config, data_mesh())
+    if arch not in (None, config.model.name):
+        raise UserError(f"--arch={arch} is not the config's network: give --config=FILE:{arch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What one of our own exports says of its network; each None where a checkpoint says nothing."""
+
+    gates: dict[str, Any] | None
+    statistics: Statistics | None
+
+
+def _own_words(metadata: dict[str, Any]) -> _Said:
+    """Reads the metadata of an export; raises `UserError` if they are not such as we write."""
+    gates, statistics = metadata.get("gates"), None
+    try:
+        if gates is not None:
+            GateConfig(**gates)
+        if "mean" in metadata or "std" in metadata:
+            mean, std = (np.asarray(metadata[name], np.float64) for name in ("mean", "std"))
+            if (
+                mean.shape != std.shape
+                or mean.shape not in ((1,), (RGB,))
+                or not (np.isfinite(mean).all() and min(std) > 0)
+            ):
+                raise UserError(f"mean {mean} and std {std} are not those of pictures")
+            statistics = mean.tolist(), std.tolist()
+    except (UserError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
+    return _Said(gates, statistics)
 
 
 def _say(console: Console, text: str) -> None:
@@ -111,7 +158,9 @@ def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]
     classes = _class_count(source)
     if classes not in USUAL_CONFIGS:
         raise UserError(f"{classes} classes are of no data set known here: name the data with --config=configs/FILE.py")
-    return wanted.usual_config(USUAL_CONFIGS[classes]), None
+    config = wanted.usual_config(USUAL_CONFIGS[classes])
+    _check(config, wanted.arch)
+    return config, None
 
 
 def _class_count(source: Source) -> int:
@@ -122,20 +171,17 @@ def _class_count(source: Source) -> int:
     raise UserError(f"no classifier is in it: none of {', '.join(f'{name}.weight' for name in CLASSIFIERS)}")
 
 
-def _set_gates(config: ConfigDict, source: Source, said: dict[str, Any]) -> None:
+def _set_gates(config: ConfigDict, source: Source, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
     """Sets how the heads in a checkpoint are to be run: as our own export says, else as the published code does."""
-    fields = {field.name for field in dataclasses.fields(GateConfig)}
-    gates = said.get("gates") or {"pool": "mean"}
     if source.is_gated:
-        config.gates.update({name: value for name, value in gates.items() if name in fields})
+        gates = said or {"pool": "mean"}
+        config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
 
 
-def _statistics(imported: Imported, said: dict[str, Any]) -> Statistics:
-    if "mean" in said and "std" in said:
-        return said["mean"], said["std"]
+def _usual_statistics(imported: Imported) -> Statistics:
     if imported.layout.name == "published":
         return CIFAR
-    if imported.layout.name == "timm" and type(imported.model).__name__ == "MobileNetV1":
+    if imported.layout.name == "timm" and isinstance(imported.model, MobileNetV1):
         return HALF
     return IMAGENET_MEAN, IMAGENET_STD
 
@@ -176,7 +222,11 @@ def _write(
     mean, std = (list(for_channels(values, channels)) for values in statistics)
     description = {"class_names": list(dataset.class_names) if dataset else [], "mean": mean, "std": std}
     workdir.prepare(folder, config)
-    networks = {BASELINE: _without_heads(variables)} | ({GATED: variables} if imported.source.is_gated else {})
+    networks = {BASELINE: _without_heads(variables)}
+    if imported.source.is_gated and finished:
+        networks[GATED] = variables
+    elif imported.source.is_gated:
+        notes.append("its gate heads were left out: new ones are trained after the new classifier")
     for stage, network in networks.items():
         checkpoints = Checkpoints(folder, stage, description, create=True)
         try:

@@ -1,5 +1,6 @@
 """The command `estimate`, and the choice of r between the two stages of training."""
 
+import pathlib
 from typing import Any
 
 from rich.console import Console
@@ -7,10 +8,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
+from ftwt_jax.checkpoints import has_checkpoint
 from ftwt_jax.errors import UserError
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.gates import check_r
-from ftwt_jax.run import BASELINE, Run, make_run
+from ftwt_jax.run import BASELINE, GATED, Run, make_run
 
 ESTIMATE = "estimate.json"
 KEYS = ("r", "macs_reduction", "macs_reduction_published")
@@ -28,7 +30,7 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     path = run.workdir / ESTIMATE
     budget, r = run.config.gates.budget, run.config.gates.r
     if path.exists():
-        entry = load_estimate(run)
+        entry = read_estimate(run.workdir)
     else:
         estimator = run.estimator(baseline)
         entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
@@ -43,19 +45,20 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     return entry
 
 
-def load_estimate(run: Run) -> dict[str, float]:
-    """What `choose_r` settled on; raises `UserError` if the file is missing or is no estimate."""
-    entry = workdir.read_json(run.workdir / ESTIMATE, "estimate")
+def read_estimate(folder: pathlib.Path) -> dict[str, float]:
+    """What `choose_r` settled on in a workdir; raises `UserError` if the file is missing or is no estimate."""
+    entry = workdir.read_json(folder / ESTIMATE, "estimate")
     if not isinstance(entry, dict) or not entry.keys() >= set(KEYS):
-        raise UserError(f"{run.workdir / ESTIMATE} is no estimate: it must hold {', '.join(KEYS)}")
+        raise UserError(f"{folder / ESTIMATE} is no estimate: it must hold {', '.join(KEYS)}")
     return entry
 
 
 def known_estimate(run: Run) -> dict[str, Any]:
-    """What `choose_r` settled on; for gates that were trained elsewhere, the config's r and no prediction."""
-    if not (run.workdir / ESTIMATE).exists() and run.config.gates.budget is None:
+    """What `choose_r` settled on; where no gates were trained here, the config's r and no prediction."""
+    trained_here = has_checkpoint(run.workdir, GATED) and run.steps_of(GATED) > 0
+    if not trained_here and not (run.workdir / ESTIMATE).exists():
         return {"r": run.config.gates.r, **dict.fromkeys(KEYS[1:])}
-    return load_estimate(run)
+    return read_estimate(run.workdir)
 
 
 def parse_rs(text: str) -> list[float]:

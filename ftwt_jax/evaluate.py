@@ -49,6 +49,8 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "checkpoint": "best" if best else "newest",
     }
     workdir.write_json(run.workdir / EVALUATION, result)
+    if gated is None:
+        console.print("there is no gated network yet: this is the baseline alone", highlight=False, soft_wrap=True)
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if run.dataset.skipped.names:

@@ -14,6 +14,7 @@ from rich.console import Console
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.errors import UserError
+from ftwt_jax.estimate import ESTIMATE, read_estimate
 from ftwt_jax.models import create_model
 from ftwt_jax.run import BASELINE, GATED, arch_options, gate_config
 from ftwt_jax.sharding import data_mesh, replicated
@@ -48,6 +49,8 @@ def export_weights(
     stage = BASELINE if baseline or not has_checkpoint(path, GATED) else GATED
     variables, step, kept = _network(path, stage, best)
     gates = gate_config(config.gates) if stage == GATED else None
+    if gates is not None and (path / ESTIMATE).exists():
+        gates = dataclasses.replace(gates, r=read_estimate(path)["r"])
     classes = flatten_dict(variables)[(*CLASSIFIER, "kernel")].shape[1]
     model = create_model(num_classes=classes, gates=gates, **arch_options(config.model))
     conversion = Conversion.load(path) if step == 0 else None

@@ -25,6 +25,7 @@ from ftwt_jax.models import create_model
 from ftwt_jax.sharding import check_batch_size, data_mesh, replicated
 from ftwt_jax.training import Normalize, normalizer
 from ftwt_jax.weights.adapt import adapt, can_adapt, has_fresh_classifier
+from ftwt_jax.workdir import CONFIG, as_dict, differing_fields, read_json
 
 BASELINE, GATED = STAGES = "baseline", "gated"
 # The section of the config that each stage follows.
@@ -110,19 +111,39 @@ class Run:
                 path: saved[path] if path in saved and can_adapt(path, saved[path].shape, leaf.shape) else leaf
                 for path, leaf in wanted.items()
             }
-            found = checkpoints.restore_network(unflatten_dict(read), replicated(self.mesh))
             shapes = {path: leaf.shape for path, leaf in wanted.items()}
+            fresh = has_fresh_classifier(saved, shapes)
+            found = checkpoints.restore_network(unflatten_dict(read), replicated(self.mesh), other_classes=fresh)
             variables, notes = adapt(found, shapes)
-            finished = not (checkpoints.is_unfinished() or has_fresh_classifier(found, shapes))
-            return Adopted(variables, tuple(notes), finished)
+            if not fresh and not checkpoints.kept_dataset().get("class_names"):
+                notes.append(f"its classes have no names, and are taken for those of {self.config.data.name} in order")
+            return Adopted(variables, tuple(notes), finished=not (fresh or checkpoints.is_unfinished()))
+        except UserError as error:
+            raise UserError(f"{error}{self._other_model(workdir)}") from None
         finally:
             checkpoints.close()
+
+    def _other_model(self, workdir: pathlib.Path) -> str:
+        """How another workdir's network differs from this run's by its config, for the end of a message."""
+        if not (workdir / CONFIG).exists():
+            return ""
+        there = read_json(workdir / CONFIG, "run's config")
+        found = differing_fields(there.get("model"), as_dict(self.config.model), "config.model")
+        return f" ({'; '.join(found)}: folder -> this run)" if found else ""
 
     def steps_of(self, stage: str) -> int:
         """Steps that a stage has been trained for here; 0 for a network from elsewhere."""
         checkpoints = self.checkpoints(stage)
         try:
             return checkpoints.latest_step() or 0
+        finally:
+            checkpoints.close()
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage's newest network is more than what training starts from."""
+        checkpoints = self.checkpoints(stage)
+        try:
+            return not checkpoints.is_unfinished()
         finally:
             checkpoints.close()
 

@@ -39,9 +39,12 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
     own = has_checkpoint(run.workdir, BASELINE)
-    if config.baseline.epochs <= 0 and not (own or config.init_from):
-        raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir that has one")
     adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not own else None
+    if config.baseline.epochs <= 0:
+        if not (own or adopted):
+            raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")
+        if not (adopted.finished if adopted else run.is_finished(BASELINE)):
+            raise UserError("config.baseline.epochs=0 would leave the baseline's new classifier untrained")
     data = run.dataset
     console.print(
         f"{config.data.name}: {len(data.train):,} pictures to train on, {len(data.test):,} held out, "

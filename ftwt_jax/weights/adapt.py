@@ -40,7 +40,7 @@ def adapt(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> tuple[d
     """Variables of the given shapes from those of the same network for other classes, or for RGB.
 
     A classifier of another size is made anew. From RGB to grey, kernels are summed over the channels, which equals
-    showing the old network the grey picture in all three.
+    showing the old network the grey picture in all three, up to means and deviations that differ between them.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
@@ -64,7 +64,7 @@ def adapt(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> tuple[d
     return unflatten_dict(arrays), notes
 
 
-def has_fresh_classifier(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> bool:
-    """Whether `adapt` makes the classifier anew for these shapes."""
+def has_fresh_classifier(variables: Mapping[Path, Any], shapes: Mapping[Path, Shape]) -> bool:
+    """Whether `adapt` makes the classifier anew for these shapes; both by path."""
     kernel = (*CLASSIFIER, "kernel")
-    return flatten_dict(variables)[kernel].shape != shapes[kernel]
+    return variables[kernel].shape != shapes[kernel]

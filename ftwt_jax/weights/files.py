@@ -35,14 +35,14 @@ def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, st
     return _read_safetensors(path) if path.suffix == SAFETENSORS else (_read_torch(path), {})
 
 
-def own_metadata(path: pathlib.Path, metadata: dict[str, str]) -> dict[str, Any]:
+def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """What one of our exports says of its network; empty for other files."""
     try:
         found = json.loads(metadata.get(OWN, "{}"))
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: its metadata {OWN!r} is no JSON: {one_line(error)}") from None
+        raise UserError(f"its metadata {OWN!r} is no JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise UserError(f"checkpoint {path}: its metadata {OWN!r} is no JSON object")
+        raise UserError(f"its metadata {OWN!r} is no JSON object")
     return found
 
 
@@ -50,8 +50,10 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is no whole safetensors file: {one_line(error)}") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} holds numbers of a kind that NumPy does not have: {error}") from None
 
 
 def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:

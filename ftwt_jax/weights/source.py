@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ftwt_jax.errors import UserError
@@ -65,4 +66,4 @@ def _array(name: str, tensor: Any) -> np.ndarray:
         array = np.asarray(tensor)
     except (TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"tensor {name} is no plain array: {error}") from None
-    return array.astype(np.float32) if array.dtype.kind in "fV" else array
+    return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array

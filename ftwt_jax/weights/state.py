@@ -51,6 +51,9 @@ def import_state(
     model, layout, asked = _network(name, source, num_classes, gates, arch)
     wanted = entries(model, layout, _trained_shapes(layout, source, asked))
     arrays, notes = dict(source.arrays), []
+    implied = "cifar" if layout.name == "published" else "imagenet"
+    if "stem" in options_of(name) and (model.stem == "imagenet") != (implied == "imagenet"):
+        notes.append(f"its names are those of the {implied} network, and it is to run with stem={model.stem!r}")
     fresh: dict[Path, Any] = {}
     if gates is None and source.is_gated:
         arrays = {key: value for key, value in arrays.items() if f"{HEAD}." not in key}
@@ -62,7 +65,7 @@ def import_state(
     variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
     kernel = (*CLASSIFIER, "kernel")
     shapes = {**{entry.path: entry.shape for entry in wanted}, kernel: asked[kernel]}
-    new_classifier = has_fresh_classifier(variables, shapes)
+    new_classifier = has_fresh_classifier(flatten_dict(variables), shapes)
     variables, changes = adapt(variables, shapes)
     return Imported(variables, model, layout, source, (*notes, *changes), new_classifier)
 
@@ -77,7 +80,7 @@ def width_of(name: str, source: Source) -> float:
     layout = _fitting_layout(whole, shapes, source)
     first = _first_unit(shapes)
     weight = source.arrays.get(f"{layout.place(first).conv}.weight")
-    ratio = 1.0 if weight is None or not weight.size else len(weight) / shapes["params", first, "conv", "kernel"][-1]
+    ratio = 1.0 if weight is None or weight.ndim != 4 else len(weight) / shapes["params", first, "conv", "kernel"][-1]
     arch: dict[str, Any] = {} if layout.name == "published" or "stem" not in options_of(name) else {"stem": "imagenet"}
     for width in (ratio, *COMMON_WIDTHS):
         model = create_model(name, num_classes=1, width=width, **arch)
@@ -120,7 +123,13 @@ def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
         found = entries(model, layout, shapes)
         return len(have.intersection(e.name for e in found)) + len(have.intersection(e.copy for e in found))
 
-    return max(layouts(model), key=shared)
+    best = max(layouts(model), key=shared)
+    if not shared(best):
+        raise UserError(
+            f"none of its {len(have)} names, such as {min(have)}, is one of those known for {type(model).__name__}: "
+            f"{', '.join(LAYOUTS[type(model)])}"
+        )
+    return best
 
 
 def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
@@ -214,7 +223,8 @@ def from_torch(
         `model`; prefixes such as `module.` and second copies of a tensor do no harm.
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network.
-      **arch: as for `create_model`. A `stem` that is left out is read off the names.
+      **arch: as for `create_model`. A `stem` that is left out is read off the names; if that is not the one that
+        `create_model` takes by itself, a `WeightsWarning` says so.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32.
@@ -224,9 +234,16 @@ def from_torch(
         named.
     """
     imported = import_state(name, state_dict, num_classes, gates, **arch)
-    for note in imported.notes:
+    notes = list(imported.notes)
+    if "stem" in options_of(name) and "stem" not in arch and imported.model.stem == "imagenet" != _default_stem(name):
+        notes.append('its names are those of the imagenet network: give create_model stem="imagenet" too')
+    for note in notes:
         warnings.warn(f"{name} from a state_dict: {note}", WeightsWarning, stacklevel=2)
     return imported.variables
+
+
+def _default_stem(name: str) -> str:
+    return create_model(name, num_classes=1).stem
 
 
 def to_torch(
