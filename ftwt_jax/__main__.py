@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands import COMMANDS, parse, usage
-from ftwt_jax.errors import SkippedPictureWarning, UserError
+from ftwt_jax.errors import SkippedPictureWarning, UserError, one_line
 
 INTERRUPTED = 130
 _show_warning = warnings.showwarning
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             COMMANDS[arguments[0]].run(values, Console())
     except (UserError, OSError) as error:
         # Of a full disk or a folder that vanished, the system's own message says which.
-        print(f"ftwt: error: {error}", file=sys.stderr)
+        print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; the same command goes on from its newest checkpoint" if arguments[0] == "train" else ""

@@ -143,7 +143,7 @@ def _convert(values: flags.FlagValues, console: Console) -> None:
     if (values.mean is None) != (values.std is None):
         raise UserError("give --mean and --std together")
     statistics = None if values.mean is None else (_rgb(values, "mean"), _rgb(values, "std"))
-    fields = [f"--config.{field}" for field in values[FIELD].value]
+    fields = [f"--config.{field}" for field in values[FIELD].value or []]
     given = [*(field.removeprefix("--") for field in fields), *values]
 
     def usual(name: str) -> ConfigDict:

@@ -25,9 +25,9 @@ from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
 from ftwt_jax.run import BASELINE, GATED, arch_options, check_settings, gate_config
 from ftwt_jax.sharding import data_mesh
-from ftwt_jax.weights.adapt import adapt
+from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
 from ftwt_jax.weights.conversion import Conversion
-from ftwt_jax.weights.entries import parameter_shapes
+from ftwt_jax.weights.entries import Shapes, parameter_shapes
 from ftwt_jax.weights.files import own_metadata, read_checkpoint
 from ftwt_jax.weights.source import Source, read_state
 from ftwt_jax.weights.state import Imported, Variables, import_state, width_of
@@ -99,13 +99,21 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
         raise UserError(f"{path.name}: {error}") from None
     if "stem" in options_of(name):
         config.model.stem = imported.model.stem
+    channels = dataset.image_shape[-1] if dataset else RGB
+    shapes = parameter_shapes(imported.model, channels)
+    for path_in, array in flatten_dict(imported.variables).items():
+        if array.shape != shapes[path_in] and not can_adapt(path_in, array.shape, shapes[path_in]):
+            raise UserError(
+                f"{path.name}: it is for other pictures than those of {config.data.name}, of {channels} channels"
+            )
     with _appearing(folder) as partial:
         statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
-        _write(partial, config, imported, dataset, statistics, console)
+        _write(partial, config, imported, dataset, shapes, statistics, console)
     kind = f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})" if source.is_gated else "dense"
     names = f"{imported.layout.name} names"
     _say(console, f"{name}, {kind}, {names}, {_class_count(source)} classes: now in {folder}")
-    model = "".join(f" --config.model.{key}={config.model[key]}" for key in ("stem", "width") if config.model[key])
+    usual = {"stem": None, "width": 1.0}
+    model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
     _say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
     _say(console, f"train --config=configs/…:{name}{model} --config.init_from={folder} --workdir=…")
     return folder
@@ -134,11 +142,8 @@ def _own_words(metadata: dict[str, Any]) -> _Said:
             GateConfig(**gates)
         if "mean" in metadata or "std" in metadata:
             mean, std = (np.asarray(metadata[name], np.float64) for name in ("mean", "std"))
-            if (
-                mean.shape != std.shape
-                or mean.shape not in ((1,), (RGB,))
-                or not (np.isfinite(mean).all() and min(std) > 0)
-            ):
+            whole = mean.shape == std.shape and mean.shape in ((1,), (RGB,))
+            if not (whole and np.isfinite([mean, std]).all() and std.min() > 0):
                 raise UserError(f"mean {mean} and std {std} are not those of pictures")
             statistics = mean.tolist(), std.tolist()
     except (UserError, TypeError, ValueError, KeyError) as error:
@@ -208,13 +213,13 @@ def _write(
     config: ConfigDict,
     imported: Imported,
     dataset: Dataset | None,
+    shapes: Shapes,
     statistics: Statistics,
     console: Console,
 ) -> None:
     """Writes config, checkpoints and what is left over of the state dict."""
     variables, notes = imported.variables, list(imported.notes)
-    channels = dataset.image_shape[-1] if dataset else 3
-    shapes = parameter_shapes(imported.model, channels)
+    channels = dataset.image_shape[-1] if dataset else RGB
     finished = not imported.fresh_classifier
     if dataset:
         variables, changes = adapt(variables, shapes)

@@ -16,12 +16,12 @@ from ftwt_jax.gates import GateOutput
 class GateCounts:
     """For one unit, over all samples seen: how often each filter was on, wanted, and both alike. int32 [C] each."""
 
-    on: Int[Array, "C"]
-    wanted: Int[Array, "C"]
-    agreed: Int[Array, "C"]
+    on: Int[Array, " C"]
+    wanted: Int[Array, " C"]
+    agreed: Int[Array, " C"]
 
 
-def count_gates(gates: Sequence[GateOutput], weight: Float[Array, "N"] | None = None) -> tuple[GateCounts, ...]:
+def count_gates(gates: Sequence[GateOutput], weight: Float[Array, " N"] | None = None) -> tuple[GateCounts, ...]:
     """Counts one batch; batches add up with `jax.tree.map(jnp.add, a, b)`.
 
     Args:

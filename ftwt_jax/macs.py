@@ -56,7 +56,7 @@ def _as_float(counts: Any, xp: Any) -> Any:
     return counts.astype(np.float64 if xp is np else np.float32)
 
 
-def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") -> list[Float[Array, "N"] | float]:
+def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") -> list[Float[Array, " N"] | float]:
     """MACs of each layer per sample, in the order of `layers`: [N], or one number where no mask matters.
 
     Under `published`, layers that are no gated unit cost nothing. Gate heads are part of their unit under `exact`.
@@ -84,7 +84,7 @@ def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") 
     return costs
 
 
-def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, "N"] | Float[np.ndarray, "N"]:
+def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, " N"] | Float[np.ndarray, " N"]:
     """MACs that each sample of a batch took.
 
     Args:

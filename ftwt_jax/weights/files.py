@@ -39,7 +39,7 @@ def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """What one of our exports says of its network; empty for other files."""
     try:
         found = json.loads(metadata.get(OWN, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"its metadata {OWN!r} is no JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"its metadata {OWN!r} is no JSON object")
@@ -76,7 +76,9 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
                 "state_dict alone, as safetensors or by torch.save(model.state_dict(), FILE)"
             ) from None
         reason = one_line(error).split(". ")[0]
-        raise UserError(f"checkpoint {path} cannot be read by torch.load(weights_only=True): {reason}") from None
+        raise UserError(
+            f"checkpoint {path} is refused by torch.load(weights_only=True), which takes tensors alone: {reason}"
+        ) from None
     if not isinstance(found, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(found).__name__}: save a state_dict, names to tensors")
     return found
