@@ -84,7 +84,11 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
         said = _own_words(own_metadata(metadata))
         source = read_state(state)
         config, dataset = _config(wanted, source)
-        _set_gates(config, source, said.gates, wanted.explicit)
+        classes = dataset.num_classes if dataset else _class_count(source)
+        # Heads that were trained beside another classifier are trained anew with it.
+        is_gated = source.is_gated and classes == _class_count(source)
+        if is_gated:
+            _set_gates(config, said.gates, wanted.explicit)
         gates = gate_config(config.gates)
         options = arch_options(config.model)
         name = options.pop("name")
@@ -93,8 +97,7 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
                 options.pop("stem", None)  # Read off the names.
             if "model.width" not in wanted.explicit and "width" in options_of(name):
                 options["width"] = config.model.width = width_of(name, source)
-        classes = dataset.num_classes if dataset else _class_count(source)
-        imported = import_state(name, state, classes, gates if source.is_gated else None, **options)
+        imported = import_state(name, state, classes, gates if is_gated else None, **options)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
     if "stem" in options_of(name):
@@ -109,13 +112,13 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     with _appearing(folder) as partial:
         statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
         _write(partial, config, imported, dataset, shapes, statistics, console)
-    kind = f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})" if source.is_gated else "dense"
+    kind = f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})" if is_gated else "dense"
     names = f"{imported.layout.name} names"
     _say(console, f"{name}, {kind}, {names}, {_class_count(source)} classes: now in {folder}")
     usual = {"stem": None, "width": 1.0}
     model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
     _say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
-    _say(console, f"train --config=configs/…:{name}{model} --config.init_from={folder} --workdir=…")
+    _say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
     return folder
 
 
@@ -164,6 +167,7 @@ def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]
     if classes not in USUAL_CONFIGS:
         raise UserError(f"{classes} classes are of no data set known here: name the data with --config=configs/FILE.py")
     config = wanted.usual_config(USUAL_CONFIGS[classes])
+    config.data.update(absolute_paths(config.data))
     _check(config, wanted.arch)
     return config, None
 
@@ -176,11 +180,10 @@ def _class_count(source: Source) -> int:
     raise UserError(f"no classifier is in it: none of {', '.join(f'{name}.weight' for name in CLASSIFIERS)}")
 
 
-def _set_gates(config: ConfigDict, source: Source, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
+def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
     """Sets how the heads in a checkpoint are to be run: as our own export says, else as the published code does."""
-    if source.is_gated:
-        gates = said or {"pool": "mean"}
-        config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
+    gates = said or {"pool": "mean"}
+    config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
 
 
 def _usual_statistics(imported: Imported) -> Statistics:
@@ -228,10 +231,8 @@ def _write(
     description = {"class_names": list(dataset.class_names) if dataset else [], "mean": mean, "std": std}
     workdir.prepare(folder, config)
     networks = {BASELINE: _without_heads(variables)}
-    if imported.source.is_gated and finished:
+    if imported.model.gates is not None:
         networks[GATED] = variables
-    elif imported.source.is_gated:
-        notes.append("its gate heads were left out: new ones are trained after the new classifier")
     for stage, network in networks.items():
         checkpoints = Checkpoints(folder, stage, description, create=True)
         try:

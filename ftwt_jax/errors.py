@@ -20,8 +20,9 @@ class WeightsWarning(UserWarning):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line that any terminal can show; its kind if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
