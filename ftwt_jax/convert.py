@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -39,6 +40,8 @@ CIFAR: Statistics = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 HALF: Statistics = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 # The config whose data networks with so many classes were most likely trained on.
 USUAL_CONFIGS = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+# Bytes on disk besides the arrays, more than enough.
+SPARE = 2**20
 # Modules that are the classifier in one layout or another.
 CLASSIFIERS = ("fc", "classifier", "classifier.1")
 
@@ -74,7 +77,7 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     Raises:
       UserError: the checkpoint cannot be read or is of another network, or the folder is there; nothing is written.
     """
-    path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out)
+    path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: choose another folder with --out")
     if wanted.config is not None:
@@ -233,6 +236,7 @@ def _write(
     networks = {BASELINE: _without_heads(variables)}
     if imported.model.gates is not None:
         networks[GATED] = variables
+    _check_room(folder, networks)
     for stage, network in networks.items():
         checkpoints = Checkpoints(folder, stage, description, create=True)
         try:
@@ -244,6 +248,16 @@ def _write(
         _say(console, f"note: {note}")
     rounded = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
     _say(console, f"pictures are given to it less {rounded[0]}, over {rounded[1]}")
+
+
+def _check_room(folder: pathlib.Path, networks: dict[str, Variables]) -> None:
+    """Raises `UserError` if the disk is too full; Orbax would say so in the middle of its work, and at length."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(networks)) * np.float32().itemsize
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size + SPARE:
+        raise UserError(
+            f"cannot write to {folder.parent}: {free >> 20} MiB are free, and it takes {(2 * size + SPARE) >> 20}"
+        )
 
 
 def _without_heads(variables: Variables) -> Variables:

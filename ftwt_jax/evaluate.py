@@ -75,7 +75,7 @@ def unit_table(found: Evaluation) -> Table:
     for work in found.layers:
         name = work.layer.name
         share = f"{density[name]:.2f}" if name in density else ""
-        cut = f"{1 - work.measured / work.dense:.2f}"
+        cut = f"{round(1 - work.measured / work.dense, 2) + 0.0:.2f}"  # No "-0.00" where only a head was added.
         table.add_row(name, str(work.layer.out_features), share, _count(work.dense), _count(work.measured), cut)
     before, after = (sum(getattr(work, kind) for work in found.layers) for kind in ("dense", "measured"))
     table.add_section()

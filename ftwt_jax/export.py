@@ -31,7 +31,8 @@ def export_weights(
 ) -> pathlib.Path:
     """Writes the newest (or best) network of a workdir as safetensors, under PyTorch names.
 
-    A network that was converted and not trained since leaves under the names that it came with, bit for bit.
+    A network that was converted and not trained since leaves under the names that it came with, bit for bit; what was
+    in half or double precision leaves as float32.
 
     Args:
       layout: names to use, as in `ftwt_jax.weights.names`; None: those that it came with, else its usual ones.
