@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ftwt_jax.__main__ import main
 from ftwt_jax.data import load_dataset
 from ftwt_jax.run import BASELINE, GATED
+from tests import torch_imagenet as imagenet
 from tests import torch_networks as theirs
 from tests.conftest import TINY, Program, fails, read_metrics
 from tests.weight_files import assert_same, contents, convert, kept, run, save, steps, tiny, variables
@@ -41,9 +42,9 @@ def quick(program) -> Program:
         ("resnet8", theirs.ResNet(gated=True), "tfds:cifar10", {"width": 1.0}, CIFAR),
         ("resnet8", theirs.ResNet(100), "tfds:cifar100", {"width": 1.0}, CIFAR),
         ("mobilenet_v1", theirs.MobileNetV1(width=0.25), "tfds:cifar10", {"width": 0.25, "stem": "cifar"}, CIFAR),
-        ("mobilenet_v1", theirs.TimmMobileNetV1(width=0.25), "tfds:imagenet2012", {"width": 0.25}, ([0.5] * 3,) * 2),
-        ("mobilenet_v2", theirs.TorchvisionMobileNetV2(width=0.35), "tfds:imagenet2012", {"width": 0.35}, IMAGENET),
-        ("resnet18", theirs.TorchvisionResNet(features=16), "tfds:imagenet2012", {"stem": "imagenet"}, IMAGENET),
+        ("mobilenet_v1", imagenet.TimmMobileNetV1(width=0.25), "tfds:imagenet2012", {"width": 0.25}, ([0.5] * 3,) * 2),
+        ("mobilenet_v2", imagenet.TorchvisionMobileNetV2(width=0.35), "tfds:imagenet2012", {"width": 0.35}, IMAGENET),
+        ("resnet18", imagenet.TorchvisionResNet(features=16), "tfds:imagenet2012", {"stem": "imagenet"}, IMAGENET),
     ],
     ids=["gated", "100 classes", "width", "timm", "width that rounds", "torchvision"],
 )

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from ftwt_jax.data import load_dataset
 from ftwt_jax.run import BASELINE, GATED
+from tests import torch_imagenet as imagenet
 from tests import torch_networks as theirs
 from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
 from tests.folders import write_splits
@@ -23,8 +24,8 @@ UNTOUCHED = {
     "resnet8": theirs.ResNet(gated=True),
     # Heads with 40 inputs: dividing by it and multiplying again does not give back every number.
     "mobilenet_v2": theirs.MobileNetV2(width=0.25, gated=True),
-    "mobilenet_v1": theirs.TimmMobileNetV1(width=0.25),
-    "resnet18": theirs.TorchvisionResNet(num_classes=2, features=16),
+    "mobilenet_v1": imagenet.TimmMobileNetV1(width=0.25),
+    "resnet18": imagenet.TorchvisionResNet(num_classes=2, features=16),
 }
 
 

@@ -16,6 +16,7 @@ import ftwt_jax as ftwt
 from ftwt_jax.models import REGISTRY, STEMS, options_of
 from ftwt_jax.weights.entries import entries, parameter_shapes
 from ftwt_jax.weights.names import layouts
+from tests import torch_imagenet as imagenet
 from tests import torch_networks as theirs
 from tests.conftest import random_like
 
@@ -35,7 +36,7 @@ def hugging_face(layer_type="basic", depths=BASIC, features=16):
     )
 
 
-torchvision = functools.partial(theirs.TorchvisionResNet, features=16)
+torchvision = functools.partial(imagenet.TorchvisionResNet, features=16)
 # Whose names it has and ours; our arguments; theirs.
 NETWORKS = {
     ("torchvision", "resnet18"): (QUARTER, torchvision),
@@ -45,8 +46,8 @@ NETWORKS = {
     ("huggingface", "resnet34"): (QUARTER, functools.partial(hugging_face, depths=DEEP)),
     ("huggingface", "resnet50"): (QUARTER, functools.partial(hugging_face, "bottleneck", DEEP)),
     # At this width rounding to multiples of 8 goes both ways.
-    ("torchvision", "mobilenet_v2"): (NARROW, functools.partial(theirs.TorchvisionMobileNetV2, **NARROW)),
-    ("timm", "mobilenet_v1"): (QUARTER, functools.partial(theirs.TimmMobileNetV1, **QUARTER)),
+    ("torchvision", "mobilenet_v2"): (NARROW, functools.partial(imagenet.TorchvisionMobileNetV2, **NARROW)),
+    ("timm", "mobilenet_v1"): (QUARTER, functools.partial(imagenet.TimmMobileNetV1, **QUARTER)),
 }
 
 
