@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,44 +85,62 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     state, metadata = read_checkpoint(path)
     try:
         said = _own_words(own_metadata(metadata))
-        source = read_state(state)
-        config, dataset = _config(wanted, source)
-        classes = dataset.num_classes if dataset else _class_count(source)
-        # Heads that were trained beside another classifier are trained anew with it.
-        is_gated = source.is_gated and classes == _class_count(source)
-        if is_gated:
-            _set_gates(config, said.gates, wanted.explicit)
-        gates = gate_config(config.gates)
-        options = arch_options(config.model)
-        name = options.pop("name")
-        if wanted.config is None:
-            if "model.stem" not in wanted.explicit:
-                options.pop("stem", None)  # Read off the names.
-            if "model.width" not in wanted.explicit and "width" in options_of(name):
-                options["width"] = config.model.width = width_of(name, source)
-        imported = import_state(name, state, classes, gates if is_gated else None, **options)
+        config, dataset = _config(wanted, read_state(state))
+        imported = _imported(wanted, state, config, dataset, said)
+        shapes = _shapes(imported, config, dataset)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
-    if "stem" in options_of(name):
-        config.model.stem = imported.model.stem
-    channels = dataset.image_shape[-1] if dataset else RGB
-    shapes = parameter_shapes(imported.model, channels)
-    for path_in, array in flatten_dict(imported.variables).items():
-        if array.shape != shapes[path_in] and not can_adapt(path_in, array.shape, shapes[path_in]):
-            raise UserError(
-                f"{path.name}: it is for other pictures than those of {config.data.name}, of {channels} channels"
-            )
     with _appearing(folder) as partial:
         statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
         _write(partial, config, imported, dataset, shapes, statistics, console)
-    kind = f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})" if is_gated else "dense"
-    names = f"{imported.layout.name} names"
-    _say(console, f"{name}, {kind}, {names}, {_class_count(source)} classes: now in {folder}")
+    _report(folder, config, imported, console)
+    return folder
+
+
+def _imported(
+    wanted: Wanted, state: Mapping[str, Any], config: ConfigDict, dataset: Dataset | None, said: "_Said"
+) -> Imported:
+    """The network of a state dict; sets in the config what the state dict tells of it."""
+    source = read_state(state)
+    classes = dataset.num_classes if dataset else _class_count(source)
+    # Heads that were trained beside another classifier are trained anew with it.
+    is_gated = source.is_gated and classes == _class_count(source)
+    if is_gated:
+        _set_gates(config, said.gates, wanted.explicit)
+    gates = gate_config(config.gates)
+    options = arch_options(config.model)
+    name = options.pop("name")
+    if wanted.config is None:
+        if "model.stem" not in wanted.explicit:
+            options.pop("stem", None)  # Read off the names.
+        if "model.width" not in wanted.explicit and "width" in options_of(name):
+            options["width"] = config.model.width = width_of(name, source)
+    imported = import_state(name, state, classes, gates if is_gated else None, **options)
+    if "stem" in options_of(name):
+        config.model.stem = imported.model.stem
+    return imported
+
+
+def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> Shapes:
+    """The shapes that a network must have for its data; raises `UserError` if it cannot be brought to them."""
+    channels = dataset.image_shape[-1] if dataset else RGB
+    shapes = parameter_shapes(imported.model, channels)
+    for path, array in flatten_dict(imported.variables).items():
+        if array.shape != shapes[path] and not can_adapt(path, array.shape, shapes[path]):
+            raise UserError(f"it is for other pictures than those of {config.data.name}, of {channels} channels")
+    return shapes
+
+
+def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, console: Console) -> None:
+    """Says what was found, and what can be done with it."""
+    name, gates = config.model.name, imported.model.gates
+    kind = "dense" if gates is None else f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})"
+    classes = _class_count(imported.source)
+    _say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
     usual = {"stem": None, "width": 1.0}
     model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
     _say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
     _say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
-    return folder
 
 
 def _check(config: ConfigDict, arch: str | None) -> None:

@@ -1,6 +1,9 @@
 """Every array of a network, beside its name in PyTorch."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax
@@ -12,7 +15,7 @@ from ftwt_jax.gates import HEAD_NAME
 from ftwt_jax.weights.names import Layout
 
 Path = tuple[str, ...]
-Shapes = dict[Path, tuple[int, ...]]
+Shapes = Mapping[Path, tuple[int, ...]]
 
 # Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
 SIDE = 1024
@@ -68,11 +71,12 @@ _BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var":
 _LINEAR = {"kernel": "weight", "bias": "bias"}
 
 
+@functools.lru_cache(maxsize=16)
 def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
     """Shape of every array of a network for pictures with so many channels."""
     images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
-    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})
 
 
 def entries(model: nn.Module, layout: Layout, shapes: Shapes) -> list[Entry]:

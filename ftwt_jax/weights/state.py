@@ -148,14 +148,21 @@ def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
 
 def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
     """First parameters of gate heads."""
-    made: dict[Path, Any] = {}
     kernels = [entry for entry in heads if entry.path[-1] == "kernel"]
-    for index, entry in enumerate(kernels):
-        features_in, features = entry.shape
-        head = GateHead(features, gates.pool, gates.softmax)
-        params = head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"]
-        made |= {(*entry.path[:-1], leaf): value for leaf, value in params.items()}
-    return made
+
+    def init() -> list[dict[str, Any]]:
+        made = []
+        for index, (features_in, features) in enumerate(entry.shape for entry in kernels):
+            head = GateHead(features, gates.pool, gates.softmax)
+            made.append(head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"])
+        return made
+
+    made = jax.jit(init)()  # One compilation for all of them.
+    return {
+        (*entry.path[:-1], leaf): value
+        for entry, params in zip(kernels, made, strict=True)
+        for leaf, value in params.items()
+    }
 
 
 def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[Path, np.ndarray]:
@@ -224,7 +231,7 @@ def from_torch(
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network.
       **arch: as for `create_model`. A `stem` that is left out is read off the names; if that is not the one that
-        `create_model` takes by itself, a `WeightsWarning` says so.
+        `create_model` takes by itself, or one that is given is another, a `WeightsWarning` says so.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32.
