@@ -88,7 +88,8 @@ def test_a_trained_network_is_at_home_in_pytorch(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--baseline",), ("--best", "--layout=published")])
 def test_a_trained_network_comes_in_again_with_its_evaluation(tiny_run, tmp_path, flags):
-    workdir, _ = tiny_run
+    workdir = tmp_path / "trained"  # Of its own: another evaluation is written into it.
+    shutil.copytree(tiny_run[0], workdir)
     run("evaluate", f"--workdir={workdir}", *(flag for flag in flags if flag == "--best"))
     before = json.loads((workdir / "evaluation.json").read_text())
     export(workdir, tmp_path / "net.safetensors", *flags)
