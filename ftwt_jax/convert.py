@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.weights.entries import Shapes, parameter_shapes
 from ftwt_jax.weights.files import own_metadata, read_checkpoint
+from ftwt_jax.weights.names import CLASSIFIERS
 from ftwt_jax.weights.source import Source, read_state
 from ftwt_jax.weights.state import Imported, Variables, import_state, width_of
 
@@ -42,8 +43,6 @@ HALF: Statistics = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 USUAL_CONFIGS = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
 # Bytes on disk besides the arrays, more than enough.
 SPARE = 2**20
-# Modules that are the classifier in one layout or another.
-CLASSIFIERS = ("fc", "classifier", "classifier.1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +84,9 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     state, metadata = read_checkpoint(path)
     try:
         said = _own_words(own_metadata(metadata))
-        config, dataset = _config(wanted, read_state(state))
-        imported = _imported(wanted, state, config, dataset, said)
+        source = read_state(state)
+        config, dataset = _config(wanted, source)
+        imported = _imported(wanted, source, config, dataset, said)
         shapes = _shapes(imported, config, dataset)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
@@ -97,11 +97,8 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     return folder
 
 
-def _imported(
-    wanted: Wanted, state: Mapping[str, Any], config: ConfigDict, dataset: Dataset | None, said: "_Said"
-) -> Imported:
+def _imported(wanted: Wanted, source: Source, config: ConfigDict, dataset: Dataset | None, said: "_Said") -> Imported:
     """The network of a state dict; sets in the config what the state dict tells of it."""
-    source = read_state(state)
     classes = dataset.num_classes if dataset else _class_count(source)
     # Heads that were trained beside another classifier are trained anew with it.
     is_gated = source.is_gated and classes == _class_count(source)
@@ -115,7 +112,7 @@ def _imported(
             options.pop("stem", None)  # Read off the names.
         if "model.width" not in wanted.explicit and "width" in options_of(name):
             options["width"] = config.model.width = width_of(name, source)
-    imported = import_state(name, state, classes, gates if is_gated else None, **options)
+    imported = import_state(name, source, classes, gates if is_gated else None, **options)
     if "stem" in options_of(name):
         config.model.stem = imported.model.stem
     return imported
@@ -256,11 +253,8 @@ def _write(
         networks[GATED] = variables
     _check_room(folder, networks)
     for stage, network in networks.items():
-        checkpoints = Checkpoints(folder, stage, description, create=True)
-        try:
+        with contextlib.closing(Checkpoints(folder, stage, description, create=True)) as checkpoints:
             checkpoints.save_network(network, finished)
-        finally:
-            checkpoints.close()
     Conversion.of(imported).save(folder)
     for note in notes:
         _say(console, f"note: {note}")

@@ -1,5 +1,6 @@
 """The command `export`: a workdir's network in a file that other programs read."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -73,12 +74,9 @@ def export_weights(
 
 def _network(path: pathlib.Path, stage: str, best: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """A network as it was saved, its step, and what was kept of its data."""
-    checkpoints = Checkpoints(path, stage, {"class_names": []})
-    try:
+    with contextlib.closing(Checkpoints(path, stage, {"class_names": []})) as checkpoints:
         variables = checkpoints.restore_network(checkpoints.network_shapes(best), replicated(data_mesh()), best)
         return jax.tree.map(np.asarray, variables), checkpoints.step(best) or 0, checkpoints.kept_dataset()
-    finally:
-        checkpoints.close()
 
 
 def _description(config: ConfigDict, classes: int, gates: Any, kept: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a config means: the data, the two networks and the devices of a run."""
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -94,11 +95,8 @@ class Run:
 
     def trained(self, stage: str, best: bool = False) -> dict[str, Any]:
         """A trained network from its newest (or best) checkpoint."""
-        checkpoints = self.checkpoints(stage)
-        try:
+        with contextlib.closing(self.checkpoints(stage)) as checkpoints:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
-        finally:
-            checkpoints.close()
 
     def adopted(self, workdir: pathlib.Path) -> Adopted:
         """The baseline of another workdir, fitted to this run's classes and channels where they are others."""
@@ -133,19 +131,13 @@ class Run:
 
     def steps_of(self, stage: str) -> int:
         """Steps that a stage has been trained for here; 0 for a network from elsewhere."""
-        checkpoints = self.checkpoints(stage)
-        try:
+        with contextlib.closing(self.checkpoints(stage)) as checkpoints:
             return checkpoints.latest_step() or 0
-        finally:
-            checkpoints.close()
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage's newest network is more than what training starts from."""
-        checkpoints = self.checkpoints(stage)
-        try:
+        with contextlib.closing(self.checkpoints(stage)) as checkpoints:
             return not checkpoints.is_unfinished()
-        finally:
-            checkpoints.close()
 
     def checkpoints(self, stage: str, create: bool = False) -> Checkpoints:
         """The checkpoints of one stage of this run."""

@@ -1,5 +1,6 @@
 """The main job: dense baseline, estimate, gate training, evaluation."""
 
+import contextlib
 import math
 import pathlib
 import time
@@ -74,11 +75,8 @@ def keep_baseline(run: Run, adopted: Adopted, console: Console) -> None:
     """Copies a baseline from elsewhere into this run, which then stands by itself."""
     for note in adopted.notes:
         console.print(f"baseline of {run.config.init_from}: {note}", highlight=False, markup=False, soft_wrap=True)
-    checkpoints = run.checkpoints(BASELINE, create=True)
-    try:
+    with contextlib.closing(run.checkpoints(BASELINE, create=True)) as checkpoints:
         checkpoints.save_network(adopted.variables, adopted.finished)
-    finally:
-        checkpoints.close()
 
 
 def init_dense(run: Run) -> Variables:

@@ -9,9 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ftwt_jax.gates import HEAD_NAME
 from ftwt_jax.units import Classifier
-
-Path = tuple[str, ...]
-Shape = tuple[int, ...]
+from ftwt_jax.weights.entries import Path, Shape, Shapes
 
 CLASSIFIER = ("params", "classifier", "dense")
 # The unit that sees the pictures, by the two names that the networks here have for it.
@@ -36,7 +34,7 @@ def channel_axis(path: Path) -> int | None:
     return 0 if HEAD_NAME in path else 2
 
 
-def adapt(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> tuple[dict[str, Any], list[str]]:
+def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
     """Variables of the given shapes from those of the same network for other classes, or for RGB.
 
     A classifier of another size is made anew. From RGB to grey, kernels are summed over the channels, which equals
@@ -64,7 +62,7 @@ def adapt(variables: Mapping[str, Any], shapes: Mapping[Path, Shape]) -> tuple[d
     return unflatten_dict(arrays), notes
 
 
-def has_fresh_classifier(variables: Mapping[Path, Any], shapes: Mapping[Path, Shape]) -> bool:
+def has_fresh_classifier(variables: Mapping[Path, Any], shapes: Shapes) -> bool:
     """Whether `adapt` makes the classifier anew for these shapes; both by path."""
     kernel = (*CLASSIFIER, "kernel")
     return variables[kernel].shape != shapes[kernel]

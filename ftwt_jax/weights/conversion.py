@@ -9,7 +9,7 @@ import numpy as np
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.weights.files import read_checkpoint, write_safetensors
-from ftwt_jax.weights.names import HEAD
+from ftwt_jax.weights.names import is_head
 from ftwt_jax.weights.source import Arrays
 from ftwt_jax.weights.state import Imported, Variables, export_state, layout_called
 
@@ -40,7 +40,7 @@ class Conversion:
     @property
     def holds_heads(self) -> bool:
         """Whether the state dict was a gated network's."""
-        return any(f"{HEAD}." in name for name in self.names)
+        return any(map(is_head, self.names))
 
     @classmethod
     def of(cls, imported: Imported) -> "Conversion":

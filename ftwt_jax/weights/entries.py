@@ -15,7 +15,8 @@ from ftwt_jax.gates import HEAD_NAME
 from ftwt_jax.weights.names import Layout
 
 Path = tuple[str, ...]
-Shapes = Mapping[Path, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[Path, Shape]
 
 # Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
 SIDE = 1024

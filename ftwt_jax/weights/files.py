@@ -49,7 +49,8 @@ def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = file.keys()  # It cannot be looped over by itself.
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is no whole safetensors file: {one_line(error)}") from None
     except (TypeError, AttributeError) as error:

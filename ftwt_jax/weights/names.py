@@ -8,6 +8,7 @@ and timm's. Those have no gate heads: ours are added to them as a child of the c
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 
@@ -42,17 +43,21 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One set of names.
+    """One set of names, for one network.
 
     Attributes:
       name: as in `LAYOUTS`.
       gated: whether these are the names of a gated network.
-      place: from the path of a layer among our parameters, such as `stage1_block0/conv1`, to its place.
     """
 
     name: str
     gated: bool
-    place: Callable[[str], Place]
+    model: nn.Module
+
+    def place(self, unit: str) -> Place:
+        """From the path of a layer among our parameters, such as `stage1_block0/conv1`, to its place."""
+        naming = LAYOUTS[type(self.model)][self.name]
+        return Place(naming.classifier) if unit == "classifier" else naming.place(unit, self.model, self.gated)
 
 
 def _beside(conv: str, bn: str) -> Place:
@@ -78,170 +83,136 @@ def _staged(index: int, stages: tuple[int, ...]) -> str:
     return f"{stage}.{index}"
 
 
-def _resnet(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "stem":
-            return _masked("", "conv1", "bn1", "masked_conv", gated)
-        if unit == "classifier":
-            return Place("fc")
+def _resnet(unit: str, model: nn.Module, gated: bool) -> Place:
+    if unit == "stem":
+        return _masked("", "conv1", "bn1", "masked_conv", gated)
+    stage, block, *number = _numbers(unit)
+    prefix = f"layer{stage}.{block}."
+    if unit.endswith("shortcut"):
+        return Place(f"{prefix}downsample.0", f"{prefix}downsample.1")
+    return _masked(prefix, f"conv{number[0]}", f"bn{number[0]}", f"masked_conv{number[0]}", gated)
+
+
+def _resnet_torchvision(unit: str, model: nn.Module, gated: bool) -> Place:
+    return dataclasses.replace(_resnet(unit, model, gated), copy="")
+
+
+def _resnet_huggingface(unit: str, model: nn.Module, gated: bool) -> Place:
+    if unit == "stem":
+        layer = "resnet.embedder.embedder"
+    else:
         stage, block, *number = _numbers(unit)
-        prefix = f"layer{stage}.{block}."
-        if unit.endswith("shortcut"):
-            return Place(f"{prefix}downsample.0", f"{prefix}downsample.1")
-        return _masked(prefix, f"conv{number[0]}", f"bn{number[0]}", f"masked_conv{number[0]}", gated)
-
-    return place
+        layer = f"resnet.encoder.stages.{stage - 1}.layers.{block}."
+        layer += f"layer.{number[0] - 1}" if number else "shortcut"
+    return _beside(f"{layer}.convolution", f"{layer}.normalization")
 
 
-def _resnet_torchvision(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    place = _resnet(model, gated)
-    return lambda unit: dataclasses.replace(place(unit), copy="")
-
-
-def _resnet_huggingface(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("classifier.1")
-        if unit == "stem":
-            layer = "resnet.embedder.embedder"
-        else:
-            stage, block, *number = _numbers(unit)
-            layer = f"resnet.encoder.stages.{stage - 1}.layers.{block}."
-            layer += f"layer.{number[0] - 1}" if number else "shortcut"
-        return _beside(f"{layer}.convolution", f"{layer}.normalization")
-
-    return place
-
-
-def _vgg(model: nn.Module, gated: bool) -> Callable[[str], Place]:
+def _vgg(unit: str, model: nn.Module, gated: bool) -> Place:
     assert isinstance(model, VGG)
-    starts, index = [], 0
-    for step in model.plan:
-        if step == POOL:
-            index += 1
-        else:
-            starts.append(index)
-            index += 1 if gated else 3
-
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("classifier")
-        start = starts[_numbers(unit)[0]]
-        if gated:
-            return Place(f"features.{start}.conv", f"features.{start}.bn", f"features.{start}.{HEAD}")
-        return Place(f"features.{start}", f"features.{start + 1}")
-
-    return place
+    widths = [1 if gated or step == POOL else 3 for step in model.plan]
+    step = [index for index, step in enumerate(model.plan) if step != POOL][_numbers(unit)[0]]
+    start = sum(widths[:step])
+    if gated:
+        return Place(f"features.{start}.conv", f"features.{start}.bn", f"features.{start}.{HEAD}")
+    return Place(f"features.{start}", f"features.{start + 1}")
 
 
-def _mobilenet_v1(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("fc")
-        pair = 0 if unit == "stem" else _numbers(unit)[0] + 1
-        second = unit.endswith("pointwise")
-        if gated:
-            layer = f"model.{2 * pair - (unit != 'stem') + second}"
-            return Place(f"{layer}.conv", f"{layer}.bn", f"{layer}.{HEAD}")
-        return Place(f"model.{pair}.{3 * second}", f"model.{pair}.{3 * second + 1}")
-
-    return place
+def _mobilenet_v1(unit: str, model: nn.Module, gated: bool) -> Place:
+    pair = 0 if unit == "stem" else _numbers(unit)[0] + 1
+    second = unit.endswith("pointwise")
+    if gated:
+        layer = f"model.{2 * pair - (unit != 'stem') + second}"
+        return Place(f"{layer}.conv", f"{layer}.bn", f"{layer}.{HEAD}")
+    return Place(f"model.{pair}.{3 * second}", f"model.{pair}.{3 * second + 1}")
 
 
-def _mobilenet_v1_timm(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("classifier")
-        if unit == "stem":
-            return _beside("conv_stem", "bn1")
-        block = f"blocks.{_staged(_numbers(unit)[0], TIMM_V1_STAGES)}"
-        if unit.endswith("depthwise"):
-            return _beside(f"{block}.conv_dw", f"{block}.bn1")
-        return _beside(f"{block}.conv_pw", f"{block}.bn2")
-
-    return place
+def _mobilenet_v1_timm(unit: str, model: nn.Module, gated: bool) -> Place:
+    if unit == "stem":
+        return _beside("conv_stem", "bn1")
+    block = f"blocks.{_staged(_numbers(unit)[0], TIMM_V1_STAGES)}"
+    if unit.endswith("depthwise"):
+        return _beside(f"{block}.conv_dw", f"{block}.bn1")
+    return _beside(f"{block}.conv_pw", f"{block}.bn2")
 
 
 V2_PARTS = ("expand", "depthwise", "project")
 
 
-def _v2_shortcut(unit: str) -> Place:
-    """The projection that only the CIFAR network has, in whatever layout."""
-    prefix = f"bottlenecks.{_numbers(unit)[0]}.shortcut"
-    return Place(f"{prefix}.0", f"{prefix}.1")
+def _v2_part(unit: str) -> tuple[int, str]:
+    """Index of a block and the part of it; of a unit outside of the blocks, its name is the part."""
+    block, _, part = unit.rpartition("/")
+    return (_numbers(block)[0] if block else 0), part
 
 
-def _mobilenet_v2(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("fc")
-        if unit in ("stem", "last"):
-            number = 0 if unit == "stem" else 1
-            return _masked("", f"conv{number}", f"bn{number}", f"masked_conv{number}", gated)
-        block, part = unit.split("/")
-        if part == "shortcut":
-            return _v2_shortcut(unit)
-        prefix = f"bottlenecks.{_numbers(block)[0]}."
+def _mobilenet_v2(unit: str, model: nn.Module, gated: bool) -> Place:
+    block, part = _v2_part(unit)
+    prefix = f"bottlenecks.{block}."
+    if part == "shortcut":
+        return Place(f"{prefix}shortcut.0", f"{prefix}shortcut.1")
+    if part in ("stem", "last"):
+        prefix, number = "", int(part == "last")
+    else:
         number = V2_PARTS.index(part) + 1
-        return _masked(prefix, f"conv{number}", f"bn{number}", f"masked_conv{number}", gated)
-
-    return place
+    return _masked(prefix, f"conv{number}", f"bn{number}", f"masked_conv{number}", gated)
 
 
-def _mobilenet_v2_torchvision(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("classifier.1")
-        if unit in ("stem", "last"):
-            number = 0 if unit == "stem" else 18
-            return _beside(f"features.{number}.0", f"features.{number}.1")
-        block, part = unit.split("/")
-        if part == "shortcut":
-            return _v2_shortcut(unit)
-        index = _numbers(block)[0]
-        # The first block does not expand, so that everything in it stands one place earlier.
-        position = V2_PARTS.index(part) - (index == 0)
-        layer = f"features.{index + 1}.conv.{position}"
-        if part == "project":
-            return _beside(layer, f"features.{index + 1}.conv.{position + 1}")
-        return _beside(f"{layer}.0", f"{layer}.1")
-
-    return place
+def _mobilenet_v2_torchvision(unit: str, model: nn.Module, gated: bool) -> Place:
+    block, part = _v2_part(unit)
+    if part == "shortcut":
+        return _mobilenet_v2(unit, model, gated)  # The CIFAR network's alone, which has no other names.
+    if part in ("stem", "last"):
+        number = 0 if part == "stem" else 18
+        return _beside(f"features.{number}.0", f"features.{number}.1")
+    # The first block does not expand, so that everything in it stands one place earlier.
+    position = V2_PARTS.index(part) - (block == 0)
+    layer = f"features.{block + 1}.conv.{position}"
+    if part == "project":
+        return _beside(layer, f"features.{block + 1}.conv.{position + 1}")
+    return _beside(f"{layer}.0", f"{layer}.1")
 
 
-def _mobilenet_v2_timm(model: nn.Module, gated: bool) -> Callable[[str], Place]:
-    def place(unit: str) -> Place:
-        if unit == "classifier":
-            return Place("classifier")
-        if unit == "stem":
-            return _beside("conv_stem", "bn1")
-        if unit == "last":
-            return _beside("conv_head", "bn2")
-        block, part = unit.split("/")
-        if part == "shortcut":
-            return _v2_shortcut(unit)
-        index = _numbers(block)[0]
-        layer = f"blocks.{_staged(index, TIMM_V2_STAGES)}"
-        # The first block does not expand: its projection is called what an expansion is elsewhere.
-        names = ("conv_pw", "conv_dw", "conv_pwl") if index else ("conv_expand", "conv_dw", "conv_pw")
-        position = V2_PARTS.index(part)
-        return _beside(f"{layer}.{names[position]}", f"{layer}.bn{position + (index != 0)}")
-
-    return place
+def _mobilenet_v2_timm(unit: str, model: nn.Module, gated: bool) -> Place:
+    block, part = _v2_part(unit)
+    if part == "shortcut":
+        return _mobilenet_v2(unit, model, gated)
+    if part in ("stem", "last"):
+        return _beside("conv_stem", "bn1") if part == "stem" else _beside("conv_head", "bn2")
+    layer = f"blocks.{_staged(block, TIMM_V2_STAGES)}"
+    # The first block does not expand: its projection is called what an expansion is elsewhere.
+    names = ("conv_pw", "conv_dw", "conv_pwl") if block else ("conv_expand", "conv_dw", "conv_pw")
+    position = V2_PARTS.index(part)
+    return _beside(f"{layer}.{names[position]}", f"{layer}.bn{position + (block != 0)}")
 
 
-_Factory = Callable[[nn.Module, bool], Callable[[str], Place]]
+class Naming(NamedTuple):
+    """How a layout calls the classifier, and the place of any other layer: (its path, network, gated names or not)."""
+
+    classifier: str
+    place: Callable[[str, nn.Module, bool], Place]
+
+
 # By architecture: its layouts.
-LAYOUTS: dict[type[nn.Module], dict[str, _Factory]] = {
-    ResNet: {"published": _resnet, "torchvision": _resnet_torchvision, "huggingface": _resnet_huggingface},
-    VGG: {"published": _vgg},
-    MobileNetV1: {"published": _mobilenet_v1, "timm": _mobilenet_v1_timm},
+LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
+    ResNet: {
+        "published": Naming("fc", _resnet),
+        "torchvision": Naming("fc", _resnet_torchvision),
+        "huggingface": Naming("classifier.1", _resnet_huggingface),
+    },
+    VGG: {"published": Naming("classifier", _vgg)},
+    MobileNetV1: {"published": Naming("fc", _mobilenet_v1), "timm": Naming("classifier", _mobilenet_v1_timm)},
     MobileNetV2: {
-        "published": _mobilenet_v2,
-        "torchvision": _mobilenet_v2_torchvision,
-        "timm": _mobilenet_v2_timm,
+        "published": Naming("fc", _mobilenet_v2),
+        "torchvision": Naming("classifier.1", _mobilenet_v2_torchvision),
+        "timm": Naming("classifier", _mobilenet_v2_timm),
     },
 }
+# Every module that is the classifier in one of them.
+CLASSIFIERS = sorted({naming.classifier for layouts in LAYOUTS.values() for naming in layouts.values()})
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor's name is one of a gate head."""
+    return f"{HEAD}." in name
 
 
 def default_layout(model: nn.Module) -> str:
@@ -253,8 +224,7 @@ def default_layout(model: nn.Module) -> str:
 
 def layouts(model: nn.Module) -> list[Layout]:
     """Every set of names that a network may have, its own default ones first."""
-    factories = LAYOUTS.get(type(model))
-    if factories is None:
+    if type(model) not in LAYOUTS:
         raise UserError(f"no PyTorch names are known for {type(model).__name__}: add them to ftwt_jax/weights/names.py")
-    names = sorted(factories, key=lambda name: name != default_layout(model))
-    return [Layout(name, gated, factories[name](model, gated)) for name in names for gated in (False, True)]
+    names = sorted(LAYOUTS[type(model)], key=lambda name: name != default_layout(model))
+    return [Layout(name, gated, model) for name in names for gated in (False, True)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftwt_jax.errors import UserError
-from ftwt_jax.weights.names import HEAD
+from ftwt_jax.weights.names import is_head
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,7 +31,7 @@ class Source:
     @property
     def is_gated(self) -> bool:
         """Whether it holds gate heads."""
-        return any(f"{HEAD}." in name for name in self.arrays)
+        return any(map(is_head, self.arrays))
 
 
 def read_state(state: Mapping[str, Any]) -> Source:

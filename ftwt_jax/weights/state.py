@@ -16,7 +16,7 @@ from ftwt_jax.gates import GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
 from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis, has_fresh_classifier
 from ftwt_jax.weights.entries import Entry, Path, Shapes, entries, parameter_shapes
-from ftwt_jax.weights.names import HEAD, LAYOUTS, Layout, default_layout, layouts
+from ftwt_jax.weights.names import LAYOUTS, Layout, default_layout, is_head, layouts
 from ftwt_jax.weights.source import Arrays, Source, read_state
 
 Variables = dict[str, Any]
@@ -43,11 +43,8 @@ class Imported:
     fresh_classifier: bool
 
 
-def import_state(
-    name: str, state_dict: Mapping[str, Any], num_classes: int, gates: GateConfig | None = None, **arch: Any
-) -> Imported:
+def import_state(name: str, source: Source, num_classes: int, gates: GateConfig | None = None, **arch: Any) -> Imported:
     """`from_torch` with all that it found out."""
-    source = read_state(state_dict)
     model, layout, asked = _network(name, source, num_classes, gates, arch)
     wanted = entries(model, layout, _trained_shapes(layout, source, asked))
     arrays, notes = dict(source.arrays), []
@@ -56,7 +53,7 @@ def import_state(
         notes.append(f"its names are those of the {implied} network, and it is to run with stem={model.stem!r}")
     fresh: dict[Path, Any] = {}
     if gates is None and source.is_gated:
-        arrays = {key: value for key, value in arrays.items() if f"{HEAD}." not in key}
+        arrays = {key: value for key, value in arrays.items() if not is_head(key)}
         notes.append("its gate heads were left out, for the dense network has none")
     elif gates is not None and not source.is_gated:
         fresh = fresh_heads([entry for entry in wanted if entry.is_head], gates)
@@ -240,7 +237,7 @@ def from_torch(
       UserError: the tensors are not those of this network; those that are missing, unexpected or wrongly shaped are all
         named.
     """
-    imported = import_state(name, state_dict, num_classes, gates, **arch)
+    imported = import_state(name, read_state(state_dict), num_classes, gates, **arch)
     notes = list(imported.notes)
     if "stem" in options_of(name) and "stem" not in arch and imported.model.stem == "imagenet" != _default_stem(name):
         notes.append('its names are those of the imagenet network: give create_model stem="imagenet" too')
