@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ftwt_jax.activations import LayerRecord
+from ftwt_jax.compiling import compiler_options
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateControl
 from ftwt_jax.macs import Convention, dense_macs, layer_dense_macs, layer_macs
@@ -81,7 +82,12 @@ class Evaluator:
             }
 
         whole = replicated(mesh)
-        self._step: Callable[..., Sums] = jax.jit(step, in_shardings=(whole, split(mesh), whole), out_shardings=whole)
+        self._step: Callable[..., Sums] = jax.jit(
+            step,
+            in_shardings=(whole, split(mesh), whole),
+            out_shardings=whole,
+            compiler_options=compiler_options(),
+        )
 
     def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float) -> Evaluation:
         """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`."""

@@ -1,6 +1,7 @@
 """The gate head, its settings, and what a gate gives back (sections 3.1 and 3.2 of the paper)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.reductions import max_pool_all, mean_pool_all
 
 # Name of the head among the parameters of its unit.
 HEAD_NAME = "gate_head"
@@ -100,6 +102,11 @@ class GateOutput:
     target: Bool[Array, "N C"] | None
 
 
+def gate_pool(pool: str) -> Callable[[Array], Array]:
+    """The pool by its name in `GateConfig`: [N, H, W, C] -> [N, C]."""
+    return {"max": max_pool_all, "mean": mean_pool_all}[pool]
+
+
 class GateHead(nn.Module):
     """Predicts which filters of a unit will matter from the unit's input: P = e W + b.
 
@@ -122,8 +129,7 @@ class GateHead(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
-        reduce = jnp.max if self.pool == "max" else jnp.mean
-        summary = reduce(inputs.astype(jnp.float32), axis=(1, 2))
+        summary = gate_pool(self.pool)(inputs.astype(jnp.float32))
         if self.softmax:
             summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
         dense = nn.Dense(

