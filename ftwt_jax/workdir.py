@@ -1,32 +1,21 @@
 """The folder of a run: its config, its checkpoints, its results."""
 
 import json
-import os
 import pathlib
-import tempfile
 from typing import Any
 
 import ml_collections
 
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import written_whole
 
 CONFIG = "config.json"
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
     """Writes `data` as JSON so that a reader sees the old file or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path, what: str) -> Any:

@@ -1,10 +1,8 @@
 """Files of weights. They come from strangers: nothing that one of them says is ever run."""
 
 import json
-import os
 import pathlib
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.files import written_whole
 
 SAFETENSORS = ".safetensors"
 # Key under which our exports say what network they hold.
@@ -91,15 +90,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], meta
     Raises:
       UserError: it cannot be written.
     """
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(dict(arrays), temporary, metadata={"format": "pt", **metadata})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(dict(arrays), str(temporary), metadata={"format": "pt", **metadata})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {one_line(error)}") from None
-    finally:
-        if temporary:
-            pathlib.Path(temporary).unlink(missing_ok=True)
