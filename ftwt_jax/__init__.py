@@ -1,6 +1,7 @@
 """Dynamic channel pruning for JAX/Flax, after "Fire Together Wire Together" (CVPR 2022, arXiv 2110.08232)."""
 
 from ftwt_jax.activations import Activations, LayerRecord, residual_add
+from ftwt_jax.compact import CompactNetwork, compact
 from ftwt_jax.errors import UserError, WeightsWarning
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateConfig, GateControl, GateHead, GateOutput
@@ -16,6 +17,7 @@ from ftwt_jax.weights.state import from_torch, to_torch
 __all__ = [
     "Activations",
     "Classifier",
+    "CompactNetwork",
     "GateConfig",
     "GateControl",
     "GateHead",
@@ -28,6 +30,7 @@ __all__ = [
     "UserError",
     "WeightsWarning",
     "__version__",
+    "compact",
     "count_gates",
     "create_model",
     "dense_macs",

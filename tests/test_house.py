@@ -30,7 +30,10 @@ TRAINER = {
     "ftwt_jax.train": "the trainer",
     "ftwt_jax.commands": "the command line",
 }
-FLOOR = ("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights")
+FLOOR = (
+    *("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights"),
+    *("reductions", "convolution", "batch_norm", "compiling", "packing", "calibration", "compact", "synthetic", "files"),
+)
 
 
 def modules_after(code: str) -> set[str]:

@@ -15,20 +15,19 @@ from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 def pooled_shortcut(x: Activations, features: int, strides: int) -> Activations:
     """Shortcut without parameters: average pool for the size, zero channels behind the old ones for the number."""
-    values = x.values
     if strides > 1:
         # Odd sizes round up, as in the branch; the last window is then smaller.
-        rest = [(0, -size % strides) for size in values.shape[1:3]]
+        rest = [(0, -size % strides) for size in x.values.shape[1:3]]
         window = (strides, strides)
-        values = nn.avg_pool(values, window, strides=window, padding=rest, count_include_pad=False)
-    extra = features - values.shape[-1]
-    active = x.active
-    if extra:
-        if active is None:
-            active = jnp.ones((values.shape[0], values.shape[-1]), bool)
-        active = jnp.pad(active, ((0, 0), (0, extra)))
-        values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, extra)))
-    return x.replace(values=values, active=active)
+        x = x.map(lambda v: nn.avg_pool(v, window, strides=window, padding=rest, count_include_pad=False))
+    samples, _, _, inputs = x.values.shape
+    if features > inputs:
+        active = jnp.ones((samples, inputs), bool) if x.active is None else x.active
+        active = jnp.pad(active, ((0, 0), (0, features - inputs)))
+        values = jnp.pad(x.values, ((0, 0), (0, 0), (0, 0), (0, features - inputs)))
+        # The new channels are zero, so what is packed stays as it is.
+        x = x.replace(values=values, active=active, packed=x.packed)
+    return x
 
 
 class Block(nn.Module):

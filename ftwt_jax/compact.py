@@ -1,0 +1,205 @@
+"""Compact execution: a gated network that leaves out the filters that its gates do not turn on."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ftwt_jax.activations import Activations
+from ftwt_jax.calibration import Channels, choose_kept, choose_sizes
+from ftwt_jax.compiling import compiler_options
+from ftwt_jax.errors import UserError
+from ftwt_jax.packing import PackedLayers, Weights
+
+# Samples of a calibration batch; and the share of a batch that may be outside before all of it is computed again.
+_CALIBRATION_BATCH = 64
+_FEW = 8
+# MACs of a unit from which picking filters for each sample can pay; and pictures on which ways to do so are timed.
+_WORTH_PICKING = 4_000_000
+_TRIALS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a compact network computes.
+
+    Attributes:
+      kept: the filters held ready, ascending, for each unit that leaves some out for good.
+      sizes: how many of those are computed for a single sample, for each unit that picks them by the sample's mask.
+    """
+
+    kept: Mapping[str, Channels] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+EVERYTHING = Plan()
+
+
+def compact(model: nn.Module, variables: Any, calibration: Any = None, **options: Any) -> "CompactNetwork":
+    """A network made ready for inference: batch norm folded in, and only the filters that its gates turn on.
+
+    For any network of `GatedUnit`s, gated or dense (which is then only folded). Filters that no calibration sample
+    turns on, nor comes near to, are left out for good: the kernels of all units are packed once to what is left, and
+    run as small dense convolutions, each sample's own mask applied to the result. A sample that comes alone (N = 1) has
+    its own filters picked out of these in the layers where that pays, which is found out by timing. A sample whose
+    gates want a filter that was left out, or more than there is room for, is noticed and computed again by the masked
+    network.
+
+    Args:
+      model: a Linen module; `model.apply(variables, images, **options)` runs it for inference.
+      variables: its parameters and batch statistics, concrete.
+      calibration: images as the network is given them, [S, H, W, channels] or an iterable of such batches, like those
+        that it will meet; some hundred. None: nothing is left out.
+      **options: further arguments of the model's `__call__`, such as `train=False` where that is not the default.
+
+    Returns:
+      A function of images [N, H, W, channels], compiled once for each of their shapes. Its outputs are the network's
+      own to rounding; a gate logit within rounding of zero may fall on either side.
+
+    Raises:
+      UserError: the network has no units, or the calibration no pictures.
+    """
+    forward = _Forward(model, variables, options)
+    if calibration is None:
+        return CompactNetwork(forward)
+    batches = [calibration] if hasattr(calibration, "shape") else calibration
+    chunks = [chunk for batch in batches for chunk in _chunks(jnp.asarray(batch))]
+    if not chunks:
+        raise UserError("calibration holds no pictures: pass some hundred like those that the network will meet")
+    example = chunks[0]
+    masked = forward.pack(EVERYTHING, example)
+    see = jax.jit(
+        lambda weights, images: forward(EVERYTHING, weights, images)[1].gate_logits, compiler_options=compiler_options()
+    )
+    weights = jax.tree.map(jnp.asarray, masked.weights)
+    seen = [jax.device_get(see(weights, chunk)) for chunk in chunks]
+    if not seen[0]:
+        return CompactNetwork(forward)
+    gate_logits = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
+
+    def share_of_work(kept: Mapping[str, Channels]) -> float:
+        return forward.pack(Plan(kept), example).work / masked.work
+
+    kept = choose_kept(gate_logits, share_of_work)
+    sizes = {
+        name: size for name, size in choose_sizes(gate_logits, kept).items() if masked.calls[name][1] >= _WORTH_PICKING
+    }
+    positions = {name: masked.calls[name][0] for name in sizes}
+    plans = [Plan(kept)]
+    plans += [
+        Plan(kept, {name: size for name, size in sizes.items() if positions[name] >= least})
+        for least in sorted(set(positions.values()))
+    ]
+    singles = [example[index : index + 1] for index in range(min(len(example), _TRIALS))]
+    return _fastest([CompactNetwork(forward, plan) for plan in plans], singles)
+
+
+def _fastest(networks: list["CompactNetwork"], images: list[Array]) -> "CompactNetwork":
+    """The network of the least median time, measured in turns on the same pictures."""
+    if len(networks) == 1:
+        return networks[0]
+    seconds: list[list[float]] = [[] for _ in networks]
+    for network in networks:
+        jax.block_until_ready(network(images[0]))
+    for image in images:
+        for network, times in zip(networks, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(network(image))
+            times.append(time.perf_counter() - start)
+    return min(zip(networks, seconds, strict=True), key=lambda pair: float(np.median(pair[1])))[0]
+
+
+def _chunks(images: Array) -> list[Array]:
+    """Batches of one size as far as they go, so that few shapes are compiled."""
+    return [images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)]
+
+
+class _Forward:
+    """A network run layer by layer in packed form."""
+
+    def __init__(self, model: nn.Module, variables: Any, options: Mapping[str, Any]):
+        self._model = model
+        self._variables = variables
+        self._options = options
+
+    def pack(self, plan: Plan, images: Array) -> PackedLayers:
+        """The weights for these filters; nothing is run."""
+        layers = PackedLayers(self._variables, plan.kept, plan.sizes)
+        jax.eval_shape(lambda images: self._apply(layers, images), images)
+        return layers
+
+    def __call__(self, plan: Plan, weights: Weights, images: Array) -> tuple[Any, PackedLayers]:
+        layers = PackedLayers(self._variables, plan.kept, plan.sizes, weights)
+        return self._apply(layers, images), layers
+
+    def _apply(self, layers: PackedLayers, images: Array) -> Any:
+        with nn.intercept_methods(layers):
+            outputs = self._model.apply(self._variables, images, **self._options)
+        return jax.tree.map(_without_packed, outputs, is_leaf=lambda x: isinstance(x, Activations))
+
+
+def _without_packed(x: Any) -> Any:
+    return x.replace(packed=None) if isinstance(x, Activations) else x
+
+
+class CompactNetwork:
+    """What `compact` returns.
+
+    Attributes:
+      plan: the filters that are held ready, and how many of them are computed for a single sample.
+    """
+
+    def __init__(self, forward: _Forward, plan: Plan = EVERYTHING):
+        self.plan = plan
+        self._forward = forward
+        self._weights: dict[str, Weights] = {}
+        self._jitted = jax.jit(self._run, compiler_options=compiler_options())
+
+    def __call__(self, images: Float[Array, "N H W channels"]) -> Any:
+        """What the network returns for these images."""
+        return self.run(images)[0]
+
+    def run(self, images: Float[Array, "N H W channels"]) -> tuple[Any, Bool[Array, " N"]]:
+        """What the network returns, and which samples were outside what calibration prepared."""
+        images = jnp.asarray(images)
+        if not self._weights:
+            packed = {"compact": self._forward.pack(self.plan, images).weights}
+            if self.plan != EVERYTHING:
+                packed["masked"] = self._forward.pack(EVERYTHING, images).weights
+            self._weights = jax.tree.map(jnp.asarray, packed)
+        # A jit within another takes no compiler options of its own.
+        run = self._run if isinstance(images, jax.core.Tracer) else self._jitted
+        return run(self._weights, images)
+
+    def _run(self, weights: dict[str, Weights], images: Array) -> tuple[Any, Array]:
+        samples = images.shape[0]
+        outputs, layers = self._forward(self.plan, weights["compact"], images)
+        if not layers.outside:
+            return outputs, jnp.zeros(samples, bool)
+        outside = jnp.any(jnp.stack(layers.outside), axis=0)
+
+        def masked(images: Array) -> Any:
+            return self._forward(EVERYTHING, weights["masked"], images)[0]
+
+        def all_again() -> Any:
+            return masked(images)
+
+        few = -(-samples // _FEW)
+
+        def few_again() -> Any:
+            first = jnp.argsort(~outside, stable=True)[:few]
+            return jax.tree.map(lambda whole, part: whole.at[first].set(part), outputs, masked(images[first]))
+
+        branches = [lambda: outputs, all_again]
+        which = jnp.any(outside).astype(jnp.int32)
+        if few < samples and all(jnp.shape(leaf)[:1] == (samples,) for leaf in jax.tree.leaves(outputs)):
+            branches.append(few_again)
+            which = jnp.where(jnp.sum(outside) <= few, 2 * which, which)
+        return lax.switch(which, branches), outside
