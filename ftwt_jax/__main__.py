@@ -30,12 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     from absl import logging
     from rich.console import Console
 
+    from ftwt_jax.compiling import keep_compiled
+
     logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", module="PIL")  # Of a file that it can read all the same, and without its name.
     try:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
+            keep_compiled()
             COMMANDS[arguments[0]].run(values, Console())
     except (UserError, OSError) as error:
         # Of a full disk or a folder that vanished, the system's own message says which.

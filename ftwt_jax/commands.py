@@ -68,9 +68,16 @@ def _define_prepare(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _define_benchmark(values: flags.FlagValues, arguments: list[str]) -> None:
+    _define_workdir(values)
+    flags.DEFINE_string("arch", None, "a network with synthetic gates, in place of a trained one", flag_values=values)
+    flags.DEFINE_float("budget", None, "with --arch: the MACs reduction of its gates", flag_values=values)
+    flags.DEFINE_integer("image_size", None, "with --arch: side of the pictures; 32 or 224", flag_values=values)
+    flags.DEFINE_integer("batch", 1, "pictures at once", flag_values=values)
+    flags.DEFINE_bool("torch", False, "time PyTorch's dense network too", flag_values=values)
+    flags.DEFINE_bool("train", False, "time a dense and a gated training step too", flag_values=values)
     _define_config(values, arguments)
-    flags.DEFINE_bool("input", False, "time the input of training alone", flag_values=values)
-    flags.DEFINE_float("seconds", 10.0, "how long to measure", flag_values=values)
+    flags.DEFINE_bool("input", False, "time the input of training alone; needs --config", flag_values=values)
+    flags.DEFINE_float("seconds", 10.0, "with --input: how long to measure", flag_values=values)
 
 
 def _define_convert(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -87,7 +94,14 @@ def _define_convert(values: flags.FlagValues, arguments: list[str]) -> None:
 def _define_export(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_string("out", None, "file to write, such as resnet34.safetensors", flag_values=values)
-    flags.DEFINE_enum("format", "safetensors", ["safetensors"], "kind of file", flag_values=values)
+    flags.DEFINE_enum(
+        "format",
+        None,
+        ["safetensors", "stablehlo"],
+        "weights for PyTorch, or a program that runs without this package; by itself what --out ends in",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("compact", False, "of a program: filters left out, one picture at a time", flag_values=values)
     flags.DEFINE_string(
         "layout", None, "names: published, torchvision, huggingface or timm; if not as it came", flag_values=values
     )
@@ -126,11 +140,23 @@ def _prepare(values: flags.FlagValues, console: Console) -> None:
 
 
 def _benchmark(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.benchmark import benchmark, synthetic_subject, trained_subject
     from ftwt_jax.input_benchmark import benchmark_input
 
-    if not values.input:
-        raise UserError("benchmark measures the input of training so far: give --input")
-    benchmark_input(_need(values, "config", "--config=configs/imagenet.py"), values.seconds, console)
+    if values.input:
+        benchmark_input(_need(values, "config", "--config=configs/imagenet.py"), values.seconds, console)
+        return
+    if values.arch is None and not values.workdir:
+        raise UserError(
+            "benchmark times a trained network, --workdir=DIR, or --arch=vgg16_bn --budget=0.73, or --input"
+        )
+    if values.arch is None:
+        if values.budget is not None or values.image_size is not None:
+            raise UserError("--budget and --image_size belong to --arch: a trained network brings its own")
+        subject = trained_subject(values.workdir)
+    else:
+        subject = synthetic_subject(values.arch, _need(values, "budget", "--budget=0.73"), values.image_size)
+    benchmark(subject, values.batch, console, values.torch, values.train, values.workdir)
 
 
 def _convert(values: flags.FlagValues, console: Console) -> None:
@@ -167,9 +193,17 @@ def _rgb(values: flags.FlagValues, name: str) -> list[float]:
 
 
 def _export(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.deploy import SUFFIX, export_program
     from ftwt_jax.export import export_weights
 
     out = _need(values, "out", "--out=resnet34.safetensors")
+    if values.format == "stablehlo" or (values.format is None and out.endswith(SUFFIX)):
+        if values.layout is not None:
+            raise UserError("--layout names tensors, of which a program has none to see: leave it out")
+        export_program(_workdir(values), out, console, values.compact, values.baseline, values.best)
+        return
+    if values.compact:
+        raise UserError(f"--compact belongs to a program: name one with --out=FILE{SUFFIX}")
     export_weights(_workdir(values), out, console, values.layout, values.baseline, values.best)
 
 
@@ -181,8 +215,10 @@ COMMANDS = {
         "download a TFDS data set, once, in the format that training reads", _define_prepare, _prepare, "dataset"
     ),
     "convert": Command("a workdir from a PyTorch checkpoint, dense or gated", _define_convert, _convert),
-    "export": Command("a workdir's network as a file for PyTorch", _define_export, _export),
-    "benchmark": Command("images/s of the input pipeline", _define_benchmark, _benchmark),
+    "export": Command("a workdir's network as a file for PyTorch, or as a program", _define_export, _export),
+    "benchmark": Command(
+        "time saved by gates, cost of training them, or images/s of the input", _define_benchmark, _benchmark
+    ),
 }
 
 

@@ -1,0 +1,69 @@
+"""The command `export --format=stablehlo`: a network as one file that runs wherever JAX does, without this package."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jaxtyping import Array
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.benchmark import trained_subject
+from ftwt_jax.compact import compact
+from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.files import written_whole
+
+SUFFIX = ".stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_program(
+    folder: str, out: str, console: Console, compacted: bool = False, baseline: bool = False, best: bool = False
+) -> pathlib.Path:
+    """Writes a workdir's network as StableHLO with its weights, for cpu, cuda and tpu.
+
+    The program takes pictures uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns
+    logits float32 [N, classes]. N is open, or 1 if `compacted`.
+
+    Args:
+      compacted: leave out filters as `compact` does, calibrated on training pictures, for one picture at a time.
+      baseline: the dense baseline instead of the gated network.
+
+    Raises:
+      UserError: there is no such network, or the file is there already or cannot be written.
+    """
+    target = workdir.absolute(out)
+    if target.suffix != SUFFIX:
+        raise UserError(f"--out names a file that ends in {SUFFIX}; got {out}")
+    if target.exists():
+        raise UserError(f"{target} is there already: choose another file with --out")
+    if compacted and baseline:
+        raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
+    subject = trained_subject(folder, best)
+    if baseline:
+        network = compact(subject.dense, subject.dense_variables)
+    else:
+        network = compact(subject.gated, subject.gated_variables, subject.calibration if compacted else None)
+    network(subject.held_out[:1])
+
+    def program(pictures: Array) -> Array:
+        return network(subject.normalize(pictures)).logits
+
+    samples: Any = 1 if compacted else export.symbolic_shape("samples")[0]
+    pictures = jax.ShapeDtypeStruct((samples, *subject.held_out.shape[1:]), jnp.uint8)
+    exported = export.export(jax.jit(program), platforms=PLATFORMS)(pictures)
+    try:
+        with written_whole(target) as temporary:
+            temporary.write_bytes(exported.serialize())
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {one_line(error)}") from None
+    kind = "dense" if baseline else "compact, one picture at a time" if compacted else "gated, masked"
+    console.print(
+        f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: now in {target}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return target

@@ -1,0 +1,78 @@
+"""Gates that nobody trained: random heads of a wanted MACs reduction whose masks differ from sample to sample."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from ftwt_jax.compiling import compiler_options
+from ftwt_jax.errors import UserError
+from ftwt_jax.gates import GateControl, GateHead, gate_pool
+from ftwt_jax.macs import dense_macs, macs
+
+_LARGEST_OFFSET, _ROUNDS = 6.0, 12
+
+
+def random_gates(
+    model: nn.Module, variables: Any, images: Float[Array, "N H W channels"], budget: float, seed: int = 0
+) -> tuple[Any, float]:
+    """Sets every gate head at random, such that the network saves the share `budget` of its MACs on these images.
+
+    Each gate logit is a random projection of the pooled input, brought to deviation 1 over the images, plus one offset
+    that all filters of the network share. So every filter of a unit is on equally often, hardly two samples have a mask
+    in common, and no filter is ever off or on for good: the worst case for whatever is learnt from calibration.
+
+    Args:
+      model: a gated network, of any architecture.
+      variables: its parameters and batch statistics; the heads' values do not matter.
+      images: 32 or more, as the network will be given them.
+
+    Returns:
+      Variables with the new heads, and the exact MACs reduction that they reach.
+
+    Raises:
+      UserError: the network has no gates, or cannot save that much.
+    """
+    control = GateControl(targets=False)
+
+    def forward(variables: Any, images: Array, offset: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
+        heads: dict[str, dict[str, Array]] = {}
+
+        def draw(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+            if not isinstance(context.module, GateHead) or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            head = context.module
+            key = jax.random.fold_in(jax.random.key(seed), len(heads))
+            summary = gate_pool(head.pool)(args[0].astype(jnp.float32))
+            if head.softmax:
+                summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
+            kernel = jax.random.normal(key, (summary.shape[-1], head.features))
+            logits = summary @ kernel
+            scale = 1 / jnp.maximum(jnp.std(logits, axis=0), 1e-6)
+            bias = offset - jnp.mean(logits, axis=0) * scale
+            heads["/".join((*head.path, "dense"))] = {"kernel": kernel * scale, "bias": bias}
+            return logits * scale + bias
+
+        with nn.intercept_methods(draw):
+            outputs: Any = model.apply(variables, images, control=control)
+        return jnp.mean(1 - macs(outputs) / dense_macs(outputs)), heads
+
+    if not jax.eval_shape(forward, variables, images, jnp.float32(0))[1]:
+        raise UserError("this network has no gates to set: create it with gates=GateConfig()")
+    compiled = jax.jit(forward, compiler_options=compiler_options())
+    low, high = -_LARGEST_OFFSET, _LARGEST_OFFSET
+    most, least = (float(compiled(variables, images, jnp.float32(end))[0]) for end in (low, high))
+    if not least <= budget <= most:
+        raise UserError(f"no masks of this network save {budget:g} of its MACs; it can be cut by up to {most:.2f}")
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        reduction, heads = compiled(variables, images, jnp.float32(middle))
+        low, high = (middle, high) if reduction > budget else (low, middle)
+    params = flatten_dict(variables["params"], sep="/")
+    for name, leaves in heads.items():
+        params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
+    return {**variables, "params": unflatten_dict(params, sep="/")}, float(reduction)
