@@ -3,15 +3,20 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.errors import FlaxError
 from jaxtyping import Array, Bool, Float, Int
 
 from ftwt_jax.gates import GateControl, GateOutput
+
+# Grows with every module that is called while a network runs packed; see `Activations.map`.
+module_calls: ContextVar[list[str]] = ContextVar("module_calls", default=[])  # noqa: B039  Nobody adds to this one.
 
 
 @struct.dataclass
@@ -64,7 +69,7 @@ class Packed:
             return self
         # A product with ones and zeros is exact, and on a CPU several times faster than to scatter.
         places = jax.nn.one_hot(self.index, len(self.channels), dtype=self.values.dtype)
-        return Packed(self.values @ places, self.channels)
+        return Packed(jnp.matmul(self.values, places, precision="highest"), self.channels)
 
     def aligned(self, channels: tuple[int, ...]) -> Float[Array, "N H W L"]:
         """The values of other channels, in their order; zero for those that are not here."""
@@ -100,7 +105,18 @@ class Activations:
 
     def map(self, fn: Callable[[Array], Array]) -> "Activations":
         """Applies a function that works on each channel by itself and keeps zero at zero: ReLU, pooling, resizing."""
-        return self.replace(values=fn(self.values), packed=_map_packed(self.packed, fn))
+        calls = module_calls.get()
+        before = len(calls)
+        values = fn(self.values)
+        if self.packed is None:
+            return self.replace(values=values)
+        packed = None
+        # A module that `fn` makes would get another name, and other parameters, the second time.
+        if len(calls) == before:
+            packed = _map_packed(self.packed, fn)
+        if packed is None:
+            packed = Packed(values[..., list(self.packed.channels)], self.packed.channels)
+        return self.replace(values=values, packed=packed)
 
 
 def _replace(x: Activations, **changes: Any) -> Activations:
@@ -114,13 +130,11 @@ def _replace(x: Activations, **changes: Any) -> Activations:
 setattr(Activations, "replace", _replace)  # noqa: B010
 
 
-def _map_packed(packed: Packed | None, fn: Callable[[Array], Array]) -> Packed | None:
+def _map_packed(packed: Packed, fn: Callable[[Array], Array]) -> Packed | None:
     """`fn` on the channels that are left; None where it holds something of every channel and so needs them all."""
-    if packed is None:
-        return None
     try:
         values = fn(packed.values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, FlaxError):
         return None
     return packed.replace(values=values) if values.shape[-1] == packed.values.shape[-1] else None
 

@@ -26,6 +26,8 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
+        if x.ndim != 4:
+            raise ValueError(f"batch norm takes maps [N, H, W, C]; got shape {x.shape}")
         features = (x.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)

@@ -26,7 +26,7 @@ BENCHMARK = "benchmark.json"
 # Pictures from which compact execution learns, and those that it is timed and compared on; never the same.
 CALIBRATION, HELD_OUT = 256, 128
 # Synthetic heads are made on this many pictures.
-_HEAD_IMAGES = 32
+_HEAD_IMAGES = 64
 _DISTINCT_ROUNDS = 3
 
 

@@ -33,6 +33,8 @@ def choose_kept(
       Ascending filters for each unit that leaves some out.
     """
     samples = len(next(iter(gate_logits.values())))
+    if samples == 1:
+        return _named(gate_logits, MARGINS[0])
     halves = np.arange(samples) % 2 == 0
 
     def expected_time(margin: float) -> float:
@@ -43,8 +45,7 @@ def choose_kept(
                 outside[~half] |= np.any(logits[~half][:, dropped] > 0, axis=-1)
         return share_of_work(_named(gate_logits, margin)) + REPEAT * float(np.mean(outside))
 
-    margins = MARGINS if samples > 1 else MARGINS[:1]
-    return _named(gate_logits, min(margins, key=expected_time))
+    return _named(gate_logits, min(MARGINS, key=expected_time))
 
 
 def choose_sizes(gate_logits: GateLogits, kept: Mapping[str, Channels]) -> dict[str, int]:

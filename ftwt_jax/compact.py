@@ -9,14 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ftwt_jax.activations import Activations
+from ftwt_jax.activations import Activations, module_calls
 from ftwt_jax.calibration import Channels, choose_kept, choose_sizes
 from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
-from ftwt_jax.packing import PackedLayers, Weights
+from ftwt_jax.packing import SEEN, PackedLayers, Weights
 
 # Samples of a calibration batch; and the share of a batch that may be outside before all of it is computed again.
 _CALIBRATION_BATCH = 64
@@ -66,6 +67,8 @@ def compact(model: nn.Module, variables: Any, calibration: Any = None, **options
     Raises:
       UserError: the network has no units, or the calibration no pictures.
     """
+    if options.get("control") is not None:
+        raise UserError("compact execution runs the masks of the gate heads: leave control out")
     forward = _Forward(model, variables, options)
     if calibration is None:
         return CompactNetwork(forward)
@@ -76,7 +79,8 @@ def compact(model: nn.Module, variables: Any, calibration: Any = None, **options
     example = chunks[0]
     masked = forward.pack(EVERYTHING, example)
     see = jax.jit(
-        lambda weights, images: forward(EVERYTHING, weights, images)[1].gate_logits, compiler_options=compiler_options()
+        lambda weights, images: _gate_logits(forward(EVERYTHING, weights, images)[1]),
+        compiler_options=compiler_options(),
     )
     weights = jax.tree.map(jnp.asarray, masked.weights)
     seen = [jax.device_get(see(weights, chunk)) for chunk in chunks]
@@ -116,6 +120,18 @@ def _fastest(networks: list["CompactNetwork"], images: list[Array]) -> "CompactN
     return min(zip(networks, seconds, strict=True), key=lambda pair: float(np.median(pair[1])))[0]
 
 
+def _gate_logits(seen: dict[str, Any]) -> dict[str, Array]:
+    """The gate logits of each call of each unit, under the names that `PackedLayers` gives calls."""
+    named = {
+        name.removesuffix("gate_logits").rstrip("/"): calls for name, calls in seen.items() if "gate_logits" in name
+    }
+    return {
+        name if call == 1 else f"{name}#{call}": logits
+        for name, calls in named.items()
+        for call, logits in enumerate(calls, start=1)
+    }
+
+
 def _chunks(images: Array) -> list[Array]:
     """Batches of one size as far as they go, so that few shapes are compiled."""
     return [images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)]
@@ -133,16 +149,23 @@ class _Forward:
         """The weights for these filters; nothing is run."""
         layers = PackedLayers(self._variables, plan.kept, plan.sizes)
         jax.eval_shape(lambda images: self._apply(layers, images), images)
+        if not layers.calls:
+            raise UserError("this network has no units: build it from ftwt.GatedUnit, or by ftwt.create_model")
         return layers
 
-    def __call__(self, plan: Plan, weights: Weights, images: Array) -> tuple[Any, PackedLayers]:
-        layers = PackedLayers(self._variables, plan.kept, plan.sizes, weights)
-        return self._apply(layers, images), layers
+    def __call__(self, plan: Plan, weights: Weights, images: Array) -> tuple[Any, dict[str, Any]]:
+        """The network's outputs, and what its units wrote into `SEEN`: {"unit/kind": (first call, second, ...)}."""
+        return self._apply(PackedLayers(self._variables, plan.kept, plan.sizes, weights), images)
 
-    def _apply(self, layers: PackedLayers, images: Array) -> Any:
-        with nn.intercept_methods(layers):
-            outputs = self._model.apply(self._variables, images, **self._options)
-        return jax.tree.map(_without_packed, outputs, is_leaf=lambda x: isinstance(x, Activations))
+    def _apply(self, layers: PackedLayers, images: Array) -> tuple[Any, dict[str, Any]]:
+        token = module_calls.set([])
+        try:
+            with nn.intercept_methods(layers):
+                outputs, seen = self._model.apply(self._variables, images, mutable=[SEEN], **self._options)
+        finally:
+            module_calls.reset(token)
+        outputs = jax.tree.map(_without_packed, outputs, is_leaf=lambda x: isinstance(x, Activations))
+        return outputs, flatten_dict(seen.get(SEEN, {}), sep="/")
 
 
 def _without_packed(x: Any) -> Any:
@@ -173,17 +196,19 @@ class CompactNetwork:
             packed = {"compact": self._forward.pack(self.plan, images).weights}
             if self.plan != EVERYTHING:
                 packed["masked"] = self._forward.pack(EVERYTHING, images).weights
-            self._weights = jax.tree.map(jnp.asarray, packed)
+            with jax.ensure_compile_time_eval():
+                self._weights = jax.tree.map(jnp.asarray, packed)
         # A jit within another takes no compiler options of its own.
         run = self._run if isinstance(images, jax.core.Tracer) else self._jitted
         return run(self._weights, images)
 
     def _run(self, weights: dict[str, Weights], images: Array) -> tuple[Any, Array]:
         samples = images.shape[0]
-        outputs, layers = self._forward(self.plan, weights["compact"], images)
-        if not layers.outside:
+        outputs, seen = self._forward(self.plan, weights["compact"], images)
+        found = [one for name, calls in seen.items() if name.endswith("outside") for one in calls]
+        if not found:
             return outputs, jnp.zeros(samples, bool)
-        outside = jnp.any(jnp.stack(layers.outside), axis=0)
+        outside = jnp.any(jnp.stack(found), axis=0)
 
         def masked(images: Array) -> Any:
             return self._forward(EVERYTHING, weights["masked"], images)[0]

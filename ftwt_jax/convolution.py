@@ -31,6 +31,9 @@ def conv_general_dilated(
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
     **options: Any,
 ) -> Float[Array, "N H_out W_out C"]:
     """`jax.lax.conv_general_dilated` with another lowering on a CPU; fits `nn.Conv(conv_general_dilated=…)`.
@@ -49,18 +52,26 @@ def conv_general_dilated(
             rhs_dilation=rhs_dilation,
             dimension_numbers=dimension_numbers,
             feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
             **options,
         )
 
     dilated = any(step != 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    plain = not dilated and options.get("batch_group_count", 1) == 1 and options.get("preferred_element_type") is None
+    plain = not dilated and batch_group_count == 1 and preferred_element_type is None and lhs.dtype == rhs.dtype
     if not plain or lhs.ndim != 4 or lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) != _NHWC:
         return xla(lhs, rhs)
+    strides = tuple(window_strides)
+    fits = len(strides) == 2 and min(strides) > 0 and rhs.shape[2] * feature_group_count == lhs.shape[-1]
+    # The sides of a picture may be symbols in an export.
+    if not fits or not all(isinstance(length, int) for length in lhs.shape[1:]):
+        return xla(lhs, rhs)
     if isinstance(padding, str):
-        pads = tuple(lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding))
+        pads = tuple(lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding))
     else:
         pads = tuple(padding)
-    cpu = _cpu_lowering(lhs, rhs, tuple(window_strides), feature_group_count, pads, options.get("precision"))
+    cpu = _cpu_lowering(lhs, rhs, strides, feature_group_count, pads, precision)
     return xla(lhs, rhs) if cpu is None else lax.platform_dependent(lhs, rhs, cpu=cpu, default=xla)
 
 
@@ -70,15 +81,16 @@ def _cpu_lowering(
     """The lowering that beats XLA's for these shapes; None: XLA's is good."""
     samples, _, _, in_features = lhs.shape
     size = rhs.shape[:2]
-    pixels = math.prod(
+    sides = [
         (length + sum(pad) - k) // step + 1
         for length, pad, k, step in zip(lhs.shape[1:3], padding, size, strides, strict=True)
-    )
-    if pixels < 1 or any(pad < 0 for pads in padding for pad in pads):
+    ]
+    if min(sides) < 1 or any(pad < 0 for pads in padding for pad in pads):
         return None
+    pixels = math.prod(sides)
     if groups == in_features == rhs.shape[-1] and groups > 1:
         return functools.partial(_depthwise, strides=strides, padding=padding)
-    # A symbolic batch, as in an export, has no number to compare.
+    # A symbolic batch has no number to compare.
     few = pixels <= _FEW_IN_SAMPLE or (isinstance(samples, int) and samples * pixels <= _FEW_IN_BATCH)
     if groups == 1 and (few or size == (1, 1)):
         return functools.partial(_patches_product, strides=strides, padding=padding, precision=precision)
@@ -105,10 +117,12 @@ def _taps(lhs: Array, size: Sequence[int], strides: Sequence[int], padding: Sequ
 
 def _depthwise(lhs: Array, rhs: Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
     """A sum of shifted inputs, each times one pixel of the kernel: one loop that XLA fuses."""
+    # A sum in half precision would lose what XLA's convolution keeps.
+    wide = jnp.promote_types(lhs.dtype, jnp.float32)
     taps = _taps(lhs, rhs.shape[:2], strides, padding)
-    weights = rhs.reshape(-1, rhs.shape[-1])
-    # One sample gains nothing by weights laid out over the map.
-    return functools.reduce(jnp.add, (tap * over_channels(w, tap.shape) for tap, w in zip(taps, weights, strict=True)))
+    weights = rhs.reshape(-1, rhs.shape[-1]).astype(wide)
+    terms = (tap.astype(wide) * over_channels(w, tap.shape) for tap, w in zip(taps, weights, strict=True))
+    return functools.reduce(jnp.add, terms).astype(lhs.dtype)
 
 
 def _patches_product(

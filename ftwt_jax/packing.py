@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from ftwt_jax.activations import Activations, LayerRecord, Packed, as_activations, merge_layers
+from ftwt_jax.activations import Activations, LayerRecord, Packed, as_activations, merge_layers, module_calls
 from ftwt_jax.batch_norm import EPSILON
 from ftwt_jax.convolution import conv_general_dilated
 from ftwt_jax.gates import HEAD_NAME, GateConfig, GateOutput, gate_pool
@@ -19,6 +19,9 @@ from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 Weights = dict[str, dict[str, Any]]
 Channels = tuple[int, ...]
+# The collection into which units write what their gates did: "gate_logits" float32 [N, C] and, of a unit that leaves
+# filters out, "outside" bool [N], whether its gate wanted one of those, or too many.
+SEEN = "compact_execution"
 
 
 class PackedLayers:
@@ -38,8 +41,6 @@ class PackedLayers:
     Attributes:
       weights: of every layer in the form in which it is run.
       calls: of every layer, how many positions it has and how many MACs it takes here.
-      gate_logits: float32 [N, C] of every gated unit.
-      outside: bool [N] for each unit that leaves filters out: whether its gate wanted one of those, or too many.
     """
 
     def __init__(
@@ -56,19 +57,20 @@ class PackedLayers:
         self._times: dict[str, int] = {}
         self.weights: Weights = {} if weights is None else weights
         self.calls: dict[str, tuple[int, int]] = {}
-        self.gate_logits: dict[str, Array] = {}
-        self.outside: list[Bool[Array, " N"]] = []
+        self._runs: tuple[tuple[type[nn.Module], Callable], ...] = (
+            (GatedUnit, self._unit),
+            (PlainConv, self._plain),
+            (Classifier, self._classify),
+        )
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         """Runs one method of a module: packed if it is one of our layers, otherwise as it is."""
-        module = context.module
-        if context.method_name == "__call__":
-            if isinstance(module, GatedUnit):
-                return self._unit(module, *args, **kwargs)
-            if isinstance(module, PlainConv):
-                return self._plain(module, *args, **kwargs)
-            if isinstance(module, Classifier):
-                return self._classify(module, *args, **kwargs)
+        module_calls.get().append(context.method_name)
+        # By the method, not the class alone: a subclass may do more, and then calls the one below it.
+        method = getattr(context.orig_method.func, "__qualname__", "")
+        for kind, run in self._runs:
+            if isinstance(context.module, kind) and method == f"{kind.__name__}.__call__":
+                return run(context.module, *args, **kwargs)
         return call(*args, **kwargs)
 
     def _unit(self, unit: GatedUnit, inputs: Any, train: bool = False, shortcut: Any = None) -> Activations:
@@ -86,16 +88,16 @@ class PackedLayers:
         if unit.gates is not None:
             logits = _gate_logits(packed, x.values.shape[-1], weights, unit.gates)
             gate = GateOutput(logits, logits > 0, None)
-            self.gate_logits[key] = logits
+            unit.sow(SEEN, "gate_logits", logits)
             on = gate.mask[:, kept] if len(kept) < unit.features else gate.mask
             dropped = np.setdiff1d(everything, kept)
             if len(dropped):
-                self.outside.append(jnp.any(gate.mask[:, dropped], axis=-1))
+                unit.sow(SEEN, "outside", jnp.any(gate.mask[:, dropped], axis=-1))
             size = self._sizes.get(key, len(kept)) if logits.shape[0] == 1 and unit.groups == 1 else len(kept)
             if size < len(kept):
                 # Filters that are on come first, in ascending order.
                 chosen = lax.top_k(on[0].astype(jnp.float32), size)[1]
-                self.outside.append(jnp.sum(on, axis=-1) > size)
+                unit.sow(SEEN, "outside", jnp.sum(on, axis=-1) > size)
                 on = on[:, chosen]
 
         if unit.groups == 1:

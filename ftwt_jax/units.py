@@ -67,7 +67,7 @@ class GatedUnit(nn.Module):
       groups: number of groups; `groups == C_in` makes the convolution depthwise.
       padding: rows added on each side; None: (kernel_size - 1) // 2 on all four, as the published networks have it.
       use_bias: bias in the convolution (before batch norm).
-      act: activation; None: none.
+      act: activation, of each value by itself; None: none.
       gates: settings of the gate, or None for a dense unit.
       dtype: of the computation; parameters, statistics, ranking and gate stay float32.
     """

@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 
+# Commands that a test runs in its own process keep nothing in the user's cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 import jax
 import numpy as np
 import pytest

@@ -32,7 +32,8 @@ TRAINER = {
 }
 FLOOR = (
     *("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights"),
-    *("reductions", "convolution", "batch_norm", "compiling", "packing", "calibration", "compact", "synthetic", "files"),
+    *("reductions", "convolution", "batch_norm", "compiling", "packing", "calibration", "compact"),
+    *("synthetic", "files"),
 )
 
 

@@ -1,0 +1,93 @@
+"""The command `benchmark`, and the gates that it makes where none are trained."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import ftwt_jax as ftwt
+from ftwt_jax.synthetic import random_gates
+from tests.conftest import fails
+
+KEYS = {"arch", "batch", "platform", "macs_reduction", "dense_ms", "masked_ms", "compact_ms", "max_abs_diff"}
+
+
+def held(result: dict) -> None:
+    """What every benchmark.json promises."""
+    assert result.keys() >= KEYS | {"gates", "speedup", "realisation", "outside", "samples", "max_abs_logit"}
+    assert min(result["dense_ms"], result["masked_ms"], result["compact_ms"]) > 0
+    assert result["speedup"] == pytest.approx(result["dense_ms"] / result["compact_ms"])
+    assert result["realisation"] == pytest.approx(result["speedup"] * (1 - result["macs_reduction"]))
+    assert result["max_abs_diff"] <= 1e-4 * result["max_abs_logit"]
+    assert 0 <= result["outside"] <= 1
+
+
+def test_a_trained_network_is_timed_on_its_own_pictures(program, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    said = program.run("benchmark", f"--workdir={workdir}", "--torch")
+    result = json.loads((workdir / "benchmark.json").read_text())
+    held(result)
+    assert result["arch"] == "vgg_bn"
+    assert result["gates"] == "trained"
+    assert result["batch"] == 1
+    assert result["torch_ms"] > 0
+    assert "PyTorch" in said
+    assert "compact" in said
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    assert result["macs_reduction"] == pytest.approx(evaluation["macs_reduction"], abs=0.05)
+
+
+def test_synthetic_gates_need_no_training_and_keep_the_budget(program, tmp_path):
+    out = tmp_path / "made" / "here"
+    program.run("benchmark", "--arch=resnet8", "--budget=0.4", "--batch=8", "--train", f"--workdir={out}")
+    result = json.loads((out / "benchmark.json").read_text())
+    held(result)
+    assert result["gates"] == "synthetic"
+    assert result["batch"] == 8
+    assert result["macs_reduction"] == pytest.approx(0.4, abs=0.05)
+    assert result["train_batch"] == 128
+    assert result["train_overhead"] > 0
+
+
+@pytest.mark.parametrize(("arch", "budget"), [("vgg_bn", 0.7), ("mobilenet_v2", 0.4)])
+def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, budget):
+    options = {"plan": (16, "M", 24, 24)} if arch == "vgg_bn" else {"width": 0.25}
+    model = ftwt.create_model(arch, 10, gates=ftwt.GateConfig(), **options)
+    images = jax.random.normal(jax.random.key(0), (96, 16, 16, 3))
+    variables = model.init(jax.random.key(1), images[:1])
+    gated, reduction = random_gates(model, variables, images[:48], budget)
+    outputs = jax.jit(model.apply)(gated, images[48:])
+    assert reduction == pytest.approx(budget, abs=0.02)
+    assert np.mean(1 - ftwt.macs(outputs) / ftwt.dense_macs(outputs)) == pytest.approx(budget, abs=0.05)
+    masks = np.concatenate([np.asarray(gate.mask) for gate in outputs.gates], axis=1)
+    assert len(np.unique(masks, axis=0)) == len(masks)
+    assert np.mean(masks.any(0) & ~masks.all(0)) > 0.9
+
+
+def test_a_reduction_that_no_masks_reach_is_refused():
+    model = ftwt.create_model("resnet8", 10, gates=ftwt.GateConfig())
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    variables = model.init(jax.random.key(1), images[:1])
+    with pytest.raises(ftwt.UserError, match="can be cut by up to"):
+        random_gates(model, variables, images, 0.999)
+    dense = ftwt.create_model("resnet8", 10)
+    with pytest.raises(ftwt.UserError, match="no gates"):
+        random_gates(dense, dense.init(jax.random.key(1), images[:1]), images, 0.5)
+
+
+def test_mistakes_are_one_line(capsys, tiny_run, tmp_path):
+    for arguments, said in [
+        ((), "--arch=vgg16_bn --budget=0.73"),
+        (("--arch=vgg16_bn",), "--budget"),
+        (("--arch=vgg17", "--budget=0.5"), "vgg17"),
+        (("--arch=resnet8", "--budget=1.5"), "between 0 and 1"),
+        (("--arch=resnet8", "--budget=0.4", "--image_size=2"), "too small"),
+        (("--arch=resnet8", "--budget=0.4", "--image_size=-4"), "--image_size"),
+        ((f"--workdir={tiny_run[0]}", "--batch=0"), "--batch"),
+        ((f"--workdir={tiny_run[0]}", "--budget=0.5"), "--arch"),
+        ((f"--workdir={tmp_path / 'nowhere'}",), "nowhere"),
+    ]:
+        assert said in fails(capsys, "benchmark", *arguments)

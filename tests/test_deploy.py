@@ -1,0 +1,90 @@
+"""The command `export` to StableHLO: a program that runs where this package is not."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftwt_jax.benchmark import trained_subject
+from ftwt_jax.gates import GateControl
+from tests.conftest import fails
+
+# All that a user needs; the second line stands for a machine without the package.
+SCRIPT = """
+import sys
+sys.modules["ftwt_jax"] = None
+import jax
+import numpy as np
+from jax import export
+
+with open(sys.argv[1], "rb") as file:
+    network = export.deserialize(bytearray(file.read()))
+pictures = np.load(sys.argv[2])
+logits = jax.jit(network.call)(pictures)
+np.save(sys.argv[3], logits)
+print(network.platforms, logits.shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_run):
+    """Pictures uint8, and the masked network's logits for them."""
+    subject = trained_subject(str(tiny_run[0]))
+    pictures = np.random.default_rng(0).integers(0, 256, (5, *subject.held_out.shape[1:]), np.uint8)
+    outputs = jax.jit(lambda x: subject.gated.apply(subject.gated_variables, x, control=GateControl(targets=False)))(
+        subject.normalize(jnp.asarray(pictures))
+    )
+    return pictures, np.asarray(outputs.logits)
+
+
+def run_elsewhere(tmp_path, program: str, pictures: np.ndarray) -> tuple[str, np.ndarray]:
+    given, out = tmp_path / "pictures.npy", tmp_path / "logits.npy"
+    np.save(given, pictures)
+    command = [sys.executable, "-c", SCRIPT, program, given, out]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, np.load(out)
+
+
+def close(logits: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.max(np.abs(logits - expected)) <= 1e-4 * np.max(np.abs(expected)))
+
+
+def test_a_masked_program_runs_any_number_of_pictures_elsewhere(program, tiny_run, tmp_path, expected):
+    pictures, logits = expected
+    file = tmp_path / "network.stablehlo"
+    said = program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}")
+    assert str(file) in said.replace("\n", "")
+    for samples in (5, 2):
+        printed, found = run_elsewhere(tmp_path, str(file), pictures[:samples])
+        assert close(found, logits[:samples])
+    assert all(platform in printed for platform in ("cpu", "cuda", "tpu"))
+
+
+def test_a_compact_program_runs_one_picture_elsewhere(program, tiny_run, tmp_path, expected):
+    pictures, logits = expected
+    file = tmp_path / "network.stablehlo"
+    program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--compact", "--format=stablehlo")
+    # Random pictures are nothing that calibration has seen: the way back to the masked network is in the file too.
+    for index in range(2):
+        assert close(run_elsewhere(tmp_path, str(file), pictures[index : index + 1])[1], logits[index : index + 1])
+
+
+def test_the_baseline_is_exported_too_and_nothing_is_overwritten(program, capsys, tiny_run, tmp_path):
+    file = tmp_path / "network.stablehlo"
+    program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--baseline")
+    before = file.read_bytes()
+    assert "is there already" in fails(capsys, "export", f"--workdir={tiny_run[0]}", f"--out={file}")
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_flags_that_do_not_go_together_are_refused(capsys, tiny_run, tmp_path):
+    workdir, file = f"--workdir={tiny_run[0]}", tmp_path / "network.stablehlo"
+    assert "--layout" in fails(capsys, "export", workdir, f"--out={file}", "--layout=timm")
+    assert "--baseline" in fails(capsys, "export", workdir, f"--out={file}", "--compact", "--baseline")
+    assert "--compact" in fails(capsys, "export", workdir, f"--out={tmp_path / 'a.safetensors'}", "--compact")
+    assert ".stablehlo" in fails(capsys, "export", workdir, f"--out={tmp_path / 'a.txt'}", "--format=stablehlo")
