@@ -96,7 +96,10 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     dense = create_model(arch, classes, **stem)
     gated = create_model(arch, classes, gates=GateConfig(), **stem)
     keys = jax.random.split(jax.random.key(seed), 3)
-    images = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, size, size, 3))
+    # Large blobs of colour, so that pictures differ by more than their noise.
+    blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
+    images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
+    images += 0.3 * jax.random.normal(keys[2], images.shape)
     variables = jax.jit(gated.init)(keys[1], images[:1])
     variables, _ = random_gates(gated, variables, images[:_HEAD_IMAGES], budget, seed)
     return Subject(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from ftwt_jax.batch_norm import MOMENTUM
 from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
 from ftwt_jax.gates import GateControl, GateHead, gate_pool
@@ -22,6 +23,9 @@ def random_gates(
 ) -> tuple[Any, float]:
     """Sets every gate head at random, such that the network saves the share `budget` of its MACs on these images.
 
+    Batch norm is given the statistics of these images, without which the layers of a random network hardly tell one
+    picture from another.
+
     Each gate logit is a random projection of the pooled input, brought to deviation 1 over the images, plus one offset
     that all filters of the network share. So every filter of a unit is on equally often, hardly two samples have a mask
     in common, and no filter is ever off or on for good: the worst case for whatever is learnt from calibration.
@@ -32,14 +36,14 @@ def random_gates(
       images: 32 or more, as the network will be given them.
 
     Returns:
-      Variables with the new heads, and the exact MACs reduction that they reach.
+      Variables with the new heads and statistics, and the exact MACs reduction that they reach.
 
     Raises:
       UserError: the network has no gates, or cannot save that much.
     """
     control = GateControl(targets=False)
 
-    def forward(variables: Any, images: Array, offset: Array) -> tuple[Array, dict[str, dict[str, Array]]]:
+    def forward(variables: Any, images: Array, offset: Array) -> tuple[Array, dict[str, Any]]:
         heads: dict[str, dict[str, Array]] = {}
 
         def draw(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -58,10 +62,11 @@ def random_gates(
             return logits * scale + bias
 
         with nn.intercept_methods(draw):
-            outputs: Any = model.apply(variables, images, control=control)
-        return jnp.mean(1 - macs(outputs) / dense_macs(outputs)), heads
+            outputs, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
+        reduction = jnp.mean(1 - macs(outputs) / dense_macs(outputs))
+        return reduction, {"heads": heads, "batch_stats": updates["batch_stats"]}
 
-    if not jax.eval_shape(forward, variables, images, jnp.float32(0))[1]:
+    if not jax.eval_shape(forward, variables, images, jnp.float32(0))[1]["heads"]:
         raise UserError("this network has no gates to set: create it with gates=GateConfig()")
     compiled = jax.jit(forward, compiler_options=compiler_options())
     low, high = -_LARGEST_OFFSET, _LARGEST_OFFSET
@@ -70,9 +75,13 @@ def random_gates(
         raise UserError(f"no masks of this network save {budget:g} of its MACs; it can be cut by up to {most:.2f}")
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
-        reduction, heads = compiled(variables, images, jnp.float32(middle))
+        reduction, made = compiled(variables, images, jnp.float32(middle))
         low, high = (middle, high) if reduction > budget else (low, middle)
     params = flatten_dict(variables["params"], sep="/")
-    for name, leaves in heads.items():
+    for name, leaves in made["heads"].items():
         params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
-    return {**variables, "params": unflatten_dict(params, sep="/")}, float(reduction)
+    # The statistics of this batch, out of the step that was made towards them.
+    batch_stats = jax.tree.map(
+        lambda old, new: (new - MOMENTUM * old) / (1 - MOMENTUM), variables["batch_stats"], made["batch_stats"]
+    )
+    return {"params": unflatten_dict(params, sep="/"), "batch_stats": batch_stats}, float(reduction)
