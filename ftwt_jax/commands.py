@@ -144,6 +144,8 @@ def _benchmark(values: flags.FlagValues, console: Console) -> None:
     from ftwt_jax.input_benchmark import benchmark_input
 
     if values.input:
+        if values.workdir or values.arch is not None:
+            raise UserError("--input times what a config reads, and no network: leave --workdir and --arch out")
         benchmark_input(_need(values, "config", "--config=configs/imagenet.py"), values.seconds, console)
         return
     if values.arch is None and not values.workdir:
