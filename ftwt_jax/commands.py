@@ -71,7 +71,9 @@ def _define_benchmark(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_string("arch", None, "a network with synthetic gates, in place of a trained one", flag_values=values)
     flags.DEFINE_float("budget", None, "with --arch: the MACs reduction of its gates", flag_values=values)
-    flags.DEFINE_integer("image_size", None, "with --arch: side of the pictures; 32 or 224", flag_values=values)
+    flags.DEFINE_integer(
+        "image_size", None, "with --arch: side of the pictures; 32 or 224", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer("batch", 1, "pictures at once", flag_values=values)
     flags.DEFINE_bool("torch", False, "time PyTorch's dense network too", flag_values=values)
     flags.DEFINE_bool("train", False, "time a dense and a gated training step too", flag_values=values)

@@ -150,7 +150,7 @@ def test_a_network_comes_in_again_under_any_names(converted, tmp_path, layout):
         (["--workdir={}", "--out=net.pth"], "ends in .safetensors; got net.pth"),
         (["--workdir={}", "--out=net.safetensors", "--layout=torchvison"], "did you mean 'torchvision'"),
         (["--workdir={}", "--out=net.safetensors", "--layout=timm"], "unknown layout of ResNet 'timm'"),
-        (["--workdir={}", "--out=net.safetensors", "--format=onnx"], "one of <safetensors>"),
+        (["--workdir={}", "--out=net.safetensors", "--format=onnx"], "one of <safetensors|stablehlo>"),
         (["--workdir={}", "--out=missing/net.safetensors"], "missing/net.safetensors: "),
         (["--workdir={}/missing", "--out=net.safetensors"], "no such workdir"),
         (["--workdir={}/checkpoints", "--out=net.safetensors"], "no run's config"),
