@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.errors import FlaxError
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ftwt_jax.gates import GateControl, GateOutput
 
@@ -54,26 +53,15 @@ class Packed:
 
     Attributes:
       values: [N, H, W, K].
-      channels: the channels that can be non-zero in any sample, ascending.
-      index: of one sample, N = 1: which of `channels` each of the K is; what is not among them is zero. None: K is all
-        of `channels`.
+      channels: the K channels that can be non-zero in any sample, ascending.
     """
 
     values: Float[Array, "N H W K"]
     channels: tuple[int, ...] = struct.field(pytree_node=False)
-    index: Int[Array, " K"] | None = None
-
-    def complete(self) -> "Packed":
-        """The same with all of `channels`."""
-        if self.index is None:
-            return self
-        # A product with ones and zeros is exact, and on a CPU several times faster than to scatter.
-        places = jax.nn.one_hot(self.index, len(self.channels), dtype=self.values.dtype)
-        return Packed(jnp.matmul(self.values, places, precision="highest"), self.channels)
 
     def aligned(self, channels: tuple[int, ...]) -> Float[Array, "N H W L"]:
         """The values of other channels, in their order; zero for those that are not here."""
-        values = self.complete().values
+        values = self.values
         if channels == self.channels:
             return values
         place = {channel: index for index, channel in enumerate(self.channels)}

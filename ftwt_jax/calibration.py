@@ -11,9 +11,6 @@ GateLogits = Mapping[str, Float[np.ndarray, "S C"]]
 MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 # Time of a sample that has to be computed again, in units of the dense network's.
 REPEAT = 1.5
-# Channels that a CPU handles at once, and the largest share of a layer that is still worth picking out.
-VECTOR = 8
-WORTH_PICKING = 0.8
 
 
 def choose_kept(
@@ -46,25 +43,6 @@ def choose_kept(
         return share_of_work(_named(gate_logits, margin)) + REPEAT * float(np.mean(outside))
 
     return _named(gate_logits, min(MARGINS, key=expected_time))
-
-
-def choose_sizes(gate_logits: GateLogits, kept: Mapping[str, Channels]) -> dict[str, int]:
-    """How many filters of each unit to compute for a single sample: as many as hardly any sample exceeds.
-
-    A sample's own filters are picked out of those held ready into a layer of a fixed size. Their number varies much
-    less than their choice, so one size a unit will do: the largest seen, rounded up to whole vectors.
-
-    Returns:
-      The size for each unit where it is enough below the filters held ready to be worth the picking.
-    """
-    sizes = {}
-    for name, logits in gate_logits.items():
-        ready = kept.get(name, tuple(range(logits.shape[1])))
-        counts = np.sum(logits[:, list(ready)] > 0, axis=-1)
-        size = VECTOR * max(1, -(-int(np.max(counts)) // VECTOR))
-        if size <= WORTH_PICKING * len(ready):
-            sizes[name] = size
-    return sizes
 
 
 def _kept(logits: Float[np.ndarray, "S C"], margin: float) -> Bool[np.ndarray, " C"]:

@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from ftwt_jax import native
 from ftwt_jax.activations import Activations, module_calls
-from ftwt_jax.calibration import Channels, choose_kept, choose_sizes
+from ftwt_jax.calibration import Channels, choose_kept
 from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
 from ftwt_jax.packing import SEEN, PackedLayers, Weights
@@ -22,8 +23,7 @@ from ftwt_jax.packing import SEEN, PackedLayers, Weights
 # Samples of a calibration batch; and the share of a batch that may be outside before all of it is computed again.
 _CALIBRATION_BATCH = 64
 _FEW = 8
-# MACs of a unit from which picking filters for each sample can pay; and pictures on which ways to do so are timed.
-_WORTH_PICKING = 4_000_000
+# Pictures on which ways to run are timed.
 _TRIALS = 24
 
 
@@ -33,31 +33,34 @@ class Plan:
 
     Attributes:
       kept: the filters held ready, ascending, for each unit that leaves some out for good.
-      sizes: how many of those are computed for a single sample, for each unit that picks them by the sample's mask.
+      per_sample: of those, each sample computes only the ones that its own masks turn on, by kernels for a CPU.
     """
 
     kept: Mapping[str, Channels] = dataclasses.field(default_factory=dict)
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    per_sample: bool = False
 
 
 EVERYTHING = Plan()
 
 
-def compact(model: nn.Module, variables: Any, calibration: Any = None, **options: Any) -> "CompactNetwork":
+def compact(
+    model: nn.Module, variables: Any, calibration: Any = None, portable: bool = False, **options: Any
+) -> "CompactNetwork":
     """A network made ready for inference: batch norm folded in, and only the filters that its gates turn on.
 
-    For any network of `GatedUnit`s, gated or dense (which is then only folded). Filters that no calibration sample
-    turns on, nor comes near to, are left out for good: the kernels of all units are packed once to what is left, and
-    run as small dense convolutions, each sample's own mask applied to the result. A sample that comes alone (N = 1) has
-    its own filters picked out of these in the layers where that pays, which is found out by timing. A sample whose
-    gates want a filter that was left out, or more than there is room for, is noticed and computed again by the masked
-    network.
+    For any network of `GatedUnit`s, gated or dense (which is then only folded). On a CPU with a C++ compiler, kernels
+    of our own compute for each sample the filters that its own masks turn on, and nothing else. With calibration,
+    filters that none of its samples turns on, nor comes near to, are left out for good: the kernels of all units are
+    packed once to what is left. That helps on any device, and where there is no such compiler it is all that is done:
+    small dense convolutions, each sample's own mask applied to the result. A sample whose gates want a filter that was
+    left out is noticed and computed again with all of them.
 
     Args:
       model: a Linen module; `model.apply(variables, images, **options)` runs it for inference.
       variables: its parameters and batch statistics, concrete.
       calibration: images as the network is given them, [S, H, W, channels] or an iterable of such batches, like those
-        that it will meet; some hundred. None: nothing is left out.
+        that it will meet; some hundred. None: nothing is left out for good.
+      portable: only operations of XLA's own, as for a program that is exported.
       **options: further arguments of the model's `__call__`, such as `train=False` where that is not the default.
 
     Returns:
@@ -67,11 +70,10 @@ def compact(model: nn.Module, variables: Any, calibration: Any = None, **options
     Raises:
       UserError: the network has no units, or the calibration no pictures.
     """
-    if options.get("control") is not None:
-        raise UserError("compact execution runs the masks of the gate heads: leave control out")
     forward = _Forward(model, variables, options)
+    per_sample = not portable and jax.default_backend() == "cpu" and native.available()
     if calibration is None:
-        return CompactNetwork(forward)
+        return CompactNetwork(forward, Plan(per_sample=per_sample))
     batches = [calibration] if hasattr(calibration, "shape") else calibration
     chunks = [chunk for batch in batches for chunk in _chunks(jnp.asarray(batch))]
     if not chunks:
@@ -89,26 +91,28 @@ def compact(model: nn.Module, variables: Any, calibration: Any = None, **options
     gate_logits = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
 
     def share_of_work(kept: Mapping[str, Channels]) -> float:
-        return forward.pack(Plan(kept), example).work / masked.work
+        if not kept:
+            return 1.0
+        return sum(forward.pack(Plan(kept), example).macs.values()) / sum(masked.macs.values())
 
-    kept = choose_kept(gate_logits, share_of_work)
-    sizes = {
-        name: size for name, size in choose_sizes(gate_logits, kept).items() if masked.calls[name][1] >= _WORTH_PICKING
-    }
-    positions = {name: masked.calls[name][0] for name in sizes}
-    plans = [Plan(kept)]
-    plans += [
-        Plan(kept, {name: size for name, size in sizes.items() if positions[name] >= least})
-        for least in sorted(set(positions.values()))
-    ]
+    plan = Plan(choose_kept(gate_logits, share_of_work))
+    network = CompactNetwork(forward, plan)
+    if not per_sample:
+        return network
     singles = [example[index : index + 1] for index in range(min(len(example), _TRIALS))]
-    return _fastest([CompactNetwork(forward, plan) for plan in plans], singles)
+    return _fastest([CompactNetwork(forward, dataclasses.replace(plan, per_sample=True)), network], singles)
+
+
+def fold(model: nn.Module, variables: Any, **options: Any) -> "CompactNetwork":
+    """The network with batch norm folded in and nothing left out: masks only set to zero what was computed.
+
+    Args and errors as of `compact`.
+    """
+    return CompactNetwork(_Forward(model, variables, options))
 
 
 def _fastest(networks: list["CompactNetwork"], images: list[Array]) -> "CompactNetwork":
     """The network of the least median time, measured in turns on the same pictures."""
-    if len(networks) == 1:
-        return networks[0]
     seconds: list[list[float]] = [[] for _ in networks]
     for network in networks:
         jax.block_until_ready(network(images[0]))
@@ -141,21 +145,23 @@ class _Forward:
     """A network run layer by layer in packed form."""
 
     def __init__(self, model: nn.Module, variables: Any, options: Mapping[str, Any]):
+        if options.get("control") is not None:
+            raise UserError("compact execution runs the masks of the gate heads: leave control out")
         self._model = model
         self._variables = variables
         self._options = options
 
     def pack(self, plan: Plan, images: Array) -> PackedLayers:
         """The weights for these filters; nothing is run."""
-        layers = PackedLayers(self._variables, plan.kept, plan.sizes)
+        layers = PackedLayers(self._variables, plan.kept, plan.per_sample)
         jax.eval_shape(lambda images: self._apply(layers, images), images)
-        if not layers.calls:
+        if not layers.weights:
             raise UserError("this network has no units: build it from ftwt.GatedUnit, or by ftwt.create_model")
         return layers
 
     def __call__(self, plan: Plan, weights: Weights, images: Array) -> tuple[Any, dict[str, Any]]:
         """The network's outputs, and what its units wrote into `SEEN`: {"unit/kind": (first call, second, ...)}."""
-        return self._apply(PackedLayers(self._variables, plan.kept, plan.sizes, weights), images)
+        return self._apply(PackedLayers(self._variables, plan.kept, plan.per_sample, weights), images)
 
     def _apply(self, layers: PackedLayers, images: Array) -> tuple[Any, dict[str, Any]]:
         token = module_calls.set([])
@@ -176,14 +182,16 @@ class CompactNetwork:
     """What `compact` returns.
 
     Attributes:
-      plan: the filters that are held ready, and how many of them are computed for a single sample.
+      plan: the filters that are held ready, and whether each sample computes its own of them alone.
     """
 
     def __init__(self, forward: _Forward, plan: Plan = EVERYTHING):
         self.plan = plan
+        self._everything = dataclasses.replace(plan, kept={})
         self._forward = forward
         self._weights: dict[str, Weights] = {}
         self._jitted = jax.jit(self._run, compiler_options=compiler_options())
+        self._jitted_logits = jax.jit(lambda *given: self._run(*given)[0].logits, compiler_options=compiler_options())
 
     def __call__(self, images: Float[Array, "N H W channels"]) -> Any:
         """What the network returns for these images."""
@@ -192,15 +200,25 @@ class CompactNetwork:
     def run(self, images: Float[Array, "N H W channels"]) -> tuple[Any, Bool[Array, " N"]]:
         """What the network returns, and which samples were outside what calibration prepared."""
         images = jnp.asarray(images)
-        if not self._weights:
-            packed = {"compact": self._forward.pack(self.plan, images).weights}
-            if self.plan != EVERYTHING:
-                packed["masked"] = self._forward.pack(EVERYTHING, images).weights
-            with jax.ensure_compile_time_eval():
-                self._weights = jax.tree.map(jnp.asarray, packed)
         # A jit within another takes no compiler options of its own.
         run = self._run if isinstance(images, jax.core.Tracer) else self._jitted
-        return run(self._weights, images)
+        return run(self._packed(images), images)
+
+    def logits(self, images: Float[Array, "N H W channels"]) -> Float[Array, "N classes"]:
+        """The logits alone of a network that returns `Outputs`: sooner than with all that its gates said."""
+        images = jnp.asarray(images)
+        if isinstance(images, jax.core.Tracer):
+            return self.run(images)[0].logits
+        return self._jitted_logits(self._packed(images), images)
+
+    def _packed(self, images: Array) -> dict[str, Weights]:
+        if not self._weights:
+            packed = {"compact": self._forward.pack(self.plan, images).weights}
+            if self.plan.kept:
+                packed["masked"] = self._forward.pack(self._everything, images).weights
+            with jax.ensure_compile_time_eval():
+                self._weights = jax.tree.map(jnp.asarray, packed)
+        return self._weights
 
     def _run(self, weights: dict[str, Weights], images: Array) -> tuple[Any, Array]:
         samples = images.shape[0]
@@ -211,7 +229,7 @@ class CompactNetwork:
         outside = jnp.any(jnp.stack(found), axis=0)
 
         def masked(images: Array) -> Any:
-            return self._forward(EVERYTHING, weights["masked"], images)[0]
+            return self._forward(self._everything, weights["masked"], images)[0]
 
         def all_again() -> Any:
             return masked(images)

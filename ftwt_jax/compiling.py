@@ -38,6 +38,11 @@ def keep_compiled() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled code is kept for this user and machine; it need not exist."""
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     # A home folder may be shared by machines whose processors differ.
-    jax.config.update("jax_compilation_cache_dir", str(caches / "ftwt_jax" / platform.node()))
+    return caches / "ftwt_jax" / platform.node()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.benchmark import trained_subject
-from ftwt_jax.compact import compact
+from ftwt_jax.compact import compact, fold
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.files import written_whole
 
@@ -43,9 +43,11 @@ def export_program(
         raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
     subject = trained_subject(folder, best)
     if baseline:
-        network = compact(subject.dense, subject.dense_variables)
+        network = fold(subject.dense, subject.dense_variables)
+    elif compacted:
+        network = compact(subject.gated, subject.gated_variables, subject.calibration, portable=True)
     else:
-        network = compact(subject.gated, subject.gated_variables, subject.calibration if compacted else None)
+        network = fold(subject.gated, subject.gated_variables)
     network(subject.held_out[:1])
 
     def program(pictures: Array) -> Array:

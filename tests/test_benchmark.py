@@ -16,12 +16,13 @@ KEYS = {"arch", "batch", "platform", "macs_reduction", "dense_ms", "masked_ms", 
 
 def held(result: dict) -> None:
     """What every benchmark.json promises."""
-    assert result.keys() >= KEYS | {"gates", "speedup", "realisation", "outside", "samples", "max_abs_logit"}
+    assert result.keys() >= KEYS | {"gates", "speedup", "realisation", "outside", "samples", "max_abs_logit", "flipped"}
     assert min(result["dense_ms"], result["masked_ms"], result["compact_ms"]) > 0
     assert result["speedup"] == pytest.approx(result["dense_ms"] / result["compact_ms"])
     assert result["realisation"] == pytest.approx(result["speedup"] * (1 - result["macs_reduction"]))
     assert result["max_abs_diff"] <= 1e-4 * result["max_abs_logit"]
     assert 0 <= result["outside"] <= 1
+    assert 0 <= result["flipped"] < 0.5
 
 
 def test_a_trained_network_is_timed_on_its_own_pictures(program, tiny_run, tmp_path):
@@ -52,12 +53,12 @@ def test_synthetic_gates_need_no_training_and_keep_the_budget(program, tmp_path)
     assert result["train_overhead"] > 0
 
 
-@pytest.mark.parametrize(("arch", "budget"), [("vgg_bn", 0.7), ("mobilenet_v2", 0.4)])
+@pytest.mark.parametrize(("arch", "budget"), [("vgg_bn", 0.7), ("resnet8", 0.4)])
 def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, budget):
-    options = {"plan": (16, "M", 24, 24)} if arch == "vgg_bn" else {"width": 0.25}
+    options = {"plan": (16, "M", 24, 24)} if arch == "vgg_bn" else {}
     model = ftwt.create_model(arch, 10, gates=ftwt.GateConfig(), **options)
     images = jax.random.normal(jax.random.key(0), (96, 16, 16, 3))
-    variables = model.init(jax.random.key(1), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     gated, reduction = random_gates(model, variables, images[:48], budget)
     outputs = jax.jit(model.apply)(gated, images[48:])
     assert reduction == pytest.approx(budget, abs=0.02)
@@ -70,7 +71,7 @@ def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, bud
 def test_a_reduction_that_no_masks_reach_is_refused():
     model = ftwt.create_model("resnet8", 10, gates=ftwt.GateConfig())
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
-    variables = model.init(jax.random.key(1), images[:1])
+    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     with pytest.raises(ftwt.UserError, match="can be cut by up to"):
         random_gates(model, variables, images, 0.999)
     dense = ftwt.create_model("resnet8", 10)

@@ -1,5 +1,6 @@
 """Compact execution returns what the masked network returns, whatever its gates say, and notices what it left out."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
+from ftwt_jax import native
 from ftwt_jax.activations import Packed
-from ftwt_jax.calibration import choose_kept, choose_sizes
-from ftwt_jax.compact import CompactNetwork, Plan
+from ftwt_jax.calibration import choose_kept
+from ftwt_jax.compact import CompactNetwork
 from ftwt_jax.models.resnet import ResNet
 from tests.conftest import random_like
 
@@ -56,6 +58,20 @@ def random_variables(model, images, seed=0, never=0.0, **options):
     for head in heads_of(variables):
         head["bias"][rng.random(head["bias"].shape) < never] = NEVER
     return variables
+
+
+@pytest.fixture(scope="module", params=["XLA's operations", "a kernel of our own"])
+def prepare(request, quick_compilation):
+    """`compact`, without the choice by timing between its two ways to run."""
+
+    def compacted(model, variables, calibration=None, **options):
+        network = ftwt.compact(model, variables, calibration, portable=True, **options)
+        if request.param == "XLA's operations":
+            return network
+        assert native.available()
+        return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
+
+    return compacted
 
 
 def masked(model, variables, images, **options):
@@ -122,7 +138,7 @@ IN_BATCHES = (*(name for name in NETWORKS if not name.startswith("mobilenet")), 
 @pytest.mark.parametrize(
     "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow, id=name) for name in LARGE)], ids=str
 )
-def test_a_calibrated_network_answers_as_the_masked_one(name):
+def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
     network, gates, arch, side = (NETWORKS | LARGE)[name]
     model = network_of(network, gates, arch)
     images = pictures(5, side, seed=1)
@@ -134,7 +150,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(name):
     assert 0.1 < on.mean() < 0.9
     assert np.any(on != on[0])
 
-    compact = ftwt.compact(model, variables, pictures(6, side, seed=2))
+    compact = prepare(model, variables, pictures(6, side, seed=2))
     assert len(compact.plan.kept) > len(expected.gates) / 2
     if name in IN_BATCHES:
         outputs, outside = compact.run(images)
@@ -148,13 +164,13 @@ def test_a_calibrated_network_answers_as_the_masked_one(name):
 
 
 @pytest.mark.parametrize("name", ["vgg", "projection after block", "bottleneck"])
-def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(name):
+def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepare, name):
     network, gates, arch, side = NETWORKS[name]
     model = network_of(network, gates, arch)
     images = pictures(5, side, seed=1)
     variables = random_variables(model, images, seed=1)
-    compact = ftwt.compact(model, variables)
-    assert (dict(compact.plan.kept), dict(compact.plan.sizes)) == ({}, {})
+    compact = prepare(model, variables)
+    assert not compact.plan.kept
     outputs, outside = compact.run(images)
     assert_same(outputs, masked(model, variables, images, control=BARE))
     assert not np.any(outside)
@@ -168,11 +184,11 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(name):
     never=st.sampled_from([0, 0.5, 0.9, 1]),
     seed=st.integers(0, 1000),
 )
-def test_any_stack_of_units_answers_as_the_masked_one(plan, gates, samples, never, seed):
+def test_any_stack_of_units_answers_as_the_masked_one(prepare, plan, gates, samples, never, seed):
     model = ftwt.create_model("vgg_bn", 3, plan=plan, gates=gates)
     images = pictures(samples, 4, seed=seed)
     variables = random_variables(model, images, seed, never)
-    compact = ftwt.compact(model, variables, pictures(2, 4, seed=seed + 1))
+    compact = prepare(model, variables, pictures(2, 4, seed=seed + 1))
     assert_same(compact(images), masked(model, variables, images, control=BARE))
 
 
@@ -180,7 +196,6 @@ def test_any_stack_of_units_answers_as_the_masked_one(plan, gates, samples, neve
 # alone (1), or on in both (2): the first unit passes its input on, and the second one's gate asks for more than 1.5.
 FILTERS = 64
 PREPARED = 40  # Filters that calibration turns on in the first unit; half of them in the second.
-ROOM = 16  # Filters of the first unit that a single sample may want where a size is set.
 
 
 def drawn(levels, side=4):
@@ -198,7 +213,7 @@ def levels_of(first, second=0, shift=0):
 
 
 @pytest.fixture(scope="module")
-def drawable(quick_compilation):
+def drawable(prepare):
     """(masked network as a function, calibrated compact network)."""
     model = ftwt.create_model("vgg_bn", 5, plan=(FILTERS, FILTERS), gates=PLAIN_HEADS)
     variables = random_variables(model, drawn([levels_of(0)]))
@@ -211,9 +226,9 @@ def drawable(quick_compilation):
         head["kernel"][:] = np.eye(FILTERS)
         head["bias"][:] = -threshold
     calibration = [levels_of(count, count // 2) for count in range(PREPARED + 1)]
-    compact = ftwt.compact(model, variables, drawn(calibration))
+    compact = prepare(model, variables, drawn(calibration))
     apply = jax.jit(lambda images: model.apply(variables, images, control=BARE))
-    return apply, CompactNetwork(compact._forward, Plan(compact.plan.kept))
+    return apply, compact
 
 
 def wants_more(levels):
@@ -254,47 +269,6 @@ def test_any_pictures_are_answered_as_by_the_masked_network(drawable, seed, shar
     assert_same(outputs, apply(drawn(levels)))
 
 
-@pytest.fixture(scope="module", params=["first", "second", "both"])
-def with_room(drawable, request):
-    """(masked network, compact one with room for so many filters of a single sample, what it has room for)."""
-    apply, compact = drawable
-    sizes = {"unit0": ROOM, "unit1": ROOM // 2}
-    sizes = {"first": {"unit0": ROOM}, "second": {"unit1": ROOM // 2}, "both": sizes}[request.param]
-    return apply, CompactNetwork(compact._forward, Plan(compact.plan.kept, sizes)), sizes
-
-
-@pytest.mark.parametrize("first", [0, 1, ROOM - 1, ROOM, ROOM + 1, PREPARED, FILTERS])
-def test_a_sample_alone_is_outside_when_it_wants_more_filters_than_there_is_room_for(with_room, first):
-    apply, compact, sizes = with_room
-    for second in {min(first, count) for count in (0, 1, ROOM // 2, ROOM // 2 + 1)}:
-        for shift in (0, 7, -3):
-            levels = levels_of(first, second, shift)[None]
-            outputs, outside = compact.run(drawn(levels))
-            too_many = first > sizes.get("unit0", FILTERS) or second > sizes.get("unit1", FILTERS)
-            assert outside.tolist() == [bool(too_many or wants_more(levels)[0])]
-            assert_same(outputs, apply(drawn(levels)))
-
-
-@few_examples(max_examples=25)
-@given(data=st.data())
-def test_a_sample_alone_is_answered_as_by_the_masked_network_whatever_filters_it_wants(with_room, data):
-    apply, compact, _ = with_room
-    on = data.draw(st.sets(st.integers(0, PREPARED - 1), max_size=ROOM))
-    twice = data.draw(st.sets(st.sampled_from(sorted(on)))) if on else ()
-    levels = np.full((1, FILTERS), -1)
-    levels[0, list(on)] = 1
-    levels[0, list(twice)] = 2
-    assert_same(compact(drawn(levels)), apply(drawn(levels)))
-
-
-def test_room_for_single_samples_changes_nothing_for_a_batch(with_room):
-    apply, compact, _ = with_room
-    levels = np.stack([levels_of(PREPARED, PREPARED // 2)] * 16)
-    outputs, outside = compact.run(drawn(levels))
-    assert not np.any(outside)
-    assert_same(outputs, apply(drawn(levels)))
-
-
 def test_a_network_is_compiled_once_for_each_shape_of_images(drawable):
     compact = CompactNetwork(drawable[1]._forward, drawable[1].plan)
     for shapes, samples in enumerate((3, 1), start=1):
@@ -314,13 +288,30 @@ def test_a_network_runs_within_a_function_that_is_compiled_and_outside_it_again(
     assert_close(jax.jit(lambda x: 2 * compact(x).logits)(images), 2 * expected)
 
 
+def test_the_ways_to_run_are_both_timed_and_one_is_taken(monkeypatch):
+    timed = []
+    monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan.per_sample) or 0)
+    model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
+    compact = ftwt.compact(model, random_variables(model, pictures(1)), pictures(9))
+    assert timed.count(True) == timed.count(False) == 10
+    assert isinstance(compact.plan.per_sample, bool)
+
+
+def test_logits_alone_are_the_same_logits():
+    model = ftwt.create_model("vgg_bn", 5, plan=(8, 8), gates=GATES)
+    images = pictures(3, 4)
+    compact = ftwt.compact(model, random_variables(model, images))
+    np.testing.assert_array_equal(compact.logits(images), compact(images).logits)
+    np.testing.assert_array_equal(jax.jit(compact.logits)(images), compact(images).logits)
+
+
 @pytest.mark.parametrize("bias", [NEVER, 1e3], ids=["none on", "all on"])
-def test_a_unit_with_no_filter_on_or_all(bias):
+def test_a_unit_with_no_filter_on_or_all(prepare, bias):
     model = ftwt.create_model("vgg_bn", 3, plan=(8, 12, "M", 8), gates=GATES)
     images = pictures(2, 4)
     variables = random_variables(model, images)
     variables["params"]["unit1"]["gate_head"]["dense"]["bias"][:] = bias
-    compact = ftwt.compact(model, variables, images)
+    compact = prepare(model, variables, images)
     outputs, outside = compact.run(images)
     assert_same(outputs, masked(model, variables, images, control=BARE))
     assert np.all(np.asarray(outputs.gates[1].mask) == (bias > 0))
@@ -337,16 +328,16 @@ def test_a_dense_network_keeps_its_logits(calibrated):
     outputs, outside = compact.run(images)
     assert_same(outputs, masked(model, variables, images))
     assert not np.any(outside)
-    assert (dict(compact.plan.kept), dict(compact.plan.sizes)) == ({}, {})
+    assert not compact.plan.kept
 
 
-def test_a_network_in_bfloat16_answers_within_its_rounding():
+def test_a_network_in_bfloat16_answers_within_its_rounding(prepare):
     model = ftwt.create_model("vgg_bn", 5, plan=(24, "M", 40), gates=PLAIN_HEADS, dtype=jnp.bfloat16)
     images = pictures(5)
     variables = random_variables(model, images)
     for head in heads_of(variables):  # No gate logit that rounding could carry over zero.
         head["kernel"][:] = 0
-    compact = ftwt.compact(model, variables, images)
+    compact = prepare(model, variables, images)
     outputs = compact(images)
     expected = masked(model, variables, images, control=BARE)
     assert outputs.logits.dtype == jnp.float32
@@ -425,7 +416,7 @@ class Own(nn.Module):
         x = ftwt.residual_add(unit(act=None)(x, train), stream).map(nn.relu)
         own = nn.Conv(6, (3, 3))(x.values)
         own = nn.relu(nn.BatchNorm(use_running_average=not train)(own))
-        y = unit(8, strides=2)(own, train)
+        y = unit(8, strides=2, act=nn.leaky_relu)(own, train)
         y = y.replace(values=jnp.tanh(y.values))
         y = unit(16, groups=2)(y, train)
         y = unit(16, groups=16)(y.map(lambda v: nn.avg_pool(v, (2, 2))), train)
@@ -503,12 +494,12 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_users_own_network_answers_as_it_does_itself(name):
+def test_a_users_own_network_answers_as_it_does_itself(prepare, name):
     model, options = OWN[name]
     images = pictures(5, seed=3)
     variables = random_variables(model, images, never=0.4, **options)
     expected = masked(model, variables, images, **options)
-    compact = ftwt.compact(model, variables, pictures(8), **options)
+    compact = prepare(model, variables, pictures(8), **options)
     assert compact.plan.kept
     actual = compact(images)
     assert type(actual) is type(expected)
@@ -520,7 +511,7 @@ def test_a_users_own_network_answers_as_it_does_itself(name):
 
 @few_examples(max_examples=40)
 @given(seed=st.integers(0, 10_000), samples=st.integers(1, 9), filters=st.integers(1, 20))
-def test_whatever_calibration_turned_on_is_kept_and_fits(seed, samples, filters):
+def test_whatever_calibration_turned_on_is_kept(seed, samples, filters):
     rng = np.random.default_rng(seed)
     logits = {f"unit{i}": rng.normal(size=(samples, filters)) + rng.normal(size=filters) - 1 for i in range(2)}
 
@@ -528,15 +519,12 @@ def test_whatever_calibration_turned_on_is_kept_and_fits(seed, samples, filters)
         return sum(len(kept.get(name, range(filters))) for name in logits) / (2 * filters)
 
     kept = choose_kept(logits, share_of_work)
-    sizes = choose_sizes(logits, kept)
     for name, values in logits.items():
         ready = kept.get(name, tuple(range(filters)))
         assert ready
         assert list(ready) == sorted(set(ready))
         assert set(np.flatnonzero(np.any(values > 0, axis=0))) <= set(ready)
         assert name not in kept or len(ready) < filters
-        if name in sizes:
-            assert np.max(np.sum(values > 0, axis=1)) <= sizes[name] < len(ready)
 
 
 @few_examples(max_examples=40)
@@ -544,12 +532,8 @@ def test_whatever_calibration_turned_on_is_kept_and_fits(seed, samples, filters)
 def test_packed_values_are_found_under_any_other_channels(data):
     channel_sets = st.sets(st.integers(0, 9), min_size=1).map(lambda s: tuple(sorted(s)))
     channels, wanted = data.draw(channel_sets), data.draw(channel_sets)
-    picked = data.draw(st.none() | st.permutations(range(len(channels))))
-    count = len(channels) if picked is None else data.draw(st.integers(1, len(channels)))
-    index = None if picked is None else jnp.asarray(picked[:count])
-    values = np.random.default_rng(0).normal(size=(1, 2, 2, count)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=(1, 2, 2, len(channels))).astype(np.float32)
     whole = np.zeros((1, 2, 2, 10), np.float32)
-    whole[..., np.asarray(channels)[... if picked is None else picked[:count]]] = values
-    packed = Packed(jnp.asarray(values), channels, index)
+    whole[..., list(channels)] = values
+    packed = Packed(jnp.asarray(values), channels)
     np.testing.assert_array_equal(packed.aligned(wanted), whole[..., list(wanted)])
-    np.testing.assert_array_equal(packed.complete().values, whole[..., list(channels)])

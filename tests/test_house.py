@@ -33,7 +33,7 @@ TRAINER = {
 FLOOR = (
     *("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights"),
     *("reductions", "convolution", "batch_norm", "compiling", "packing", "calibration", "compact"),
-    *("synthetic", "files"),
+    *("synthetic", "files", "native"),
 )
 
 

@@ -1,0 +1,104 @@
+// Depthwise convolution of the filters that are on, for one sample.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+#include "pieces.h"
+#include "vectors.h"
+
+namespace ftwt {
+
+struct Depthwise {
+  int64_t height, width, inputs;
+  int64_t kernel_height, kernel_width;
+  int64_t out_height, out_width, filters;
+  int64_t stride, pad;
+  bool relu;
+  const float* kernel;    // [kernel_height * kernel_width, filters]
+  const float* bias;      // [filters]
+  const int32_t* source;  // [filters], the input channel of each, or -1 where that is zero in every map
+
+  // `parallel(tasks, body)` runs the parts of it.
+  template <typename Parallel>
+  void run(const float* x, const bool* on, const float* shortcut, float* y, int64_t threads,
+           const Parallel& parallel) const {
+    std::vector<Piece> found;
+    const int64_t count = pieces(on, 0, filters, found);
+    const int64_t vectors = (count + kLanes - 1) / kLanes, row = vectors * kLanes;
+    const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad, taps = kernel_height * kernel_width;
+    static thread_local Scratch scratch;
+    const int64_t padded_size = padded_height * padded_width * row;
+    float* padded = scratch.of(padded_size + (taps + 1) * row + 2 * kLanes);
+    float* packed_kernel = padded + padded_size + kLanes;
+    std::fill_n(padded, padded_size, 0.0f);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (const Piece& piece : found) pack(piece, kernel + tap * filters + piece.first, packed_kernel + tap * row);
+    }
+    // Filters in the order of the input channels, as they nearly always are, are packed whole vectors at a time.
+    bool in_order = inputs == filters;
+    for (int64_t filter = 0; filter < filters; ++filter) in_order = in_order && source[filter] == filter;
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        const float* from = x + (i * width + j) * inputs;
+        float* to = padded + ((i + pad) * padded_width + j + pad) * row;
+        if (in_order) {
+          // The last vector may overrun the row by what is then written, or set to zero, below.
+          for (const Piece& piece : found) pack(piece, from + piece.first, to);
+        } else {
+          for (int64_t filter = 0; filter < filters; ++filter) {
+            if (on[filter]) *to++ = source[filter] < 0 ? 0 : from[source[filter]];
+          }
+        }
+      }
+      if (in_order) {
+        float* behind = padded + ((i + pad) * padded_width + width + pad) * row;
+        std::fill_n(behind, std::min<int64_t>(kLanes, padded + padded_size - behind), 0.0f);
+      }
+    }
+    // Read from the first cache and used once, numbers take several times as long as products of a matrix.
+    const bool shared = threads > 1 && 4 * out_height * out_width * row * taps > kWorthSharing;
+    const int64_t parts = shared ? std::min(2 * threads, out_height) : 1;
+    parallel(parts, [&](int64_t part) {
+      static thread_local Scratch sum_scratch;
+      float* sums = sum_scratch.of(out_width * row + kLanes);
+      for (int64_t i = out_height * part / parts; i < out_height * (part + 1) / parts; ++i) {
+        for (int64_t v = 0; v < row; v += kLanes) {
+          const float* corner = padded + i * stride * padded_width * row + v;
+          if (kernel_height == 3 && kernel_width == 3) {
+            multiply_row<3>(corner, padded_width * row, row, packed_kernel + v, sums + v);
+          } else {
+            multiply_row<0>(corner, padded_width * row, row, packed_kernel + v, sums + v);
+          }
+        }
+        for (int64_t j = 0; j < out_width; ++j) {
+          const int64_t at = (i * out_width + j) * filters;
+          const float* added = shortcut ? shortcut + at : nullptr;
+          for (const Piece& piece : found) unpack(piece, sums + j * row, bias, added, relu, y + at);
+        }
+      }
+    });
+  }
+
+ private:
+  // One vector of filters along one row of the output; kSide: the side of the kernel, 0 if only known here.
+  template <int kSide>
+  void multiply_row(const float* from, int64_t line, int64_t row, const float* weights, float* sums) const {
+    const int64_t rows = kSide ? kSide : kernel_height, columns = kSide ? kSide : kernel_width;
+    for (int64_t j = 0; j < out_width; ++j) {
+      const float* corner = from + j * stride * row;
+      Vector sum = {};
+      for (int64_t a = 0; a < rows; ++a) {
+        for (int64_t b = 0; b < columns; ++b) {
+          sum += load(corner + a * line + b * row) * load(weights + (a * columns + b) * row);
+        }
+      }
+      store(sums + j * row, sum);
+    }
+  }
+};
+
+}  // namespace ftwt

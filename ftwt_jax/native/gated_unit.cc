@@ -1,0 +1,106 @@
+// A gated unit as XLA calls it: gate logits, and the convolution of the filters that they turn on.
+
+#include <cstdint>
+#include <memory>
+
+#include "convolution.h"
+#include "depthwise.h"
+#include "head.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace ftwt {
+namespace {
+
+using Floats = ffi::Buffer<ffi::F32>;
+
+ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias, Floats head_kernel, Floats head_sum,
+                      Floats head_bias, ffi::Buffer<ffi::S32> kept, ffi::Buffer<ffi::S32> source,
+                      ffi::RemainingArgs shortcut, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> logits,
+                      int64_t kernel_height, int64_t kernel_width, int64_t stride, int64_t pad, bool relu,
+                      bool depthwise, int64_t left_out, bool max_pool, bool softmax) {
+  const auto in = x.dimensions(), weights = kernel.dimensions(), out = y->dimensions();
+  const int64_t samples = in[0], filters = out[3], all_filters = head_bias.element_count();
+  const bool fits = depthwise ? weights.size() == 2 && weights[0] == kernel_height * kernel_width
+                              : weights.size() == 4 && weights[1] == kernel_height * kernel_width &&
+                                    weights[2] == in[3] && weights[3] % kBlock == 0;
+  if (!fits || kept.element_count() != filters) return ffi::Error::InvalidArgument("weights of another shape");
+  const Head head{in[1] * in[2],
+                  in[3],
+                  all_filters,
+                  left_out,
+                  max_pool,
+                  softmax,
+                  head_kernel.typed_data(),
+                  head_sum.typed_data(),
+                  head_bias.typed_data()};
+  const float* added = nullptr;
+  if (shortcut.size()) {
+    auto given = shortcut.get<Floats>(0);
+    if (given.has_error()) return given.error();
+    added = given->typed_data();
+  }
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t in_size = in[1] * in[2] * in[3], out_size = out[1] * out[2] * out[3];
+
+  const auto one = [&](int64_t sample, int64_t threads, const auto& parallel) {
+    const float* maps = x.typed_data() + sample * in_size;
+    float* found = logits->typed_data() + sample * all_filters;
+    head.run(maps, found, parallel);
+    std::unique_ptr<bool[]> on(new bool[filters]);
+    for (int64_t filter = 0; filter < filters; ++filter) on[filter] = found[kept.typed_data()[filter]] > 0;
+    float* result = y->typed_data() + sample * out_size;
+    const float* addend = added ? added + sample * out_size : nullptr;
+    if (depthwise) {
+      const Depthwise convolution{in[1],  in[2],   in[3],  kernel_height,       kernel_width,
+                                  out[1], out[2],  out[3], stride,              pad,
+                                  relu,   kernel.typed_data(), bias.typed_data(), source.typed_data()};
+      convolution.run(maps, on.get(), addend, result, threads, parallel);
+    } else {
+      const Convolution convolution{in[1],  in[2],  in[3], kernel_height, kernel_width,        out[1],           out[2],
+                                    out[3], stride, pad,   relu,          weights[3], kernel.typed_data(), bias.typed_data()};
+      convolution.run(maps, on.get(), addend, result, threads, parallel);
+    }
+  };
+  if (samples >= 2 * threads) {
+    in_parallel(pool, samples, [&](int64_t sample) {
+      one(sample, 1, [](int64_t tasks, const auto& body) {
+        for (int64_t task = 0; task < tasks; ++task) body(task);
+      });
+    });
+  } else {
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      one(sample, threads, [&](int64_t tasks, const auto& body) { in_parallel(pool, tasks, body); });
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace ftwt
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FtwtGatedUnit, ftwt::gated_unit,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ftwt::Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ftwt::Floats>()
+                                  .Ret<ftwt::Floats>()
+                                  .Attr<int64_t>("kernel_height")
+                                  .Attr<int64_t>("kernel_width")
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("pad")
+                                  .Attr<bool>("relu")
+                                  .Attr<bool>("depthwise")
+                                  .Attr<int64_t>("left_out")
+                                  .Attr<bool>("max_pool")
+                                  .Attr<bool>("softmax"));

@@ -1,0 +1,94 @@
+// Gate logits of a unit: pooled input channels, softmax, and the product with the head's matrix.
+//
+// Only the rows of channels that live are read: a channel that is zero in the whole map of a sample has the same summary
+// as all others of its kind, so one number and the sum of all rows stand for them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "parallel.h"
+#include "vectors.h"
+
+namespace ftwt {
+
+// Columns of the matrix that are added up at once, and products that take as long as reading a number of it from afar.
+constexpr int64_t kColumns = 8 * kLanes, kReading = 8;
+
+struct Head {
+  int64_t positions, channels, filters, left_out;
+  bool max_pool, softmax;
+  const float* kernel;    // [channels, filters]
+  const float* row_sum;   // [filters], of all rows of the head, those of channels that were left out too
+  const float* bias;      // [filters]
+
+  // The logits of one sample. `parallel(tasks, body)` runs the parts of it.
+  template <typename Parallel>
+  void run(const float* x, float* logits, const Parallel& parallel) const {
+    static thread_local Scratch scratch;
+    float* of_rows = scratch.of(channels);
+    const float of_sum = factors(x, of_rows);
+    const int64_t blocks = channels * filters * kReading < kWorthSharing ? 1 : (filters + kColumns - 1) / kColumns;
+    parallel(blocks, [&](int64_t block) {
+      const int64_t first = filters * block / blocks / kColumns * kColumns;
+      const int64_t last = block + 1 == blocks ? filters : filters * (block + 1) / blocks / kColumns * kColumns;
+      columns(of_rows, of_sum, first, last, logits);
+    });
+  }
+
+ private:
+  // What each channel adds to the logits: the factors of its row, and the factor of the sum of all rows.
+  float factors(const float* x, float* summary) const {
+    std::copy_n(x, channels, summary);
+    for (int64_t position = 1; position < positions; ++position) {
+      const float* row = x + position * channels;
+      if (max_pool) {
+        for (int64_t c = 0; c < channels; ++c) summary[c] = summary[c] > row[c] ? summary[c] : row[c];
+      } else {
+        for (int64_t c = 0; c < channels; ++c) summary[c] += row[c];
+      }
+    }
+    if (!max_pool) {
+      for (int64_t c = 0; c < channels; ++c) summary[c] /= positions;
+    }
+    if (!softmax) return 0;
+    float top = left_out ? 0 : summary[0];
+    for (int64_t c = 0; c < channels; ++c) top = std::max(top, summary[c]);
+    const float zero = std::exp(-top);
+    float total = left_out * zero;
+    for (int64_t c = 0; c < channels; ++c) {
+      // Exactly zero for a channel that is, so that its row is left out.
+      summary[c] = summary[c] == 0 ? 0 : std::exp(summary[c] - top) - zero;
+      total += summary[c] + zero;
+    }
+    const float scale = (channels + left_out) / total;
+    for (int64_t c = 0; c < channels; ++c) summary[c] *= scale;
+    return zero * scale;
+  }
+
+  void columns(const float* factors, float rest, int64_t first, int64_t last, float* logits) const {
+    for (int64_t f = first; f < last; ++f) logits[f] = bias[f] + rest * row_sum[f];
+    for (; first < last; first += kColumns) {
+      if (last - first >= kColumns) {
+        Vector sums[8] = {};
+        for (int64_t c = 0; c < channels; ++c) {
+          if (factors[c] == 0) continue;
+          const Vector factor = factors[c] - Vector{};
+          const float* row = kernel + c * filters + first;
+#pragma GCC unroll 8
+          for (int v = 0; v < 8; ++v) sums[v] += factor * load(row + v * kLanes);
+        }
+        for (int v = 0; v < 8; ++v) store(logits + first + v * kLanes, load(logits + first + v * kLanes) + sums[v]);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        if (factors[c] == 0) continue;
+        const float* row = kernel + c * filters;
+        for (int64_t f = first; f < last; ++f) logits[f] += factors[c] * row[f];
+      }
+    }
+  }
+};
+
+}  // namespace ftwt
