@@ -68,7 +68,8 @@ def prepare(request, quick_compilation):
         network = ftwt.compact(model, variables, calibration, portable=True, **options)
         if request.param == "XLA's operations":
             return network
-        assert native.available()
+        if not native.available():
+            pytest.skip("no C++ compiler")
         return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
 
     return compacted
@@ -293,7 +294,8 @@ def test_the_ways_to_run_are_both_timed_and_one_is_taken(monkeypatch):
     monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan.per_sample) or 0)
     model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
     compact = ftwt.compact(model, random_variables(model, pictures(1)), pictures(9))
-    assert timed.count(True) == timed.count(False) == 10
+    assert timed.count(False) == 10 * native.available()
+    assert timed.count(True) == timed.count(False)
     assert isinstance(compact.plan.per_sample, bool)
 
 

@@ -21,6 +21,8 @@ BUILDS = {"this processor": native._TUNINGS, "any": ((),), "AVX2": (("-mavx2", "
 @pytest.fixture(scope="module", params=BUILDS)
 def built(request, tmp_path_factory):
     """The kernel built in one way, in use."""
+    if not native.available():
+        pytest.skip("no C++ compiler")
     if request.param == "AVX2" and "avx2" not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip("no such processor")
     folder = tmp_path_factory.mktemp("built")

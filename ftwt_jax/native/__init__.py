@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -61,7 +62,7 @@ def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> 
         raise FileNotFoundError("no C++ compiler")
     sources = sorted(_FOLDER.glob("*.cc"))
     contents = [file.read_bytes() for file in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    made_of = repr((contents, jaxlib.__version__, compiler, tunings)).encode()
+    made_of = repr((contents, jaxlib.__version__, compiler, tunings, _processor())).encode()
     library = folder / f"gated_unit-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,13 @@ def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> 
             if not any(_compiles(compiler, flags, sources, temporary) for flags in tunings):
                 raise OSError(f"{compiler} does not compile {_FOLDER}")
     return library
+
+
+def _processor() -> list[str]:
+    """What tells processors apart that do not run each other's code; a cache may be shared by several machines."""
+    known = pathlib.Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    return [platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})]
 
 
 def _compiles(compiler: str, flags: Sequence[str], sources: Sequence[pathlib.Path], out: pathlib.Path) -> bool:
