@@ -120,10 +120,8 @@ struct Convolution {
 
   int64_t positions() const { return out_height * out_width; }
 
-  // One sample. `parallel(tasks, body)` runs the parts of it.
-  template <typename Parallel>
-  void run(const float* x, const bool* on, const float* shortcut, float* y, int64_t threads,
-           const Parallel& parallel) const {
+  // One sample.
+  void run(const float* x, const bool* on, const float* shortcut, float* y, const Team& team) const {
     // Which input channels live: a channel that is zero in the whole map adds nothing.
     std::vector<int32_t> non_zero(inputs, 0);
     for (int64_t position = 0; position < height * width; ++position) {
@@ -172,9 +170,9 @@ struct Convolution {
     const std::vector<int64_t> cuts = packed ? panel_cuts(on) : even_cuts(row_vectors * kLanes);
     const int64_t panels = cuts.size() - 1;
     const int64_t products = kernel_height * kernel_width * live * (filters - off) * (positions() + kPackingPositions);
-    const bool shared = threads > 1 && products > kWorthSharing;
     // Enough parts that all threads end at about the same time, none smaller than packing its panel is worth.
-    const int64_t wanted = shared ? 4 * threads : 1;
+    const bool shared = team.size() > 1 && products > kWorthSharing;
+    const int64_t wanted = shared ? 4 * team.size() : 1;
     const int64_t parts =
         std::max<int64_t>(1, std::min((wanted + panels - 1) / panels, positions() / (8 * kPositions)));
     const auto task_of = [&](int64_t task) {
@@ -213,8 +211,7 @@ struct Convolution {
           (packed ? kPackedProducts[vectors - 1] : kRowProducts[vectors - 1])[to - from - 1](product);
         }
       };
-      if (count == 0) {
-      } else if (sliced) {
+      if (count && sliced) {
         bool add = false;
         for (int64_t tap = 0; tap < tap_count; ++tap) {
           for (int64_t k = 0; k < live; k += slice, add = true) {
@@ -224,7 +221,7 @@ struct Convolution {
           }
         }
         if (!add) std::fill_n(sums, sum_count, 0.0f);
-      } else {
+      } else if (count) {
         if (packed) pack_rows(filters_on, rows, 0, tap_count, 0, live, vectors * kLanes, panel_rows);
         multiply_all(0, tap_count, 0, live, false);
       }
@@ -240,7 +237,7 @@ struct Convolution {
       }
     };
     if (shared) {
-      parallel(panels * parts, task_of);
+      team.run(panels * parts, task_of);
     } else {
       for (int64_t task = 0; task < panels * parts; ++task) task_of(task);
     }

@@ -22,10 +22,7 @@ struct Depthwise {
   const float* bias;      // [filters]
   const int32_t* source;  // [filters], the input channel of each, or -1 where that is zero in every map
 
-  // `parallel(tasks, body)` runs the parts of it.
-  template <typename Parallel>
-  void run(const float* x, const bool* on, const float* shortcut, float* y, int64_t threads,
-           const Parallel& parallel) const {
+  void run(const float* x, const bool* on, const float* shortcut, float* y, const Team& team) const {
     std::vector<Piece> found;
     const int64_t count = pieces(on, 0, filters, found);
     const int64_t vectors = (count + kLanes - 1) / kLanes, row = vectors * kLanes;
@@ -60,9 +57,9 @@ struct Depthwise {
       }
     }
     // Read from the first cache and used once, numbers take several times as long as products of a matrix.
-    const bool shared = threads > 1 && 4 * out_height * out_width * row * taps > kWorthSharing;
-    const int64_t parts = shared ? std::min(2 * threads, out_height) : 1;
-    parallel(parts, [&](int64_t part) {
+    const bool shared = 4 * out_height * out_width * row * taps > kWorthSharing;
+    const int64_t parts = shared ? std::min(2 * team.size(), out_height) : 1;
+    team.run(parts, [&](int64_t part) {
       static thread_local Scratch sum_scratch;
       float* sums = sum_scratch.of(out_width * row + kLanes);
       for (int64_t i = out_height * part / parts; i < out_height * (part + 1) / parts; ++i) {

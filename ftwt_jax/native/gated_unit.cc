@@ -26,7 +26,9 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
   const bool fits = depthwise ? weights.size() == 2 && weights[0] == kernel_height * kernel_width
                               : weights.size() == 4 && weights[1] == kernel_height * kernel_width &&
                                     weights[2] == in[3] && weights[3] % kBlock == 0;
-  if (!fits || kept.element_count() != filters) return ffi::Error::InvalidArgument("weights of another shape");
+  if (!fits || static_cast<int64_t>(kept.element_count()) != filters) {
+    return ffi::Error::InvalidArgument("weights of another shape");
+  }
   const Head head{in[1] * in[2],
                   in[3],
                   all_filters,
@@ -44,11 +46,14 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
   }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t in_size = in[1] * in[2] * in[3], out_size = out[1] * out[2] * out[3];
+  const int64_t taps = kernel_height * kernel_width * (depthwise ? 1 : in[3]);
+  // About a quarter of it will be done.
+  const int64_t products = out_size * taps + in[3] * all_filters * kReading;
 
-  const auto one = [&](int64_t sample, int64_t threads, const auto& parallel) {
+  const auto one = [&](int64_t sample, const Team& team) {
     const float* maps = x.typed_data() + sample * in_size;
     float* found = logits->typed_data() + sample * all_filters;
-    head.run(maps, found, parallel);
+    head.run(maps, found, team);
     std::unique_ptr<bool[]> on(new bool[filters]);
     for (int64_t filter = 0; filter < filters; ++filter) on[filter] = found[kept.typed_data()[filter]] > 0;
     float* result = y->typed_data() + sample * out_size;
@@ -57,23 +62,20 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
       const Depthwise convolution{in[1],  in[2],   in[3],  kernel_height,       kernel_width,
                                   out[1], out[2],  out[3], stride,              pad,
                                   relu,   kernel.typed_data(), bias.typed_data(), source.typed_data()};
-      convolution.run(maps, on.get(), addend, result, threads, parallel);
+      convolution.run(maps, on.get(), addend, result, team);
     } else {
       const Convolution convolution{in[1],  in[2],  in[3], kernel_height, kernel_width,        out[1],           out[2],
                                     out[3], stride, pad,   relu,          weights[3], kernel.typed_data(), bias.typed_data()};
-      convolution.run(maps, on.get(), addend, result, threads, parallel);
+      convolution.run(maps, on.get(), addend, result, team);
     }
   };
-  if (samples >= 2 * threads) {
-    in_parallel(pool, samples, [&](int64_t sample) {
-      one(sample, 1, [](int64_t tasks, const auto& body) {
-        for (int64_t task = 0; task < tasks; ++task) body(task);
-      });
-    });
+  const bool by_sample = samples >= 2 * threads;
+  const bool shared = products * (by_sample ? samples : 1) > 4 * kWorthSharing;
+  const Team team(pool, shared ? threads - 1 : 0), alone(pool, 0);
+  if (by_sample) {
+    team.run(samples, [&](int64_t sample) { one(sample, alone); });
   } else {
-    for (int64_t sample = 0; sample < samples; ++sample) {
-      one(sample, threads, [&](int64_t tasks, const auto& body) { in_parallel(pool, tasks, body); });
-    }
+    for (int64_t sample = 0; sample < samples; ++sample) one(sample, team);
   }
   return ffi::Error::Success();
 }

@@ -23,14 +23,13 @@ struct Head {
   const float* row_sum;   // [filters], of all rows of the head, those of channels that were left out too
   const float* bias;      // [filters]
 
-  // The logits of one sample. `parallel(tasks, body)` runs the parts of it.
-  template <typename Parallel>
-  void run(const float* x, float* logits, const Parallel& parallel) const {
+  // The logits of one sample.
+  void run(const float* x, float* logits, const Team& team) const {
     static thread_local Scratch scratch;
     float* of_rows = scratch.of(channels);
     const float of_sum = factors(x, of_rows);
     const int64_t blocks = channels * filters * kReading < kWorthSharing ? 1 : (filters + kColumns - 1) / kColumns;
-    parallel(blocks, [&](int64_t block) {
+    team.run(blocks, [&](int64_t block) {
       const int64_t first = filters * block / blocks / kColumns * kColumns;
       const int64_t last = block + 1 == blocks ? filters : filters * (block + 1) / blocks / kColumns * kColumns;
       columns(of_rows, of_sum, first, last, logits);
