@@ -25,8 +25,8 @@ from ftwt_jax.synthetic import random_gates
 BENCHMARK = "benchmark.json"
 # Pictures from which compact execution learns, and those that it is timed and compared on; never the same.
 CALIBRATION, HELD_OUT = 256, 128
-# Synthetic heads are made on this many pictures.
-_HEAD_IMAGES = 64
+# Synthetic heads are made on so many pictures, fewer of large ones: on few, a deep network misses its budget on others.
+_HEAD_IMAGES, _LARGE_HEAD_IMAGES = CALIBRATION, 64
 # Each network runs so many batches before the next one's turn: in use it would find its own weights in the caches too.
 _BLOCK, _ROUNDS = 16, 3
 
@@ -102,7 +102,8 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
     images += 0.3 * jax.random.normal(keys[2], images.shape)
     variables = jax.jit(gated.init)(keys[1], images[:1])
-    variables, _ = random_gates(gated, variables, images[:_HEAD_IMAGES], budget, seed)
+    seen = images[: _HEAD_IMAGES if size < 64 else _LARGE_HEAD_IMAGES]
+    variables, _ = random_gates(gated, variables, seen, budget, seed)
     return Subject(
         arch,
         "synthetic",

@@ -64,8 +64,10 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
                                   relu,   kernel.typed_data(), bias.typed_data(), source.typed_data()};
       convolution.run(maps, on.get(), addend, result, team);
     } else {
-      const Convolution convolution{in[1],  in[2],  in[3], kernel_height, kernel_width,        out[1],           out[2],
-                                    out[3], stride, pad,   relu,          weights[3], kernel.typed_data(), bias.typed_data()};
+      const Convolution convolution{in[1],  in[2],  in[3],      kernel_height,
+                                    kernel_width,   out[1],     out[2],
+                                    out[3], stride, pad,        relu,
+                                    weights[3],     kernel.typed_data(), bias.typed_data()};
       convolution.run(maps, on.get(), addend, result, team);
     }
   };

@@ -1,7 +1,7 @@
 // Gate logits of a unit: pooled input channels, softmax, and the product with the head's matrix.
 //
-// Only the rows of channels that live are read: a channel that is zero in the whole map of a sample has the same summary
-// as all others of its kind, so one number and the sum of all rows stand for them.
+// Only the rows of channels that live are read: a channel that is zero in the whole map of a sample has the same
+// summary as all others of its kind, so one number and the sum of all rows stand for them.
 #pragma once
 
 #include <algorithm>
