@@ -289,14 +289,21 @@ def test_a_network_runs_within_a_function_that_is_compiled_and_outside_it_again(
     assert_close(jax.jit(lambda x: 2 * compact(x).logits)(images), 2 * expected)
 
 
-def test_the_ways_to_run_are_both_timed_and_one_is_taken(monkeypatch):
+@pytest.mark.parametrize("never", [0, 0.5], ids=["all filters in use", "some never on"])
+def test_all_ways_to_run_are_timed_and_one_is_taken(monkeypatch, never):
     timed = []
-    monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan.per_sample) or 0)
+    monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan) or 0)
     model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
-    compact = ftwt.compact(model, random_variables(model, pictures(1)), pictures(9))
-    assert timed.count(False) == 10 * native.available()
-    assert timed.count(True) == timed.count(False)
-    assert isinstance(compact.plan.per_sample, bool)
+    variables = random_variables(model, pictures(1), never=never)
+    for head in heads_of(variables):
+        head["kernel"][:] = 0
+        head["bias"][:] = np.where(head["bias"] == NEVER, NEVER, 1)
+    compact = ftwt.compact(model, variables, pictures(9))
+    ways = {(bool(plan.kept), plan.per_sample) for plan in timed}
+    if native.available():
+        assert ways == ({(True, False), (True, True), (False, True)} if never else {(False, False), (False, True)})
+        assert len(timed) == 10 * len(ways)
+    assert compact.plan in timed or not native.available()
 
 
 def test_logits_alone_are_the_same_logits():
