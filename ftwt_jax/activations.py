@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from ftwt_jax.gates import GateControl, GateOutput
 
-# Grows with every module that is called while a network runs packed; see `Activations.map`.
-module_calls: ContextVar[list[str]] = ContextVar("module_calls", default=[])  # noqa: B039  Nobody adds to this one.
+# How many modules were called so far while networks ran packed; see `Activations.map`.
+module_calls: ContextVar[int] = ContextVar("module_calls", default=0)
 
 
 @struct.dataclass
@@ -93,14 +93,13 @@ class Activations:
 
     def map(self, fn: Callable[[Array], Array]) -> "Activations":
         """Applies a function that works on each channel by itself and keeps zero at zero: ReLU, pooling, resizing."""
-        calls = module_calls.get()
-        before = len(calls)
+        before = module_calls.get()
         values = fn(self.values)
         if self.packed is None:
             return self.replace(values=values)
         packed = None
         # A module that `fn` makes would get another name, and other parameters, the second time.
-        if len(calls) == before:
+        if module_calls.get() == before:
             packed = _map_packed(self.packed, fn)
         if packed is None:
             packed = Packed(values[..., list(self.packed.channels)], self.packed.channels)

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ftwt_jax import native
-from ftwt_jax.activations import Activations, module_calls
+from ftwt_jax.activations import Activations
 from ftwt_jax.calibration import Channels, choose_kept
 from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
@@ -167,12 +167,8 @@ class _Forward:
         return self._apply(PackedLayers(self._variables, plan.kept, plan.per_sample, weights), images)
 
     def _apply(self, layers: PackedLayers, images: Array) -> tuple[Any, dict[str, Any]]:
-        token = module_calls.set([])
-        try:
-            with nn.intercept_methods(layers):
-                outputs, seen = self._model.apply(self._variables, images, mutable=[SEEN], **self._options)
-        finally:
-            module_calls.reset(token)
+        with nn.intercept_methods(layers):
+            outputs, seen = self._model.apply(self._variables, images, mutable=[SEEN], **self._options)
         outputs = jax.tree.map(_without_packed, outputs, is_leaf=lambda x: isinstance(x, Activations))
         return outputs, flatten_dict(seen.get(SEEN, {}), sep="/")
 

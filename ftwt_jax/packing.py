@@ -65,7 +65,7 @@ class PackedLayers:
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         """Runs one method of a module: packed if it is one of our layers, otherwise as it is."""
-        module_calls.get().append(context.method_name)
+        module_calls.set(module_calls.get() + 1)
         # By the method, not the class alone: a subclass may do more, and then calls the one below it.
         method = getattr(context.orig_method.func, "__qualname__", "")
         for kind, run in self._runs:
@@ -82,13 +82,15 @@ class PackedLayers:
         # Filters of a group share their inputs, so groups of several channels stay whole.
         free = unit.gates is not None and (unit.groups == 1 or depthwise)
         kept = self._kept.get(key, everything) if free else everything
-        own = self._per_sample and free and x.values.dtype == jnp.float32 and unit.dtype in (None, jnp.float32)
+        float32 = x.values.dtype == jnp.float32 and unit.dtype in (None, jnp.float32)
+        # The gates, where a kernel of our own runs this unit.
+        own = unit.gates if self._per_sample and free and float32 else None
 
         def pack() -> Any:
             weights = self._folded(name, packed.channels, kept, unit.groups)
             if unit.gates is not None:
                 weights |= self._head(name, packed.channels)
-            return _unit_weights(weights, packed.channels, kept, depthwise) if own else weights
+            return _unit_weights(weights, packed.channels, kept, depthwise) if own is not None else weights
 
         weights = self._layer(key, pack)
         layers, added = x.layers, None
@@ -97,12 +99,12 @@ class PackedLayers:
             added = _packed(shortcut).aligned(kept)
             layers = merge_layers(layers, shortcut.layers)
         left_out = x.values.shape[-1] - packed.values.shape[-1]
-        complete = own and unit.act in (None, nn.relu)
+        complete = own is not None and unit.act in (None, nn.relu)
         logits = gate = on = None
-        if own and unit.gates is not None:
+        if own is not None:
             window, relu = (unit.kernel_size, unit.kernel_size), unit.act is nn.relu
             y, logits = kernels.gated_unit(
-                packed.values, weights, window, unit.gates, unit.strides, unit.rows_added, added, relu, left_out
+                packed.values, weights, window, own, unit.strides, unit.rows_added, added, relu, left_out
             )
         else:
             source, groups = packed.values, unit.groups

@@ -1,4 +1,4 @@
-"""What several test files need: the slow flag, and the real program run as a process."""
+"""What several test files need: the slow flag, the real program run as a process, and compact networks."""
 
 import dataclasses
 import json
@@ -15,7 +15,10 @@ import jax
 import numpy as np
 import pytest
 
+import ftwt_jax as ftwt
+from ftwt_jax import native
 from ftwt_jax.__main__ import main
+from ftwt_jax.compact import CompactNetwork
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A network and a schedule that train in seconds: 22 steps of baseline, 22 of gates.
@@ -83,6 +86,30 @@ def tiny_run(program, tmp_path_factory) -> tuple[pathlib.Path, str]:
     """A finished tiny run: its workdir and what it printed."""
     workdir = tmp_path_factory.mktemp("tiny") / "run"
     return workdir, program.run("train", *TINY, f"--workdir={workdir}")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests whose time is compiling: how hard XLA tries changes nothing but rounding."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", params=["XLA's operations", "a kernel of our own"])
+def prepare(request, quick_compilation):
+    """`compact`, without the choice by timing between its two ways to run."""
+
+    def compacted(model, variables, calibration=None, **options):
+        network = ftwt.compact(model, variables, calibration, portable=True, **options)
+        if request.param == "XLA's operations":
+            return network
+        if not native.available():
+            pytest.skip("no C++ compiler")
+        return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
+
+    return compacted
 
 
 def fails(capsys, *arguments: str) -> str:
