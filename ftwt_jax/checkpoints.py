@@ -1,9 +1,8 @@
-"""Checkpoints with Orbax: network, optimizer and input position together, the newest and the best kept."""
+"""Checkpoints with Orbax: network and optimizer together, the newest and the best kept."""
 
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
@@ -15,7 +14,7 @@ from ftwt_jax.training import TrainState
 
 FOLDER = "checkpoints"
 # Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
-NETWORK, OPTIMIZER, INPUT, DATASET = "network", "optimizer", "input", "dataset"
+NETWORK, OPTIMIZER, DATASET = "network", "optimizer", "dataset"
 # Among what is kept of the data: that the network of step 0 is only what training starts from.
 UNFINISHED = "unfinished"
 
@@ -55,9 +54,6 @@ class Checkpoints:
         description = ocp.JsonCheckpointHandler()
         registry.add(DATASET, ocp.args.JsonSave, description)
         registry.add(DATASET, ocp.args.JsonRestore, description)
-        position = grain.checkpoint.CheckpointHandler()
-        registry.add(INPUT, grain.checkpoint.CheckpointSave, position)
-        registry.add(INPUT, grain.checkpoint.CheckpointRestore, position)
         self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=registry)
 
     def latest_step(self) -> int | None:
@@ -73,12 +69,11 @@ class Checkpoints:
         """Step of the checkpoint with the highest accuracy; None if there is none."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, metrics: dict[str, float]) -> None:
-        """Saves state and input position; `metrics["accuracy"]` says which checkpoint is the best."""
+    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Saves the state; `metrics["accuracy"]` says which checkpoint is the best."""
         items = {
             NETWORK: ocp.args.StandardSave(state.variables),
             OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-            INPUT: grain.checkpoint.CheckpointSave(batches),
         }
         self._save(int(state.step), items, metrics)
 
@@ -109,17 +104,15 @@ class Checkpoints:
                 f"{older}; make room, then give the same command again"
             ) from error
 
-    def restore(self, state: TrainState, sharding: NamedSharding, batches: grain.DatasetIterator) -> TrainState:
-        """The newest state, shaped like `state`; `batches` is set to the position it was saved with."""
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest state, in the shapes, dtypes and shardings of `state`."""
         step = self.latest_step()
         if step is not None:
             self._check_size(step)
             self._check_classes(step)
-        optimizer = {"step": state.step, "state": state.opt_state}
         items = {
-            NETWORK: ocp.args.StandardRestore(_targets(state.variables, sharding)),
-            OPTIMIZER: ocp.args.StandardRestore(_targets(optimizer, sharding)),
-            INPUT: grain.checkpoint.CheckpointRestore(batches),
+            NETWORK: ocp.args.StandardRestore(state.variables),
+            OPTIMIZER: ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
         }
         found = self._restore(step, items)
         network, optimizer = found[NETWORK], found[OPTIMIZER]

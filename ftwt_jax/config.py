@@ -56,8 +56,13 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 "stem": stem if "stem" in options_of(arch) else placeholder(str),
                 "dtype": "float32",
             },
+            # Over all devices and processes.
             "batch_size": 128,
             "eval_batch_size": 256,
+            # Parts of a batch that are dealt with one after the other, where all of it does not fit.
+            "accumulate": 1,
+            # Divides the optimizer's state over the devices.
+            "shard_optimizer": False,
             # Steps between two reports, and between two evaluations with a checkpoint.
             "log_every": 50,
             "checkpoint_every": 1000,

@@ -16,7 +16,7 @@ from ftwt_jax.compiling import compiler_options
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateControl
 from ftwt_jax.macs import Convention, dense_macs, layer_dense_macs, layer_macs
-from ftwt_jax.sharding import put_batch, replicated, split
+from ftwt_jax.sharding import put_batch, put_whole, replicated, split, traced_on
 from ftwt_jax.training import Normalize
 
 Sums = dict[str, Any]
@@ -83,15 +83,15 @@ class Evaluator:
 
         whole = replicated(mesh)
         self._step: Callable[..., Sums] = jax.jit(
-            step,
+            traced_on(mesh, step),
             in_shardings=(whole, split(mesh), whole),
             out_shardings=whole,
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
         )
 
     def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float) -> Evaluation:
         """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`."""
-        threshold = jnp.float32(r)
+        threshold = put_whole(np.float32(r), replicated(self._mesh))
         parts = [self._step(variables, put_batch(batch, self._mesh), threshold) for batch in batches]
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
         samples = round(float(sums["samples"]))

@@ -42,7 +42,10 @@ _GATES = (
     *("r", "budget", "mode", "pool", "softmax", "after_block"),
     *("head_lr", "loss_weight", "loss_reduction", "cooldown"),
 )
-_RUN = ("seed", "init_from", "batch_size", "eval_batch_size", "log_every", "checkpoint_every")
+_RUN = (
+    *("seed", "init_from", "batch_size", "eval_batch_size", "accumulate", "shard_optimizer"),
+    *("log_every", "checkpoint_every"),
+)
 FIELDS = {"": _RUN, "data": ("name",), "model": ("name",), "baseline": _STAGE, "gates": (*_STAGE, *_GATES)}
 
 
@@ -160,15 +163,21 @@ class Run:
         return Estimator(self.evaluator(GATED, masks="targets"), variables, list(batches))
 
 
-def make_run(config: ConfigDict, workdir: pathlib.Path) -> Run:
+def make_run(
+    config: ConfigDict, workdir: pathlib.Path, mesh: Mesh | None = None, dataset: Dataset | None = None
+) -> Run:
     """Builds the parts of a run; raises `UserError` for whatever in the config cannot work.
 
     Folders in `config.data` are made absolute there.
+
+    Args:
+      mesh: the devices; None: all that there are.
+      dataset: in place of the one that the config names.
     """
-    mesh = data_mesh()
+    mesh = data_mesh() if mesh is None else mesh
     check_settings(config, mesh)
     config.data.update(absolute_paths(config.data))
-    dataset = load_dataset(**config.data)
+    dataset = load_dataset(**config.data) if dataset is None else dataset
     dataset = _normalized_as_trained(
         dataset, [workdir, *([pathlib.Path(config.init_from)] if config.init_from else [])]
     )
@@ -198,7 +207,9 @@ def _normalized_as_trained(dataset: Dataset, workdirs: list[pathlib.Path]) -> Da
 def check_settings(config: ConfigDict, mesh: Mesh) -> None:
     """Raises `UserError` for a field that is missing, or a value that cannot work with any data or network."""
     _check_fields(config)
-    check_batch_size(config.batch_size, mesh, "config.batch_size")
+    if config.accumulate < 1:
+        raise UserError(f"config.accumulate is a number of parts and must be at least 1; got {config.accumulate}")
+    check_batch_size(config.batch_size, mesh, "config.batch_size", config.accumulate)
     check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
     if not 0 <= config.seed < MOST_SEED:
         raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")

@@ -1,16 +1,21 @@
-"""Where arrays live: one mesh with a `data` axis over all devices; batches are split along it, state is replicated."""
+"""Where arrays live: one mesh with a `data` axis over all devices; batches are split along it, the network is whole."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ftwt_jax.errors import UserError
 
+AXIS = "data"
 
-def data_mesh() -> Mesh:
-    """All devices of all processes in one row."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices of all processes in one row; or these."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -18,18 +23,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """Leading axis divided over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis, the leading one, divided over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Raises `UserError` unless every device gets the same number of examples."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}")
+def split_largest(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The largest axis that the devices can share evenly divided over them; replicated if there is none."""
+    axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+    return split(mesh, max(axes, key=lambda axis: shape[axis])) if axes else replicated(mesh)
+
+
+def traced_on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, with the mesh set while it is traced: what depends on how many devices share a batch can then know."""
+
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return traced
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+    """Raises `UserError` unless every device gets the same number of examples, in so many equal parts."""
+    if batch_size < 1 or batch_size % (mesh.size * parts):
+        product = f"the number of devices, {mesh.size}"
+        if parts > 1:
+            product += f", times config.accumulate, {parts}"
+        raise UserError(f"{field}={batch_size} must be a positive multiple of {product}")
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's part of a batch, as global arrays split over the mesh."""
     sharding = split(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_whole(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, as global arrays.
+
+    Args:
+      shardings: one for all, or a tree of them like `tree`.
+    """
+    if isinstance(shardings, NamedSharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        values = np.asarray(x)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(put, tree, shardings)

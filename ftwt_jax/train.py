@@ -1,29 +1,27 @@
 """The main job: dense baseline, estimate, gate training, evaluation."""
 
 import contextlib
-import math
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from ftwt_jax import optim, workdir
+from ftwt_jax import workdir
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
-from ftwt_jax.data.augment import make_augment
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
-from ftwt_jax.sharding import put_batch, replicated
-from ftwt_jax.training import TrainState, create_state, make_train_step
+from ftwt_jax.run import BASELINE, GATED, SECTIONS, Adopted, Run, make_run
+from ftwt_jax.sharding import put_batch, put_whole, replicated
+from ftwt_jax.stages import Stage, make_stage
+from ftwt_jax.training import TrainState, create_state
 from ftwt_jax.transfer import init_from_dense
 
 Variables = dict[str, Any]
@@ -91,52 +89,29 @@ def init_gated(run: Run, baseline: Variables) -> Variables:
     return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
 
 
-def stage_steps(run: Run, stage: str) -> tuple[int, float]:
-    """Number of steps of a stage, and of one epoch."""
-    epoch = len(run.dataset.train) / run.config.batch_size
-    return math.ceil(run.settings(stage).epochs * epoch), epoch
-
-
-def train_stage(run: Run, stage: str, console: Console, init: Callable[[], Variables], r: float = 1.0) -> Variables:
+def train_stage(run: Run, name: str, console: Console, init: Callable[[], Variables], r: float = 1.0) -> Variables:
     """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
 
     Args:
       init: makes the variables to start from.
       r: mass threshold of the targets (gated stage).
     """
-    config, gated = run.config, stage == GATED
-    settings = run.settings(stage)
-    total, epoch = stage_steps(run, stage)
-    optimizer, rate = optim.make_optimizer(settings, epoch, total)
-    checkpoints = run.checkpoints(stage, create=True)
-    seed = config.seed + STAGES.index(stage)
-    batches = train_batches(run.dataset, config.batch_size, seed)
-    whole = replicated(run.mesh)
+    stage = make_stage(run, name)
+    checkpoints = run.checkpoints(name, create=True)
     try:
         start = checkpoints.latest_step() or 0
-        if checkpoints.is_finished(total):
-            return checkpoints.restore_network(run.abstract_variables(stage), whole)
+        if checkpoints.is_finished(stage.total):
+            return checkpoints.restore_network(run.abstract_variables(name), replicated(run.mesh))
         if start:
-            shapes = jax.eval_shape(lambda v: create_state(v, optimizer), run.abstract_variables(stage))
-            state = checkpoints.restore(shapes, whole, batches)
-            console.print(f"{stage}: going on from step {start} of {total}", highlight=False)
+            state = checkpoints.restore(stage.state)
+            console.print(f"{name}: going on from step {start} of {stage.total}", highlight=False)
         else:
-            state = jax.device_put(create_state(init(), optimizer), whole)
-        step_fn = make_train_step(
-            run.models[stage],
-            optimizer,
-            run.normalize,
-            run.mesh,
-            optim.gate_weight(settings, total) if gated else None,
-            settings.loss_reduction if gated else "mean",
-            make_augment(run.dataset, seed),
-        )
-        offset = 0 if stage == BASELINE else run.steps_of(BASELINE)
-        writer = MetricsWriter(run.workdir, stage, start, offset)
-        display = ProgressDisplay(console, stage, total, start)
+            state = put_whole(create_state(init(), stage.optimizer), stage.shardings)
+        offset = 0 if name == BASELINE else run.steps_of(BASELINE)
+        writer = MetricsWriter(run.workdir, name, start, offset)
+        display = ProgressDisplay(console, name, stage.total, start)
         try:
-            loop = _Loop(run, stage, r, checkpoints, writer, display, rate)
-            return loop.run(state, step_fn, batches, start, total).variables
+            return _Loop(run, stage, r, checkpoints, writer, display).run(state, start).variables
         finally:
             display.close()
             writer.close()
@@ -150,26 +125,26 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        stage: str,
+        stage: Stage,
         r: float,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: ProgressDisplay,
-        rate: Callable[[int], Any],
     ):
         self._run, self._stage, self._r = run, stage, r
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
-        self._rate = rate
-        self._evaluator = run.evaluator(stage)
+        self._evaluator = run.evaluator(stage.name)
 
-    def run(self, state: TrainState, step_fn: Callable[..., Any], batches: Any, start: int, total: int) -> TrainState:
-        config = self._run.config
-        r = jax.device_put(jnp.float32(self._r), replicated(self._run.mesh))
+    def run(self, state: TrainState, start: int) -> TrainState:
+        config, stage = self._run.config, self._stage
+        total = stage.total
+        batches = train_batches(self._run.dataset, config.batch_size, stage.seed, start, total)
+        r = put_whole(np.float32(self._r), stage.r.sharding)
         watch, newest = Stopwatch(), None
         pending: list[Any] = []
         for step in range(start + 1, total + 1):
             batch = watch.next_batch(batches, newest)
-            state, metrics = step_fn(state, put_batch(batch, self._run.mesh), r)
+            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), r)
             pending.append(metrics)
             if newest is not None:
                 # One step ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
@@ -185,7 +160,7 @@ class _Loop:
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
                 scalars = self._collect(pending, step)
-                scalars |= {"learning_rate": float(self._rate(step - 1)), **watch.read()}
+                scalars |= {"learning_rate": float(stage.rate(step - 1)), **watch.read()}
                 pending = []
                 if save:
                     scalars |= self._evaluate(state)
@@ -193,7 +168,7 @@ class _Loop:
                 self._writer.write(step, scalars)
                 self._display.report(step, scalars)
                 if save:
-                    self._checkpoints.save(state, batches, {"accuracy": scalars["eval_accuracy"]})
+                    self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]})
                 watch = Stopwatch()
         return state
 
@@ -211,8 +186,8 @@ class _Loop:
         newest = self._checkpoints.latest_step()
         kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint had been written yet"
         raise UserError(
-            f"{self._stage}: {name.replace('_', ' ')} is {value} at step {step}; {kept}; "
-            f"lower the learning rate (config.{SECTIONS[self._stage]}.lr) in a new workdir"
+            f"{self._stage.name}: {name.replace('_', ' ')} is {value} at step {step}; {kept}; "
+            f"lower the learning rate (config.{SECTIONS[self._stage.name]}.lr) in a new workdir"
         )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -16,7 +17,7 @@ from ftwt_jax.data.augment import Augment
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gates import GateControl, GateOutput
 from ftwt_jax.losses import gate_loss
-from ftwt_jax.sharding import replicated, split
+from ftwt_jax.sharding import replicated, split, split_largest, traced_on
 
 Normalize = Callable[[Array], Array]
 Metrics = dict[str, Array]
@@ -43,6 +44,21 @@ def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformat
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
+def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False) -> TrainState:
+    """Where each array of a state lives: whole on every device, but for the optimizer's if it is sharded.
+
+    Args:
+      state: arrays, or shapes and dtypes.
+      shard_optimizer: divide each array of the optimizer (momenta) over the devices. A step then gathers the changes
+        that each device makes to its part of the parameters.
+    """
+    whole = replicated(mesh)
+    shardings = jax.tree.map(lambda _: whole, state)
+    if not shard_optimizer:
+        return shardings
+    return shardings.replace(opt_state=jax.tree.map(lambda x: split_largest(x.shape, mesh), state.opt_state))
+
+
 def normalizer(dataset: Dataset) -> Normalize:
     """uint8 pictures [N, H, W, channels] -> float32 of mean 0 and deviation 1 over the training set, per channel."""
     mean, std = jnp.asarray(dataset.mean), jnp.asarray(dataset.std)
@@ -64,18 +80,25 @@ def make_train_step(
     gate_weight: optax.Schedule | None = None,
     gate_reduction: str = "mean",
     augment: Augment | None = None,
+    accumulate: int = 1,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, Metrics]]:
     """Builds the jit-compiled step: (state, batch, r) -> (state, metrics of this batch).
 
-    The state is donated; the batch is split over the mesh, batch norm and losses run over the whole of it.
+    The state is donated; the batch is split over the mesh, batch norm and losses run over the whole of it, or of each
+    of its parts.
 
     Args:
       gate_weight: weight of the gate loss at a step; None for a dense network.
       gate_reduction: see `gate_loss`.
       augment: what is done to the batch's pictures first, by the batch's positions.
+      accumulate: parts that a batch is dealt with in, one after the other, where all of it does not fit. Gradients and
+        metrics are the means over the parts; each has its own batch statistics. Example i is in part i % accumulate,
+        on however many devices.
+      shardings: see `state_shardings`; None: all on every device.
     """
 
-    def step(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[TrainState, Metrics]:
+    def loss_and_grads(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[Any, Any, Metrics]:
         images = augment(batch["image"], batch["position"]) if augment else batch["image"]
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
@@ -97,16 +120,40 @@ def make_train_step(
             return loss, (updates["batch_stats"], metrics)
 
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+        return grads, batch_stats, metrics
+
+    def in_parts(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[Any, Any, Metrics]:
+        def part(x: Array) -> Array:
+            # The parts are the minor axis, so that every device finds its share of each among its own examples.
+            x = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+            return lax.with_sharding_constraint(x, split(mesh, axis=1))
+
+        def body(carry: tuple[Any, Any], batch: dict[str, Array]) -> tuple[tuple[Any, Any], Metrics]:
+            sums, batch_stats = carry
+            grads, batch_stats, metrics = loss_and_grads(state.replace(batch_stats=batch_stats), batch, r)
+            return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
+
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (sums, batch_stats), metrics = lax.scan(body, start, jax.tree.map(part, batch))
+        means = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+        return jax.tree.map(lambda x: x / accumulate, sums), batch_stats, means
+
+    whole, parts = replicated(mesh), split(mesh)
+
+    def step(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[TrainState, Metrics]:
+        grads, batch_stats, metrics = (loss_and_grads if accumulate == 1 else in_parts)(state, batch, r)
+        # However the optimizer's state is divided, the backward pass is none of its business.
+        grads, batch_stats = lax.with_sharding_constraint((grads, batch_stats), whole)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    whole, parts = replicated(mesh), split(mesh)
+    kept = whole if shardings is None else shardings
     return jax.jit(
-        step,
+        traced_on(mesh, step),
         donate_argnums=0,
-        in_shardings=(whole, parts, whole),
-        out_shardings=(whole, whole),
-        compiler_options=compiler_options(),
+        in_shardings=(kept, parts, whole),
+        out_shardings=(kept, whole),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )

@@ -1,6 +1,7 @@
 """Batches for training and evaluation, fed through Grain: deterministic, sharded per process, resumable."""
 
 import concurrent.futures
+import sys
 from collections.abc import Callable, Iterator
 
 import grain
@@ -17,26 +18,28 @@ Batch = dict[str, np.ndarray]
 AHEAD = 4
 
 
-def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless shuffled batches for the training step.
+def train_batches(
+    dataset: Dataset, batch_size: int, seed: int, start: int = 0, stop: int = sys.maxsize
+) -> Iterator[Batch]:
+    """Shuffled batches for the steps `start` to `stop` of training, as many epochs as that takes.
 
-    Every epoch has an order of its own. What is done to a picture follows from its position in the stream of all
-    epochs, hence from (seed, epoch, index) alone: here for `resized_crop`, in the step for small pictures (see
-    `make_augment`). The iterator's state, which Orbax saves and restores, is its position.
+    Every epoch has an order of its own. Step s is given the positions s * batch_size to (s + 1) * batch_size of the
+    stream of all epochs, and what is done to a picture follows from its position, hence from (seed, epoch, index)
+    alone: here for `resized_crop`, in the step for small pictures (see `make_augment`). So a step's batch is the same
+    whenever training was interrupted, and on however many processes.
 
     Args:
       dataset: its `train` is read.
       batch_size: that of all processes together; each reads its share.
       seed: of the order and, here, of the regions.
 
-    Returns:
-      An iterator of image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the example in its source)
-      and position uint32 [B].
+    Yields:
+      image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the example in its source) and position
+      uint32 [B].
     """
     share = batch_size // jax.process_count()
+    first = jax.process_index() * share
     numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
-    numbers = numbers.map_with_index(lambda position, index: (position, index))
-    mine = numbers[jax.process_index() :: jax.process_count()]
     size, flip = dataset.image_shape[0], dataset.flip
 
     def view(picture: Picture, position: int) -> np.ndarray:
@@ -44,8 +47,9 @@ def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.Dataset
 
     read = _reader(dataset, dataset.train, view)
 
-    def gather(pairs: list[tuple[int, int]]) -> Batch:
-        positions, indices = np.asarray(pairs, np.int64).T
+    def gather(step: int) -> Batch:
+        positions = step * batch_size + first + np.arange(share)
+        indices = np.array([numbers[int(position)] for position in positions], np.int64)
         batch, missing = read(indices, positions)
         while missing.any():
             # In the place of a picture that cannot be decoded stands the next one that can.
@@ -56,8 +60,8 @@ def train_batches(dataset: Dataset, batch_size: int, seed: int) -> grain.Dataset
                 batch[key][places] = values
         return batch | {"index": indices.astype(np.int32), "position": positions.astype(np.uint32)}
 
-    batches = mine.batch(share, drop_remainder=True, batch_fn=gather)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
+    steps = grain.MapDataset.range(start, stop).map(gather)
+    yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
 
 
 def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
