@@ -20,7 +20,11 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 if it went well, 2 with one line on stderr if the user can mend it, 130 if interrupted."""
+    """Runs a command and returns its exit status.
+
+    0 if it went well, 2 with one line on stderr if the user can mend it, 130 if interrupted; of several processes 75 if
+    told to stop, with everything saved, and 76 if another one was lost.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
@@ -28,9 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     # What Orbax, Grain and XLA log does not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging
+    from jax.errors import JaxRuntimeError
     from rich.console import Console
 
     from ftwt_jax.compiling import keep_compiled
+    from ftwt_jax.distributed import LOST, PREEMPTED, Preempted, lost_process
 
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
@@ -49,14 +55,26 @@ def main(arguments: list[str] | None = None) -> int:
         hint = "; the same command goes on from its newest checkpoint" if arguments[0] == "train" else ""
         print(f"ftwt: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
+    except Preempted as stopped:
+        print(f"ftwt: {stopped}; the same command goes on from there", file=sys.stderr)
+        return PREEMPTED
+    except JaxRuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        print(f"ftwt: error: {lost}; the same command goes on from its newest checkpoint", file=sys.stderr)
+        return LOST
     return 0
 
 
 def run() -> None:
     """The program: `main`, and the end of the process."""
+    from ftwt_jax.distributed import leave
+
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
+    leave(status)
     if status == INTERRUPTED:
         # What XLA is still compiling would keep the process for long, or crash it.
         os._exit(status)

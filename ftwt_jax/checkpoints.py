@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: network and optimizer together, the newest and the best kept."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from ftwt_jax.distributed import as_first_says, is_first, meet
 from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.intact import damage, write_list
 from ftwt_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -17,6 +20,41 @@ FOLDER = "checkpoints"
 NETWORK, OPTIMIZER, DATASET = "network", "optimizer", "dataset"
 # Among what is kept of the data: that the network of step 0 is only what training starts from.
 UNFINISHED = "unfinished"
+
+
+# Before the number of a checkpoint that was found damaged, and is kept aside.
+DAMAGED = "damaged-"
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the training loop, whose steps have other numbers."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
+    """Takes damaged checkpoints of a stage out of the way, so that training goes on from the one before.
+
+    They are renamed, not deleted. Every process of a run has to call this.
+
+    Returns:
+      What was found, a sentence each; on the first process alone.
+    """
+    notes = []
+    if is_first():
+        folder = workdir / FOLDER / stage
+        for path in sorted(folder.glob("[0-9]*"), key=lambda path: path.name) if folder.is_dir() else ():
+            found = damage(path) if path.name.isdigit() and path.is_dir() else None
+            if found:
+                aside, again = path.with_name(DAMAGED + path.name), 1
+                while aside.exists():
+                    again += 1
+                    aside = path.with_name(f"{DAMAGED}{path.name}-{again}")
+                path.rename(aside)
+                notes.append(f"checkpoint {path} is damaged: {found}; it is now {aside.name}, and not used")
+    meet(f"{stage} looked through")
+    return notes
 
 
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
@@ -35,10 +73,12 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, stage: str, dataset: dict[str, Any], create: bool = False):
         self.path, self._dataset = workdir / FOLDER / stage, dataset
+        self._intact: set[int] = set()
         if not create and not self.path.is_dir():
             raise self._missing()
         best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
-        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best])
+        # The one before the newest is what is left if storage damages the newest.
+        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
         # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
@@ -54,7 +94,12 @@ class Checkpoints:
         description = ocp.JsonCheckpointHandler()
         registry.add(DATASET, ocp.args.JsonSave, description)
         registry.add(DATASET, ocp.args.JsonRestore, description)
-        self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=registry)
+        try:
+            self._manager = _Manager(self.path, options=options, handler_registry=registry)
+        except (ValueError, OSError) as error:
+            for path in self.path.glob("[0-9]*"):
+                self._check_intact(int(path.name))
+            raise UserError(f"the checkpoints in {self.path} cannot be read: {_reason(error)}") from error
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -69,8 +114,8 @@ class Checkpoints:
         """Step of the checkpoint with the highest accuracy; None if there is none."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Saves the state; `metrics["accuracy"]` says which checkpoint is the best."""
+    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Saves the state; `metrics["accuracy"]`, if it is known, says which checkpoint is the best."""
         items = {
             NETWORK: ocp.args.StandardSave(state.variables),
             OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
@@ -97,7 +142,10 @@ class Checkpoints:
         items[DATASET] = ocp.args.JsonSave({**self._dataset, **(notes or {})})
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            if is_first():
+                write_list(self.path / str(step))
         except (ValueError, OSError) as error:
+            self._remove_unfinished()
             older = f"the one of step {self.latest_step()} is kept" if self.latest_step() else "there is no older one"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.path}: {_reason(error)}; "
@@ -150,6 +198,18 @@ class Checkpoints:
             return {}
         return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]
 
+    def _check_intact(self, step: int) -> None:
+        """Raises `UserError` if a checkpoint is not as it was written."""
+        if step in self._intact:
+            return
+        found = damage(self.path / str(step)) if is_first() else None
+        if as_first_says(found is not None):
+            raise UserError(
+                f"checkpoint {self.path / str(step)} is damaged: {found or 'the first process says how'}; `train` with "
+                "this workdir goes on from the one before"
+            )
+        self._intact.add(step)
+
     def _check_size(self, step: int) -> None:
         """Raises `UserError` if an epoch now has another length, so that the input position means nothing."""
         kept, here = self.kept_dataset(step).get("train_size"), self._dataset["train_size"]
@@ -185,10 +245,16 @@ class Checkpoints:
     def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
         if step is None:
             raise self._missing()
+        self._check_intact(step)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
             raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {_reason(error)}") from error
+
+    def _remove_unfinished(self) -> None:
+        """Gives back the room that a save which failed has taken."""
+        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _missing(self) -> UserError:
         return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")

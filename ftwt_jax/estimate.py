@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
+from ftwt_jax.distributed import as_first_says, is_first, meet
 from ftwt_jax.errors import UserError
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.gates import check_r
@@ -29,12 +30,14 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     """
     path = run.workdir / ESTIMATE
     budget, r = run.config.gates.budget, run.config.gates.r
-    if path.exists():
+    if as_first_says(path.exists()):
         entry = read_estimate(run.workdir)
     else:
         estimator = run.estimator(baseline)
         entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
-        workdir.write_json(path, entry)
+        if is_first():
+            workdir.write_json(path, entry)
+        meet("estimate written")
     asked = "" if budget is None else f" for a budget of {budget:g}"
     console.print(
         f"estimate: r = {entry['r']:.4f}{asked}, predicted MACs reduction {entry['macs_reduction']:.3f} exact, "

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
+from ftwt_jax.distributed import is_first
 from ftwt_jax.estimate import known_estimate
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
@@ -48,7 +49,8 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "r": estimate["r"] if gates else None,
         "checkpoint": "best" if best else "newest",
     }
-    workdir.write_json(run.workdir / EVALUATION, result)
+    if is_first():
+        workdir.write_json(run.workdir / EVALUATION, result)
     if gated is None:
         console.print("there is no gated network yet: this is the baseline alone", highlight=False, soft_wrap=True)
     console.print(unit_table(found))

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from ftwt_jax.distributed import is_first
+
 Scalars = dict[str, float]
 METRICS = "metrics.jsonl"
 
@@ -47,7 +49,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, stage: str, start: int, offset: int):
         self._stage, self._offset = stage, offset
-        self._active = jax.process_index() == 0
+        self._active = is_first()
         if self._active:
             rewind(workdir / METRICS, stage, start)
             self._lines = (workdir / METRICS).open("a", buffering=1)

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
+from ftwt_jax.checkpoints import Checkpoints, has_checkpoint, set_damaged_aside
 from ftwt_jax.data.pipeline import train_batches
+from ftwt_jax.distributed import Preempted, Preemption
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.run import BASELINE, GATED, SECTIONS, Adopted, Run, make_run
+from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
 from ftwt_jax.sharding import put_batch, put_whole, replicated
 from ftwt_jax.stages import Stage, make_stage
 from ftwt_jax.training import TrainState, create_state
@@ -32,9 +33,13 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
 
     Raises:
       UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
+      Preempted: the process was told to stop, and has saved everything.
     """
     started = time.perf_counter()
-    run = make_run(config, workdir.absolute(folder))
+    path = workdir.absolute(folder)
+    for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    run = make_run(config, path)
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
     own = has_checkpoint(run.workdir, BASELINE)
@@ -56,10 +61,13 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
 
     if adopted is not None:
         keep_baseline(run, adopted, console)
-    baseline = train_stage(run, BASELINE, console, lambda: init_dense(run))
+    preemption = Preemption()
+    with preemption.watched():
+        baseline = train_stage(run, BASELINE, console, preemption, lambda: init_dense(run))
+        if config.gates.epochs > 0:
+            estimate = choose_r(run, baseline, console)
+            train_stage(run, GATED, console, preemption, lambda: init_gated(run, baseline), estimate["r"])
     if config.gates.epochs > 0:
-        estimate = choose_r(run, baseline, console)
-        train_stage(run, GATED, console, lambda: init_gated(run, baseline), estimate["r"])
         evaluate_run(run, console)
     elif run.dataset.skipped.names:
         console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
@@ -89,8 +97,12 @@ def init_gated(run: Run, baseline: Variables) -> Variables:
     return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
 
 
-def train_stage(run: Run, name: str, console: Console, init: Callable[[], Variables], r: float = 1.0) -> Variables:
+def train_stage(
+    run: Run, name: str, console: Console, preemption: Preemption, init: Callable[[], Variables], r: float = 1.0
+) -> Variables:
     """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
+
+    Raises `Preempted` once that is asked for, with everything saved.
 
     Args:
       init: makes the variables to start from.
@@ -111,7 +123,8 @@ def train_stage(run: Run, name: str, console: Console, init: Callable[[], Variab
         writer = MetricsWriter(run.workdir, name, start, offset)
         display = ProgressDisplay(console, name, stage.total, start)
         try:
-            return _Loop(run, stage, r, checkpoints, writer, display).run(state, start).variables
+            loop = _Loop(run, stage, r, checkpoints, writer, display, preemption, offset)
+            return loop.run(state, start).variables
         finally:
             display.close()
             writer.close()
@@ -130,7 +143,10 @@ class _Loop:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: ProgressDisplay,
+        preemption: Preemption,
+        offset: int,
     ):
+        self._preemption, self._offset = preemption, offset
         self._run, self._stage, self._r = run, stage, r
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
         self._evaluator = run.evaluator(stage.name)
@@ -159,18 +175,29 @@ class _Loop:
             self._display.advance(step)
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
-                scalars = self._collect(pending, step)
-                scalars |= {"learning_rate": float(stage.rate(step - 1)), **watch.read()}
-                pending = []
-                if save:
-                    scalars |= self._evaluate(state)
-                # Figures before checkpoint: a kill in between repeats the step, and its line is then replaced.
-                self._writer.write(step, scalars)
-                self._display.report(step, scalars)
-                if save:
-                    self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]})
-                watch = Stopwatch()
+                self._report(state, step, pending, watch, evaluated=save)
+                pending, watch = [], Stopwatch()
+            if self._preemption.reached(self._offset + step):
+                if pending:
+                    self._report(state, step, pending, watch)
+                if not save:
+                    self._checkpoints.save(state)
+                raise Preempted(f"{stage.name} has stopped at step {step} of {total}, and everything is saved")
         return state
+
+    def _report(
+        self, state: TrainState, step: int, pending: list[Any], watch: Stopwatch, evaluated: bool = False
+    ) -> None:
+        """Writes and shows the means since the last report; evaluates the network and saves it, if it is time to."""
+        scalars = self._collect(pending, step)
+        scalars |= {"learning_rate": float(self._stage.rate(step - 1)), **watch.read()}
+        if evaluated:
+            scalars |= self._evaluate(state)
+        # Figures before checkpoint: a kill in between repeats the step, and its line is then replaced.
+        self._writer.write(step, scalars)
+        self._display.report(step, scalars)
+        if evaluated:
+            self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]})
 
     def _collect(self, pending: list[Any], step: int) -> dict[str, float]:
         """Means of the steps since the last report; the one place where the loop waits for the device."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_collections
 
+from ftwt_jax.distributed import is_first, meet
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import written_whole
 
@@ -60,17 +61,26 @@ def absolute(folder: str) -> pathlib.Path:
 def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Makes the folder and writes `config.json`, or checks that the one there is of the same config.
 
+    The first process does so; all of them have to see the same folder.
+
     Raises:
       UserError: the folder cannot be written, or was started with another config; the message names the fields.
     """
     wanted = as_dict(config)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG).exists():
-            write_json(path / CONFIG, wanted)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to the workdir {path}: {reason}; choose another with --workdir") from None
+    if is_first():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / CONFIG).exists():
+                write_json(path / CONFIG, wanted)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to the workdir {path}: {reason}; choose another with --workdir") from None
+    meet("workdir made")
+    if not (path / CONFIG).exists():
+        raise UserError(
+            f"the first process has made {path}, and this one does not see it: --workdir must be a folder on a file "
+            "system that all hosts share"
+        )
     found = differing_fields(read_json(path / CONFIG, "config"), wanted)
     if found:
         raise UserError(

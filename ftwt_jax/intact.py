@@ -1,0 +1,58 @@
+"""Whether a checkpoint is as it was written: a list of its files, made when it is complete, tells.
+
+Storage loses files and ends of files; a network restored from what is left would be a wrong one, or none.
+"""
+
+import json
+import pathlib
+import zlib
+
+from ftwt_jax.files import written_whole
+
+LIST = "files.json"
+# Without a list (the process was killed before it could be written) a checkpoint must have these folders at least.
+PARTS = ("network", "dataset")
+_CHUNK = 1 << 22
+
+
+def write_list(folder: pathlib.Path) -> None:
+    """Notes size in bytes and CRC-32 of every file of a complete checkpoint, in the checkpoint itself."""
+    with written_whole(folder / LIST) as temporary:
+        temporary.write_text(json.dumps({name: [path.stat().st_size, _crc(path)] for name, path in _files(folder)}))
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if nothing is. All of it is read."""
+    try:
+        listed = json.loads((folder / LIST).read_text())
+    except FileNotFoundError:
+        missing = [part for part in PARTS if not any((folder / part).glob("*"))]
+        return f"{missing[0]} is missing" if missing else None
+    except (OSError, ValueError):
+        return f"{LIST} cannot be read"
+    try:
+        here = dict(_files(folder))
+        for name, (size, crc) in listed.items():
+            if name not in here:
+                return f"{name} is missing"
+            found = here[name].stat().st_size
+            if found != size:
+                return f"{name} is {found} bytes long, and was {size}"
+            if _crc(here[name]) != crc:
+                return f"{name} has other contents than were written"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _files(folder: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+    found = ((str(path.relative_to(folder)), path) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [(name, path) for name, path in found if name != LIST and not path.name.startswith(f".{LIST}")]
+
+
+def _crc(path: pathlib.Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
