@@ -1,10 +1,11 @@
 """Several processes of one run: how they join, who writes, when all of them stop, and what is said when one is lost."""
 
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -95,6 +96,16 @@ def as_first_says(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
 
 
+def together(names: Sequence[str]) -> list[str]:
+    """What all processes name, each name once."""
+    if jax.process_count() == 1:
+        return list(names)
+    mine = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int64(len(mine)))))
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, longest - len(mine)), constant_values=ord(" ")))
+    return list(dict.fromkeys(name for row in rows for name in json.loads(row.tobytes())))
+
+
 class Preemption:
     """Whether the run has been told to stop, by SIGTERM to any of its processes.
 
@@ -131,7 +142,8 @@ def lost_process(error: BaseException) -> str | None:
         return None
     text = one_line(error)
     text = text if len(text) <= 200 else f"{text[:200]} ..."
-    return f"process {jax.process_index()} of {jax.process_count()} has lost another one, whose own output says why: {text}"
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    return f"{me} has lost another one, whose own output says why: {text}"
 
 
 def leave(status: int) -> None:

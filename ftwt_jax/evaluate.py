@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
-from ftwt_jax.distributed import is_first
+from ftwt_jax.distributed import is_first, together
 from ftwt_jax.estimate import known_estimate
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
@@ -32,6 +32,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     baseline = run.trained(BASELINE, best and gated is None)
     dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
     found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    count_skipped(run)
     gates = found.gates
     result = {
         "accuracy": found.accuracy,
@@ -58,6 +59,11 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     if run.dataset.skipped.names:
         console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
     return result
+
+
+def count_skipped(run: Run) -> None:
+    """Tells every process which pictures the others have skipped."""
+    run.dataset.skipped.merge(together(run.dataset.skipped.names))
 
 
 def _count(macs: float) -> str:

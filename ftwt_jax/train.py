@@ -17,7 +17,7 @@ from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.distributed import Preempted, Preemption
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
-from ftwt_jax.evaluate import evaluate_run
+from ftwt_jax.evaluate import count_skipped, evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
 from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
 from ftwt_jax.sharding import put_batch, put_whole, replicated
@@ -69,8 +69,10 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
             train_stage(run, GATED, console, preemption, lambda: init_gated(run, baseline), estimate["r"])
     if config.gates.epochs > 0:
         evaluate_run(run, console)
-    elif run.dataset.skipped.names:
-        console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
+    else:
+        count_skipped(run)
+        if run.dataset.skipped.names:
+            console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
     seconds = time.perf_counter() - started
     console.print(
         f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, markup=False, soft_wrap=True

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from collections.abc import Iterable
 
 from ftwt_jax.errors import SkippedPictureWarning, UserError
 
@@ -27,6 +28,12 @@ class Skipped:
     def summary(self) -> str:
         """How many there are, on one line."""
         return f"{len(self._names)} of {self._total} pictures cannot be decoded and were skipped"
+
+    def merge(self, names: Iterable[str]) -> None:
+        """Counts pictures that others have met, and warned of, as well."""
+        with self._lock:
+            for name in names:
+                self._names.setdefault(name, "")
 
     def add(self, name: str, reason: str) -> None:
         """Counts a picture, and warns of it unless it was met before.
