@@ -22,8 +22,8 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    0 if it went well, 2 with one line on stderr if the user can mend it, 130 if interrupted; of several processes 75 if
-    told to stop, with everything saved, and 76 if another one was lost.
+    0 if it went well, 2 with one line on stderr if the user can mend it, 75 if told to stop (SIGTERM), with everything
+    saved, 76 if another process of the run was lost, 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
 
     from ftwt_jax.compiling import keep_compiled
-    from ftwt_jax.distributed import LOST, PREEMPTED, Preempted, lost_process
+    from ftwt_jax.distributed import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
 
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
@@ -56,10 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ftwt: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Preempted as stopped:
-        print(f"ftwt: {stopped}; the same command goes on from there", file=sys.stderr)
+        if is_first():
+            print(f"ftwt: {stopped}; the same command goes on from there", file=sys.stderr)
         return PREEMPTED
-    except JaxRuntimeError as error:
-        lost = lost_process(error)
+    except (Lost, JaxRuntimeError) as error:
+        lost = error if isinstance(error, Lost) else lost_process(error)
         if lost is None:
             raise
         print(f"ftwt: error: {lost}; the same command goes on from its newest checkpoint", file=sys.stderr)
@@ -69,8 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The program: `main`, and the end of the process."""
-    from ftwt_jax.distributed import leave
+    from ftwt_jax.distributed import end_when_told, leave
 
+    if sys.argv[1:2] == ["train"]:
+        end_when_told()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

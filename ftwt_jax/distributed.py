@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +31,10 @@ class Preempted(Exception):
     """The run was told to stop and did, with everything saved; the message, on one line, says where."""
 
 
+class Lost(Exception):
+    """Another process of the run is not there, or no longer; the message, on one line, says what is known."""
+
+
 def join(wanted: bool | None = None) -> None:
     """Makes this process one of several if it was started as such; call it before anything else of JAX.
 
@@ -41,7 +46,8 @@ def join(wanted: bool | None = None) -> None:
       wanted: True: join whatever JAX itself finds (Cloud TPU slices); False: stay alone; None: as above.
 
     Raises:
-      UserError: the others cannot be found, or variables are missing.
+      UserError: variables are missing, or JAX finds no other processes.
+      Lost: the others did not come in time.
     """
     if wanted is False or jax.distributed.is_initialized():
         return
@@ -66,11 +72,13 @@ def join(wanted: bool | None = None) -> None:
             initialization_timeout=START,
             heartbeat_timeout_seconds=HEARTBEAT,
         )
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(
-            f"this process cannot join the others: {one_line(error)}; set {ADDRESS}, {COUNT} and {INDEX}, or start it "
+            f"this process cannot find the others: {one_line(error)}; set {ADDRESS}, {COUNT} and {INDEX}, or start it "
             "alone with --nodistributed"
         ) from None
+    except RuntimeError as error:
+        raise Lost(f"the processes of this run did not all come within {START} seconds: {_short(error)}") from None
 
 
 def _number(text: str | None) -> int:
@@ -133,17 +141,29 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
 
-def lost_process(error: BaseException) -> str | None:
-    """What to say of an error in the middle of a run of several processes, on one line; None if there is only one.
+def lost_process(error: RuntimeError) -> Lost | None:
+    """What an error of JAX means in the middle of a run of several processes; None if there is only one.
 
     What the devices exchange fails when one of them is gone, and the error says little else.
     """
     if jax.process_count() == 1:
         return None
+    return Lost(f"another process was lost, and its own output says why; here it looks like this: {_short(error)}")
+
+
+def _short(error: BaseException) -> str:
     text = one_line(error)
-    text = text if len(text) <= 200 else f"{text[:200]} ..."
-    me = f"process {jax.process_index()} of {jax.process_count()}"
-    return f"{me} has lost another one, whose own output says why: {text}"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def end_when_told() -> None:
+    """Lets SIGTERM end the process with `PREEMPTED` at once, as long as there is nothing to save."""
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, b"ftwt: told to stop, with nothing to save; the same command goes on from the newest checkpoint\n")
+        os._exit(PREEMPTED)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def leave(status: int) -> None:

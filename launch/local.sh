@@ -3,6 +3,8 @@
 # usage: launch/local.sh [--config=FILE[:ARCH]] [--workdir=DIR] [--config.FIELD=VALUE ...]
 set -euo pipefail
 extra=
+# With an NVIDIA GPU, JAX's build for it.
+if nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 # What is not given: the bundled digits, in a folder beside the code.
