@@ -152,14 +152,18 @@ class Run:
             self._evaluators[stage, masks] = Evaluator(self.models[stage], self.normalize, self.mesh, masks)
         return self._evaluators[stage, masks]
 
+    @property
+    def eval_batch_size(self) -> int:
+        """What the config says, and a little more where the devices cannot share that evenly; no figure depends on it."""
+        return -(-self.config.eval_batch_size // self.mesh.size) * self.mesh.size
+
     def test_batches(self) -> Any:
         """The held-out split."""
-        return eval_batches(self.dataset, self.dataset.test, self.config.eval_batch_size)
+        return eval_batches(self.dataset, self.dataset.test, self.eval_batch_size)
 
     def estimator(self, variables: Any) -> Estimator:
         """Predictions for the dense network with these variables."""
-        size = self.config.eval_batch_size
-        batches = eval_batches(self.dataset, self.dataset.train, size, limit=ESTIMATE_SAMPLES)
+        batches = eval_batches(self.dataset, self.dataset.train, self.eval_batch_size, limit=ESTIMATE_SAMPLES)
         return Estimator(self.evaluator(GATED, masks="targets"), variables, list(batches))
 
 
@@ -210,7 +214,8 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
     if config.accumulate < 1:
         raise UserError(f"config.accumulate is a number of parts and must be at least 1; got {config.accumulate}")
     check_batch_size(config.batch_size, mesh, "config.batch_size", config.accumulate)
-    check_batch_size(config.eval_batch_size, mesh, "config.eval_batch_size")
+    if config.eval_batch_size < 1:
+        raise UserError(f"config.eval_batch_size is a number of pictures; got {config.eval_batch_size}")
     if not 0 <= config.seed < MOST_SEED:
         raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")
     for field in ("log_every", "checkpoint_every"):

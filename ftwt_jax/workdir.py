@@ -11,6 +11,8 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.files import written_whole
 
 CONFIG = "config.json"
+# Fields that folders may be older than, and what they meant before.
+NEWER = {"accumulate": 1, "shard_optimizer": False}
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
@@ -81,7 +83,7 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
             f"the first process has made {path}, and this one does not see it: --workdir must be a folder on a file "
             "system that all hosts share"
         )
-    found = differing_fields(read_json(path / CONFIG, "config"), wanted)
+    found = differing_fields(_kept(path), wanted)
     if found:
         raise UserError(
             f"{path} was started with another config: {'; '.join(found)} (folder -> this run); "
@@ -94,7 +96,12 @@ def load(folder: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
     path = absolute(folder)
     if not path.is_dir():
         raise UserError(f"no such workdir: {path}; run `train --workdir={folder}` first")
+    return path, ml_collections.ConfigDict(_kept(path))
+
+
+def _kept(path: pathlib.Path) -> dict[str, Any]:
+    """The config of a folder."""
     config = read_json(path / CONFIG, "run's config")
     if not isinstance(config, dict):
         raise UserError(f"run's config at {path / CONFIG} is not a config")
-    return path, ml_collections.ConfigDict(config)
+    return {**NEWER, **config}
