@@ -5,7 +5,8 @@ import sys
 import warnings
 from typing import Any
 
-from ftwt_jax.commands import COMMANDS, parse, usage
+from ftwt_jax.command_line import parse, usage
+from ftwt_jax.commands import COMMANDS
 from ftwt_jax.errors import SkippedPictureWarning, UserError, one_line
 
 INTERRUPTED = 130

@@ -1,8 +1,6 @@
 """The commands and their flags. Each command has flags of its own, so that a flag of another is an unknown one."""
 
 import dataclasses
-import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +9,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from ftwt_jax.errors import UserError, one_line, unknown_name
+from ftwt_jax.errors import UserError
 
 # Flag that holds a field of a config that is not known yet.
 FIELD = "field"
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +32,15 @@ def _define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
 
 
+def _define_distributed(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "join the other processes of this run; by itself under srun, mpirun and JAX_COORDINATOR_ADDRESS",
+        flag_values=values,
+    )
+
+
 def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
     config_flags.DEFINE_config_file(
         "config",
@@ -47,6 +53,7 @@ def _define_config(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def _define_train(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
+    _define_distributed(values)
     _define_config(values, arguments)
 
 
@@ -54,11 +61,13 @@ def _define_estimate(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_string("r", None, "mass thresholds to predict for, such as 0.8,0.9,1", flag_values=values)
     flags.DEFINE_float("budget", None, "MACs reduction to find r for, such as 0.5", flag_values=values)
+    _define_distributed(values)
 
 
 def _define_evaluate(values: flags.FlagValues, arguments: list[str]) -> None:
     _define_workdir(values)
     flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
+    _define_distributed(values)
 
 
 def _define_prepare(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -111,11 +120,20 @@ def _define_export(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
 
 
+def _define_plan(values: flags.FlagValues, arguments: list[str]) -> None:
+    flags.DEFINE_string("topology", None, "the TPU slice: v4, v5e, v5p or v6e and its shape", flag_values=values)
+    _define_config(values, arguments)
+    flags.DEFINE_integer("num_classes", None, "of a data set that is not here", lower_bound=2, flag_values=values)
+    _define_workdir(values)
+    flags.DEFINE_string("out", None, "file to write, if not plan.json in --workdir", flag_values=values)
+
+
 def _train(values: flags.FlagValues, console: Console) -> None:
     from ftwt_jax.train import train
 
     _need(values, "config", "--config=configs/digits.py")
-    train(values.config, _workdir(values), console)
+    folder = _workdir(values)
+    train(values.config, folder, _joined(values, console))
 
 
 def _estimate(values: flags.FlagValues, console: Console) -> None:
@@ -123,13 +141,15 @@ def _estimate(values: flags.FlagValues, console: Console) -> None:
 
     if values.r is not None and values.budget is not None:
         raise UserError("give --r or --budget, not both")
-    estimate(_workdir(values), parse_rs(values.r) if values.r else None, values.budget, console)
+    folder, rs = _workdir(values), parse_rs(values.r) if values.r else None
+    estimate(folder, rs, values.budget, _joined(values, console))
 
 
 def _evaluate(values: flags.FlagValues, console: Console) -> None:
     from ftwt_jax.evaluate import evaluate
 
-    evaluate(_workdir(values), values.best, console)
+    folder = _workdir(values)
+    evaluate(folder, values.best, _joined(values, console))
 
 
 def _prepare(values: flags.FlagValues, console: Console) -> None:
@@ -164,6 +184,7 @@ def _benchmark(values: flags.FlagValues, console: Console) -> None:
 
 
 def _convert(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.command_line import parse
     from ftwt_jax.convert import Wanted, convert
 
     checkpoint = _need(values, "checkpoint", "--checkpoint=resnet34.safetensors")
@@ -211,10 +232,23 @@ def _export(values: flags.FlagValues, console: Console) -> None:
     export_weights(_workdir(values), out, console, values.layout, values.baseline, values.best)
 
 
+def _plan(values: flags.FlagValues, console: Console) -> None:
+    from ftwt_jax.plan import PLAN, plan
+    from ftwt_jax.workdir import absolute
+
+    topology = _need(values, "topology", "--topology=v5e:16x16")
+    config = _need(values, "config", "--config=configs/imagenet.py:resnet34")
+    out = absolute(values.out) if values.out else absolute(values.workdir) / PLAN if values.workdir else None
+    plan(config, topology, console, values.num_classes, out)
+
+
 COMMANDS = {
     "train": Command("train a baseline, then its gates; goes on by itself where it stopped", _define_train, _train),
     "estimate": Command("predict the MACs reduction from a trained baseline", _define_estimate, _estimate),
     "evaluate": Command("accuracy, work and gates on the held-out split", _define_evaluate, _evaluate),
+    "plan": Command(
+        "memory, collectives and the shortest step on a TPU slice that need not be there", _define_plan, _plan
+    ),
     "prepare": Command(
         "download a TFDS data set, once, in the format that training reads", _define_prepare, _prepare, "dataset"
     ),
@@ -237,91 +271,9 @@ def _workdir(values: flags.FlagValues) -> str:
     return _need(values, "workdir", "--workdir=workdirs/digits")
 
 
-def usage() -> str:
-    """How to call the program."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: python -m ftwt_jax COMMAND [--FLAG=VALUE ...]", *lines, "COMMAND --help lists its flags"])
+def _joined(values: flags.FlagValues, console: Console) -> Console:
+    """Joins the other processes of a run, if there are any; the console of all but the first is silent."""
+    from ftwt_jax.distributed import is_first, join
 
-
-def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
-    """Reads a command's flags; None if they ask for help. Raises `UserError` for what is no flag of the command."""
-    if name not in COMMANDS:
-        raise unknown_name("command", name, COMMANDS)
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
-        values = flags.FlagValues()
-        COMMANDS[name].define(values, [])
-        operand = f" {COMMANDS[name].operand.upper()}" if COMMANDS[name].operand else ""
-        print(f"{name}{operand}: {COMMANDS[name].summary}\n{values.module_help(__name__)}")
-        return None
-    arguments = _find_config(arguments)
-    if name == "convert" and not any(argument.startswith("--config=") for argument in arguments):
-        arguments = [re.sub(r"^--?config\.", f"--{FIELD}=", argument) for argument in arguments]
-    overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
-    try:
-        without = _parse(name, [argument for argument in arguments if argument not in overrides])
-        if overrides and "config" in without and without.config is not None:
-            _check_fields(without.config, overrides)
-        return _parse(name, arguments) if overrides else without
-    except flags.Error as error:
-        raise UserError(one_line(error)) from None
-    except UserError:
-        raise
-    except Exception as error:
-        # The config file is anybody's code, and ml_collections lets whatever it raises through as it is.
-        raise UserError(f"bad config: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    COMMANDS[name].define(values, arguments)
-    rest = values([name, *arguments])[1:]
-    operand = COMMANDS[name].operand
-    if operand:
-        if len(rest) != 1:
-            raise UserError(f"{name} takes one {operand}, such as tfds:cifar10; got {' '.join(rest) or 'none'}")
-        flags.DEFINE_string(operand, rest.pop(), "", flag_values=values)
-        values.mark_as_parsed()
-    if rest:
-        raise UserError(f"{name} takes flags only; got {rest[0]!r}")
-    return values
-
-
-def _check_fields(config: ConfigDict, overrides: list[str]) -> None:
-    """Raises `UserError` for a `--config.FIELD` that the config file does not have, naming the nearest one."""
-    for argument in overrides:
-        node: Any = config
-        for key in argument.partition("=")[0].lstrip("-").split(".")[1:]:
-            known = list(node) if isinstance(node, ConfigDict) else []
-            if key not in known:
-                raise unknown_name("config field", key, known)
-            node = node[key]
-
-
-def _find_config(arguments: list[str]) -> list[str]:
-    """Lets `--config=configs/digits.py` be found beside the code from any current directory.
-
-    Flags of the config that are written with a blank come back with "=", and the config itself comes first.
-    """
-    found: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name = argument.lstrip("-")
-        if argument.startswith("-") and (name == "config" or name.startswith("config.")) and "=" not in name and rest:
-            argument = f"--{name}={rest.pop(0)}"
-        flag, _, value = argument.partition("=")
-        if flag.lstrip("-") == "config":
-            file, colon, arch = value.partition(":")
-            argument = f"--config={_config_file(file)}{colon}{arch}"
-        found.append(argument)
-    return sorted(found, key=lambda argument: not argument.startswith("--config="))
-
-
-def _config_file(file: str) -> str:
-    if pathlib.Path(file).is_file():
-        return file
-    if (REPOSITORY / file).is_file():
-        return str(REPOSITORY / file)
-    known = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
-    raise unknown_name("config file", file, [f"configs/{name}" for name in known])
+    join(values.distributed)
+    return console if is_first() else Console(quiet=True)

@@ -154,7 +154,7 @@ class Run:
 
     @property
     def eval_batch_size(self) -> int:
-        """What the config says, and a little more where the devices cannot share that evenly; no figure depends on it."""
+        """The config's, or a little more where the devices cannot share that evenly; no figure depends on it."""
         return -(-self.config.eval_batch_size // self.mesh.size) * self.mesh.size
 
     def test_batches(self) -> Any:

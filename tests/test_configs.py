@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from ftwt_jax import optim
-from ftwt_jax.commands import parse
+from ftwt_jax.command_line import parse
 from ftwt_jax.data import FAMILIES, REGISTRY
 from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ftwt_jax.commands import parse
+from ftwt_jax.command_line import parse
 from tests.conftest import ROOT, readme_blocks
 
 README = (ROOT / "README.md").read_text()
@@ -29,6 +29,8 @@ TRAINER = {
     "ftwt_jax.data": "data sets",
     "ftwt_jax.train": "the trainer",
     "ftwt_jax.commands": "the command line",
+    "ftwt_jax.command_line": "the command line",
+    "ftwt_jax.distributed": "processes",
 }
 FLOOR = (
     *("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights"),

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ftwt_jax.commands import parse
+from ftwt_jax.command_line import parse
 from ftwt_jax.distributed import LOST, PREEMPTED
 from tests.conftest import ROOT
 
