@@ -11,4 +11,4 @@ cd -- "$root"
 "$venv/bin/mypy"
 
 # A worker per core; the run without a network must not notice.
-exec "$venv/bin/python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist loadgroup "$@"
+exec "$venv/bin/python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"

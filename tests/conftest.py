@@ -39,6 +39,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Files are handed out whole, so that what a file prepares is prepared once; the longest first, to end together.
+    items.sort(key=lambda item: "long" not in item.keywords)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

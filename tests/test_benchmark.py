@@ -11,6 +11,8 @@ import ftwt_jax as ftwt
 from ftwt_jax.synthetic import random_gates
 from tests.conftest import fails
 
+pytestmark = pytest.mark.long
+
 KEYS = {"arch", "batch", "platform", "macs_reduction", "dense_ms", "masked_ms", "compact_ms", "max_abs_diff"}
 
 

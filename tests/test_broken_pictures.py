@@ -27,6 +27,8 @@ from tests.folders import (
     write_tree,
 )
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("augment", ["crop", "none", "resized_crop"])
 @pytest.mark.parametrize("damage", ["no picture", "empty", "cut off", "cut-off JPEG"])
@@ -213,7 +215,6 @@ def trained(quick, tmp_path_factory) -> Trained:
     return Trained(pictures, broken, workdir, out, err)
 
 
-@pytest.mark.xdist_group("trained_on_a_folder")
 def test_training_on_a_folder_names_the_broken_picture_once_and_counts_it(trained):
     lines = [line for line in trained.err.splitlines() if trained.broken.name in line]
     assert len(lines) == 1
@@ -226,7 +227,6 @@ def test_training_on_a_folder_names_the_broken_picture_once_and_counts_it(traine
 
 
 @pytest.mark.parametrize("stage", ["baseline", "gated"])
-@pytest.mark.xdist_group("trained_on_a_folder")
 def test_a_checkpoint_holds_what_the_network_must_know_of_its_data(trained, stage):
     steps = [path for path in (trained.workdir / "checkpoints" / stage).iterdir() if path.name.isdigit()]
     assert steps
@@ -239,7 +239,6 @@ def test_a_checkpoint_holds_what_the_network_must_know_of_its_data(trained, stag
         assert len(kept["mean"]) == len(kept["std"]) == 3
 
 
-@pytest.mark.xdist_group("trained_on_a_folder")
 def test_a_network_is_not_evaluated_on_classes_it_was_not_trained_on(trained, quick):
     for split in SPLITS:
         (trained.pictures / split / "bee").rename(trained.pictures / split / "wasp")

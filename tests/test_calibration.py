@@ -24,7 +24,7 @@ from tests.compact_helpers import (
     random_variables,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
 # A network whose masks are drawn in the pictures. A channel of one colour is off in both units (-1), on in the first
 # alone (1), or on in both (2): the first unit passes its input on, and the second one's gate asks for more than 1.5.

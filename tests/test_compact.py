@@ -25,7 +25,7 @@ from tests.compact_helpers import (
     random_variables,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
 
 def sample(outputs, index):

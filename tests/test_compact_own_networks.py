@@ -8,7 +8,7 @@ import pytest
 import ftwt_jax as ftwt
 from tests.compact_helpers import KEY, PLAIN_HEADS, assert_close, masked, pictures, random_variables
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
 
 def unit(features=12, **options):

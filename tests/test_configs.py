@@ -26,6 +26,8 @@ from ftwt_jax.models import create_model
 from ftwt_jax.run import _check_fields, arch_options, gate_config
 from tests.conftest import ROOT, fails
 
+pytestmark = pytest.mark.long
+
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 ARCHS = (None, "vgg16_bn", "resnet18", "resnet56", "mobilenet_v1", "mobilenet_v2")
 CIFAR, IMAGENET = ("cifar10", 10), ("imagenet", 1000)

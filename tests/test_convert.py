@@ -18,6 +18,8 @@ from tests import torch_networks as theirs
 from tests.conftest import TINY, Program, fails, read_metrics
 from tests.weight_files import assert_same, contents, convert, kept, run, save, steps, tiny, variables
 
+pytestmark = pytest.mark.long
+
 RESNET8 = (
     "--config=configs/digits.py:resnet8",
     "--config.data.image_size=32",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("default_run")
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

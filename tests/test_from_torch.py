@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import ftwt_jax as ftwt
 from tests import torch_networks as theirs
 
+pytestmark = pytest.mark.long
+
 GATES = ftwt.GateConfig(r=0.9, pool="mean", min_filters=0)
 AFTER = ftwt.GateConfig(r=0.9, pool="mean", min_filters=0, after_block=True)
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)

@@ -12,6 +12,8 @@ import ftwt_jax as ftwt
 from ftwt_jax.models.resnet import ResNet
 from tests.conftest import random_like
 
+pytestmark = pytest.mark.long
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 LABELS = jnp.asarray([0, 1, 2, 3])

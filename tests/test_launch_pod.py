@@ -23,6 +23,8 @@ WORKERS = 2
 GCLOUD = """#!/usr/bin/env -S python3 -IS
 import json, os, pathlib, shutil, subprocess, sys
 
+pytestmark = pytest.mark.long
+
 cloud = pathlib.Path(os.environ["CLOUD"])
 arguments = sys.argv[1:]
 with (cloud / "calls").open("a") as calls:

@@ -24,7 +24,7 @@ needs_slurm = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, DAEMONS)), reason="needs slurm-wlm and munge, and root to start them"
 )
 # One Slurm for all of them, and one worker that has it.
-pytestmark = pytest.mark.xdist_group("slurm")
+pytestmark = pytest.mark.long
 
 CONF = """
 ClusterName=test

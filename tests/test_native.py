@@ -15,6 +15,8 @@ import ftwt_jax as ftwt
 from ftwt_jax import native
 from ftwt_jax.native import kernels
 
+pytestmark = pytest.mark.long
+
 BUILDS = {"this processor": native._TUNINGS, "any": ((),), "AVX2": (("-mavx2", "-mfma"),)}
 
 

@@ -16,7 +16,10 @@ from tests.conftest import fails
 
 SMALL = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=128")
 DIGITS = ("plan", *SMALL)
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]"),
+]
 
 
 def step(topology: str, *flags: str, name: str = GATED):

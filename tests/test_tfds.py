@@ -22,7 +22,7 @@ from ftwt_jax.errors import UserError
 from tests.conftest import ROOT, Program, fails, read_metrics
 
 # One worker runs all of this file, so that the sets are built once.
-pytestmark = pytest.mark.xdist_group("tfds")
+pytestmark = pytest.mark.long
 
 NAME, SIDE, CLASSES, SIZES = "ftwt_shades", 32, ("dark", "medium", "light"), {"train": 90, "test": 30}
 TRAIN = (

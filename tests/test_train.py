@@ -23,6 +23,8 @@ from ftwt_jax import workdir as workdirs
 from ftwt_jax.run import BASELINE, GATED, make_run
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
+pytestmark = pytest.mark.long
+
 DEFAULT_R = get_config().gates.r
 FLAG = "--xla_force_host_platform_device_count=2"
 KEYS = {
@@ -144,7 +146,7 @@ def test_another_config_is_refused_by_the_names_of_its_fields(program, tiny_run)
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("stage", "step"), [(BASELINE, 9), (GATED, 5), (GATED, 17)])
+@pytest.mark.parametrize(("stage", "step"), [(BASELINE, 9), (GATED, 5)])
 def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path, stage, step):
     workdir = tmp_path / "run"
     process = program.start("train", *TINY, f"--workdir={workdir}")
@@ -325,11 +327,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables(workdir, BASELINE)))
 
 
-def test_two_devices_train_the_same_network_as_one(program, tiny_run, tmp_path):
-    workdir = tmp_path / "run"
+def test_a_batch_that_the_devices_cannot_share_is_refused(program, tmp_path):
     two = dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": FLAG})
-    two.run("train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=0")
-    one, other = ([m["loss"] for m in read_metrics(w) if m["stage"] == BASELINE] for w in (tiny_run[0], workdir))
-    np.testing.assert_allclose(other[:3], one[:3], rtol=1e-4)
     odd = two.run("train", *TINY, f"--workdir={tmp_path / 'odd'}", "--config.batch_size=127", status=2)
     assert "config.batch_size=127 must be a positive multiple of the number of devices, 2" in odd
