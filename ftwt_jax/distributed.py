@@ -53,7 +53,7 @@ def join(wanted: bool | None = None) -> None:
         return
     given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
     tasks = max(_number(os.environ.get(name)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if not wanted and given[ADDRESS] is None and tasks < 2:
+    if not wanted and not any(given.values()) and tasks < 2:
         return
     if given[COUNT] is not None or given[INDEX] is not None:
         missing = [name for name, value in given.items() if value is None]
