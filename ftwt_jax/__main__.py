@@ -1,7 +1,9 @@
 """Command line: `python -m ftwt_jax COMMAND --FLAG=VALUE ...`."""
 
+import logging
 import os
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -20,6 +22,19 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options
         _show_warning(message, category, *rest, **options)
 
 
+def _silence_asyncio() -> None:
+    """When a checkpoint cannot be written, Orbax leaves tasks behind, which would tell of it a second time."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    usual = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and "Event loop is closed" in str(event.exc_value)):
+            usual(event)
+
+    sys.unraisablehook = hook
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
@@ -32,15 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     # What Orbax, Grain and XLA log does not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from absl import logging
+    from absl import logging as absl_logging
     from jax.errors import JaxRuntimeError
     from rich.console import Console
 
     from ftwt_jax.compiling import keep_compiled
     from ftwt_jax.distributed import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
 
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
+    _silence_asyncio()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", module="PIL")  # Of a file that it can read all the same, and without its name.
     try:
@@ -60,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first():
             print(f"ftwt: {stopped}; the same command goes on from there", file=sys.stderr)
         return PREEMPTED
-    except (Lost, JaxRuntimeError) as error:
+    except (Lost, JaxRuntimeError, ValueError) as error:
         lost = error if isinstance(error, Lost) else lost_process(error)
         if lost is None:
             raise
@@ -75,7 +91,12 @@ def run() -> None:
 
     if sys.argv[1:2] == ["train"]:
         end_when_told()
-    status = main()
+    try:
+        status = main()
+    except Exception:
+        # A fault of ours must not keep the other processes waiting for this one.
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     leave(status)

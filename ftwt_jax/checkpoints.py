@@ -10,9 +10,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.distributed import as_first_says, is_first, meet
+from ftwt_jax.distributed import as_first_says, is_first, meet, raise_if_lost
 from ftwt_jax.errors import UserError, one_line
-from ftwt_jax.intact import damage, write_list
+from ftwt_jax.intact import MISSING, damage, write_list
 from ftwt_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -22,6 +22,8 @@ NETWORK, OPTIMIZER, DATASET = "network", "optimizer", "dataset"
 UNFINISHED = "unfinished"
 
 
+# The newest, and the one before, which is what is left if storage damages the newest.
+KEPT = 2
 # Before the number of a checkpoint that was found damaged, and is kept aside.
 DAMAGED = "damaged-"
 
@@ -42,11 +44,17 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
       What was found, a sentence each; on the first process alone.
     """
     notes = []
-    if is_first():
-        folder = workdir / FOLDER / stage
-        for path in sorted(folder.glob("[0-9]*"), key=lambda path: path.name) if folder.is_dir() else ():
-            found = damage(path) if path.name.isdigit() and path.is_dir() else None
-            if found:
+    folder, intact = workdir / FOLDER / stage, 0
+    if is_first() and folder.is_dir():
+        steps = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
+        for path in sorted(steps, key=lambda path: -int(path.name)):
+            found = damage(path)
+            if not found:
+                intact += 1
+            elif intact >= KEPT and found.endswith(MISSING):
+                # Enough newer ones are there: the process was killed while it deleted this one.
+                shutil.rmtree(path)
+            else:
                 aside, again = path.with_name(DAMAGED + path.name), 1
                 while aside.exists():
                     again += 1
@@ -77,8 +85,7 @@ class Checkpoints:
         if not create and not self.path.is_dir():
             raise self._missing()
         best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
-        # The one before the newest is what is left if storage damages the newest.
-        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
+        keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(KEPT), best])
         # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
@@ -97,6 +104,7 @@ class Checkpoints:
         try:
             self._manager = _Manager(self.path, options=options, handler_registry=registry)
         except (ValueError, OSError) as error:
+            raise_if_lost(error)
             for path in self.path.glob("[0-9]*"):
                 self._check_intact(int(path.name))
             raise UserError(f"the checkpoints in {self.path} cannot be read: {_reason(error)}") from error
@@ -145,8 +153,10 @@ class Checkpoints:
             if is_first():
                 write_list(self.path / str(step))
         except (ValueError, OSError) as error:
+            raise_if_lost(error)
             self._remove_unfinished()
-            older = f"the one of step {self.latest_step()} is kept" if self.latest_step() else "there is no older one"
+            newest = self.latest_step()
+            older = "there is no older one" if newest is None else f"the one of step {newest} is kept"
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.path}: {_reason(error)}; "
                 f"{older}; make room, then give the same command again"
@@ -186,7 +196,11 @@ class Checkpoints:
         step = self.step(best)
         if step is None:
             raise self._missing()
-        found = self._manager.item_metadata(step)[NETWORK]
+        self._check_intact(step)
+        try:
+            found = self._manager.item_metadata(step)[NETWORK]
+        except (ValueError, KeyError, OSError) as error:
+            raise self._unreadable(step, error) from error
         if found is None:
             raise UserError(f"checkpoint {self.path / str(step)} has no network in it")
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.tree)
@@ -249,12 +263,17 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"checkpoint {self.path / str(step)} cannot be restored: {_reason(error)}") from error
+            raise_if_lost(error)
+            raise self._unreadable(step, error) from error
 
     def _remove_unfinished(self) -> None:
         """Gives back the room that a save which failed has taken."""
         for path in self.path.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        path = self.path / str(step)
+        return UserError(f"checkpoint {path} cannot be restored: {_reason(error)}; move it away to use the one before")
 
     def _missing(self) -> UserError:
         return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ HEARTBEAT = 60
 # Seconds to wait for the others at the start; a cluster may bring up its hosts minutes apart.
 START = 300
 GRACE = 3
+
+_EXCHANGE = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -141,14 +144,22 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
 
-def lost_process(error: RuntimeError) -> Lost | None:
-    """What an error of JAX means in the middle of a run of several processes; None if there is only one.
+def lost_process(error: Exception) -> Lost | None:
+    """What an error means in the middle of a run of several processes; None if it is not that another one was lost.
 
-    What the devices exchange fails when one of them is gone, and the error says little else.
+    What the processes exchange fails when one of them is gone, and the error says little else. JAX raises a
+    `JaxRuntimeError`; on some ways a `ValueError` or `OSError` whose message begins with the name of such a status.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _EXCHANGE.match(str(error))):
         return None
     return Lost(f"another process was lost, and its own output says why; here it looks like this: {_short(error)}")
+
+
+def raise_if_lost(error: Exception) -> None:
+    """Raises `Lost` for an error that only means that; of files, errors have other statuses."""
+    lost = lost_process(error)
+    if lost is not None:
+        raise lost from error
 
 
 def _short(error: BaseException) -> str:

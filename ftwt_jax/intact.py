@@ -12,6 +12,7 @@ from ftwt_jax.files import written_whole
 LIST = "files.json"
 # Without a list (the process was killed before it could be written) a checkpoint must have these folders at least.
 PARTS = ("network", "dataset")
+MISSING = "is missing"
 _CHUNK = 1 << 22
 
 
@@ -24,17 +25,17 @@ def write_list(folder: pathlib.Path) -> None:
 def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if nothing is. All of it is read."""
     try:
-        listed = json.loads((folder / LIST).read_text())
+        listed = {name: (size, crc) for name, (size, crc) in json.loads((folder / LIST).read_text()).items()}
     except FileNotFoundError:
         missing = [part for part in PARTS if not any((folder / part).glob("*"))]
-        return f"{missing[0]} is missing" if missing else None
-    except (OSError, ValueError):
+        return f"{missing[0]} {MISSING}" if missing else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"{LIST} cannot be read"
     try:
         here = dict(_files(folder))
         for name, (size, crc) in listed.items():
             if name not in here:
-                return f"{name} is missing"
+                return f"{name} {MISSING}"
             found = here[name].stat().st_size
             if found != size:
                 return f"{name} is {found} bytes long, and was {size}"

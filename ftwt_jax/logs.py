@@ -1,5 +1,6 @@
 """What a run tells of itself: `metrics.jsonl`, TensorBoard events, and a progress bar or plain lines."""
 
+import contextlib
 import json
 import pathlib
 import time
@@ -10,9 +11,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from ftwt_jax.distributed import is_first
+from ftwt_jax.errors import UserError
 
 Scalars = dict[str, float]
 METRICS = "metrics.jsonl"
@@ -49,27 +53,39 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, stage: str, start: int, offset: int):
         self._stage, self._offset = stage, offset
-        self._active = is_first()
+        self._workdir, self._active = workdir, is_first()
         if self._active:
             rewind(workdir / METRICS, stage, start)
             self._lines = (workdir / METRICS).open("a", buffering=1)
-            self._events = SummaryWriter(str(workdir), purge_step=offset + start + 1)
+            # Without the thread of a `SummaryWriter`, which would keep errors to itself, and print them at the end.
+            self._events = EventsWriter(str(workdir / "events"))
+            began = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=offset + start + 1, session_log=began))
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records figures after `step` steps of the stage."""
         if not self._active:
             return
         entry = {"stage": self._stage, "step": step, **{k: float(v) for k, v in scalars.items()}}
-        self._lines.write(json.dumps(entry) + "\n")
-        for key, value in scalars.items():
-            self._events.add_scalar(f"{self._stage}/{key}", float(value), self._offset + step)
-        self._events.flush()
+        try:
+            self._lines.write(json.dumps(entry) + "\n")
+            for key, value in scalars.items():
+                summary = scalar(f"{self._stage}/{key}", float(value))
+                self._events.write_event(Event(wall_time=time.time(), step=self._offset + step, summary=summary))
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"the figures of step {step} cannot be written to {self._workdir}: {error.strerror or error}; make "
+                "room, then give the same command again"
+            ) from None
 
     def close(self) -> None:
         """Ends both files."""
         if self._active:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events._py_recordio_writer._writer):
+                # What did not fit has been told.
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 class _Figures(ProgressColumn):
