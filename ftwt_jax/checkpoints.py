@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ UNFINISHED = "unfinished"
 
 # The newest, and the one before, which is what is left if storage damages the newest.
 KEPT = 2
+_ATTEMPTS = 10
 # Before the number of a checkpoint that was found damaged, and is kept aside.
 DAMAGED = "damaged-"
 
@@ -268,8 +270,11 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Gives back the room that a save which failed has taken."""
-        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        # Tasks that Orbax has left behind may still be writing.
+        for _ in range(_ATTEMPTS):
+            for path in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         path = self.path / str(step)

@@ -99,5 +99,5 @@ def test_nothing_in_the_repository_leans_on_one_machine():
     home = str(ROOT.parent)
     for file in files:
         text = file.read_text()
-        assert home == "/" or f"{home}/" not in text, file
+        assert home in ("/", "/tmp") or f"{home}/" not in text, file
         assert file.stat().st_size < 100_000, file

@@ -15,6 +15,8 @@ import pytest
 from ftwt_jax.distributed import LOST, PREEMPTED
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.long
+
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 WORKERS = 2
 
@@ -22,8 +24,6 @@ WORKERS = 2
 # slice. `launches` says how the launches end, one word each: a status, or "status:STATE" for what becomes of the slice.
 GCLOUD = """#!/usr/bin/env -S python3 -IS
 import json, os, pathlib, shutil, subprocess, sys
-
-pytestmark = pytest.mark.long
 
 cloud = pathlib.Path(os.environ["CLOUD"])
 arguments = sys.argv[1:]

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.digits import get_config
 from ftwt_jax import workdir as workdirs
+from ftwt_jax.intact import write_list
 from ftwt_jax.run import BASELINE, GATED, make_run
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
@@ -225,6 +226,7 @@ def edit_kept_data(workdir: pathlib.Path, stage: str, old: str, new: str) -> Non
         edited += kept.read_text().count(old)
         kept.write_text(kept.read_text().replace(old, new))
     assert edited == 1
+    write_list(newest)
 
 
 def refused_to_go_on(program, finished: pathlib.Path, workdir: pathlib.Path, old: str, new: str) -> str:
