@@ -56,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
-    _silence_asyncio()
     warnings.showwarning = _warn
     warnings.filterwarnings("ignore", module="PIL")  # Of a file that it can read all the same, and without its name.
     try:
@@ -89,6 +88,7 @@ def run() -> None:
     """The program: `main`, and the end of the process."""
     from ftwt_jax.distributed import end_when_told, leave
 
+    _silence_asyncio()
     if sys.argv[1:2] == ["train"]:
         end_when_told()
     try:

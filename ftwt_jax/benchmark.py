@@ -20,6 +20,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.gates import GateConfig
 from ftwt_jax.macs import dense_macs, macs
 from ftwt_jax.models import create_model, options_of
+from ftwt_jax.printing import say
 from ftwt_jax.synthetic import random_gates
 
 BENCHMARK = "benchmark.json"
@@ -171,7 +172,7 @@ def benchmark(
         folder = workdir.absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
         workdir.write_json(folder / BENCHMARK, result)
-        console.print(f"wrote {folder / BENCHMARK}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"wrote {folder / BENCHMARK}")
     return result
 
 
@@ -266,4 +267,4 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f"{result['train_gated_images_per_second']:.0f} images/s; a gated step costs {result['train_overhead']:.2f}"
         )
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)

@@ -21,11 +21,8 @@ FOLDER = "checkpoints"
 NETWORK, OPTIMIZER, DATASET = "network", "optimizer", "dataset"
 # Among what is kept of the data: that the network of step 0 is only what training starts from.
 UNFINISHED = "unfinished"
-
-
 # The newest, and the one before, which is what is left if storage damages the newest.
 KEPT = 2
-_ATTEMPTS = 10
 # Before the number of a checkpoint that was found damaged, and is kept aside.
 DAMAGED = "damaged-"
 
@@ -40,16 +37,16 @@ class _Manager(ocp.CheckpointManager):
 def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
     """Takes damaged checkpoints of a stage out of the way, so that training goes on from the one before.
 
-    They are renamed, not deleted. Every process of a run has to call this.
+    They are renamed, not deleted, unless it was a deletion that was cut off: an older one with files missing. Every
+    process of a run has to call this.
 
     Returns:
       What was found, a sentence each; on the first process alone.
     """
     notes = []
-    folder, intact = workdir / FOLDER / stage, 0
-    if is_first() and folder.is_dir():
-        steps = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
-        for path in sorted(steps, key=lambda path: -int(path.name)):
+    intact = 0
+    if is_first():
+        for path in _complete(workdir / FOLDER / stage):
             found = damage(path)
             if not found:
                 intact += 1
@@ -69,8 +66,13 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
 
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
     """Whether a stage of a run has a complete checkpoint."""
-    path = workdir / FOLDER / stage
-    return path.is_dir() and any(child.name.isdigit() for child in path.iterdir())
+    return bool(_complete(workdir / FOLDER / stage))
+
+
+def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The complete checkpoints of a stage, the newest first; those being written have other names."""
+    found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name))
 
 
 class Checkpoints:
@@ -107,7 +109,7 @@ class Checkpoints:
             self._manager = _Manager(self.path, options=options, handler_registry=registry)
         except (ValueError, OSError) as error:
             raise_if_lost(error)
-            for path in self.path.glob("[0-9]*"):
+            for path in _complete(self.path):
                 self._check_intact(int(path.name))
             raise UserError(f"the checkpoints in {self.path} cannot be read: {_reason(error)}") from error
 
@@ -270,8 +272,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Gives back the room that a save which failed has taken."""
-        # Tasks that Orbax has left behind may still be writing.
-        for _ in range(_ATTEMPTS):
+        # For a second, in which tasks that Orbax has left behind may still be writing.
+        for _ in range(10):
             for path in self.path.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.1)

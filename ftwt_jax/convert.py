@@ -24,6 +24,7 @@ from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.gates import HEAD_NAME, GateConfig
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
+from ftwt_jax.printing import say
 from ftwt_jax.run import BASELINE, GATED, arch_options, check_settings, gate_config
 from ftwt_jax.sharding import data_mesh
 from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
@@ -133,11 +134,11 @@ def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, consol
     name, gates = config.model.name, imported.model.gates
     kind = "dense" if gates is None else f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})"
     classes = _class_count(imported.source)
-    _say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
+    say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
     usual = {"stem": None, "width": 1.0}
     model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
-    _say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
-    _say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
+    say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
+    say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
 
 
 def _check(config: ConfigDict, arch: str | None) -> None:
@@ -170,10 +171,6 @@ def _own_words(metadata: dict[str, Any]) -> _Said:
     except (UserError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
     return _Said(gates, statistics)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]:
@@ -257,9 +254,9 @@ def _write(
             checkpoints.save_network(network, finished)
     Conversion.of(imported).save(folder)
     for note in notes:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
     rounded = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
-    _say(console, f"pictures are given to it less {rounded[0]}, over {rounded[1]}")
+    say(console, f"pictures are given to it less {rounded[0]}, over {rounded[1]}")
 
 
 def _check_room(folder: pathlib.Path, networks: dict[str, Variables]) -> None:

@@ -14,6 +14,7 @@ from ftwt_jax.benchmark import trained_subject
 from ftwt_jax.compact import compact, fold
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.files import written_whole
+from ftwt_jax.printing import say
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -62,10 +63,5 @@ def export_program(
     except OSError as error:
         raise UserError(f"cannot write {target}: {one_line(error)}") from None
     kind = "dense" if baseline else "compact, one picture at a time" if compacted else "gated, masked"
-    console.print(
-        f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: now in {target}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: now in {target}")
     return target

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
-from ftwt_jax.distributed import as_first_says, is_first, meet
+from ftwt_jax.distributed import as_first_says, meet
 from ftwt_jax.errors import UserError
 from ftwt_jax.evaluation import Evaluation
 from ftwt_jax.gates import check_r
+from ftwt_jax.printing import say
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
 
 ESTIMATE = "estimate.json"
@@ -35,15 +36,13 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     else:
         estimator = run.estimator(baseline)
         entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
-        if is_first():
-            workdir.write_json(path, entry)
+        workdir.write_json(path, entry)
         meet("estimate written")
     asked = "" if budget is None else f" for a budget of {budget:g}"
-    console.print(
+    say(
+        console,
         f"estimate: r = {entry['r']:.4f}{asked}, predicted MACs reduction {entry['macs_reduction']:.3f} exact, "
         f"{entry['macs_reduction_published']:.3f} published",
-        highlight=False,
-        soft_wrap=True,
     )
     return entry
 

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
-from ftwt_jax.distributed import is_first, together
+from ftwt_jax.distributed import together
 from ftwt_jax.estimate import known_estimate
 from ftwt_jax.evaluation import Evaluation
+from ftwt_jax.printing import say
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
 
 EVALUATION = "evaluation.json"
@@ -50,14 +51,13 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "r": estimate["r"] if gates else None,
         "checkpoint": "best" if best else "newest",
     }
-    if is_first():
-        workdir.write_json(run.workdir / EVALUATION, result)
+    workdir.write_json(run.workdir / EVALUATION, result)
     if gated is None:
-        console.print("there is no gated network yet: this is the baseline alone", highlight=False, soft_wrap=True)
+        say(console, "there is no gated network yet: this is the baseline alone")
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if run.dataset.skipped.names:
-        console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
+        say(console, run.dataset.skipped.summary())
     return result
 
 

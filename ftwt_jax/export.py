@@ -17,6 +17,7 @@ from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import ESTIMATE, read_estimate
 from ftwt_jax.models import create_model
+from ftwt_jax.printing import say
 from ftwt_jax.run import BASELINE, GATED, arch_options, gate_config
 from ftwt_jax.sharding import data_mesh, replicated
 from ftwt_jax.version import __version__
@@ -63,12 +64,8 @@ def export_weights(
         arrays = export_state(model, variables, layout_called(model, names, gates is not None))
     write_safetensors(target, arrays, {OWN: json.dumps(_description(config, classes, gates, kept))})
     kind = "dense" if gates is None else "gated"
-    console.print(
-        f"{config.model.name}, {kind}, step {step}, {len(arrays)} tensors under {names} names: now in {target}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    what = f"{config.model.name}, {kind}, step {step}, {len(arrays)} tensors under {names} names"
+    say(console, f"{what}: now in {target}")
     return target
 
 

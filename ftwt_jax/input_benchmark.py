@@ -12,6 +12,7 @@ from ftwt_jax.data.build import threads
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
+from ftwt_jax.printing import say
 from ftwt_jax.run import check_settings
 from ftwt_jax.sharding import data_mesh
 
@@ -37,15 +38,13 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
         "batch": config.batch_size,
     }
     side = dataset.image_shape[0]
-    console.print(
+    say(
+        console,
         f"input of {config.data.name} at {side}x{side}, batch {config.batch_size}: {rate:.0f} images/s on "
         f"{cores} cores, {rate / cores:.0f} per core (median of {ROUNDS} rounds, {min(rates):.0f} to {max(rates):.0f})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     if dataset.skipped.names:
-        console.print(dataset.skipped.summary(), highlight=False, soft_wrap=True)
+        say(console, dataset.skipped.summary())
     return result
 
 

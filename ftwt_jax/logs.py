@@ -17,6 +17,7 @@ from tensorboardX.summary import scalar
 
 from ftwt_jax.distributed import is_first
 from ftwt_jax.errors import UserError
+from ftwt_jax.printing import say
 
 Scalars = dict[str, float]
 METRICS = "metrics.jsonl"
@@ -133,9 +134,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=describe(scalars))
         else:
-            self._console.print(
-                f"{self._stage} {step}/{self._total}  {describe(scalars)}", highlight=False, soft_wrap=True
-            )
+            say(self._console, f"{self._stage} {step}/{self._total}  {describe(scalars)}")
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

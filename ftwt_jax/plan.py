@@ -23,6 +23,7 @@ from ftwt_jax.collectives import OTHER, Collective, collectives
 from ftwt_jax.data.described import describe_dataset
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.plan_tables import print_plan
+from ftwt_jax.printing import say
 from ftwt_jax.roofline import GIB, Bound, Slice, bound, parse_slice, slices_up_to
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
 from ftwt_jax.sharding import data_mesh
@@ -125,7 +126,7 @@ def plan(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         workdir.write_json(out, result)
-        console.print(f"wrote {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"wrote {out}")
     return result
 
 

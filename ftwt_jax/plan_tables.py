@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftwt_jax.collectives import OTHER
+from ftwt_jax.printing import say
 from ftwt_jax.roofline import GIB, Slice
 
 
@@ -20,11 +21,11 @@ def print_plan(result: dict[str, Any], where: Slice, console: Console) -> None:
     steps, chip = result["steps"], where.chip
     batch, parts = result["batch_size"], result["accumulate"]
     share = f"{batch // where.size} on a chip" + (f", in {parts} parts" if parts > 1 else "")
-    _line(
+    say(
+        console,
         f"{result['arch']} in {result['dtype']}, batch {batch:,} ({share}), on {where}: {where.size} chips of "
         f"{chip.flops / 1e12:.0f} TFLOP/s and {chip.memory / GIB:.2f} GiB of HBM at {chip.bandwidth / 1e9:.0f} GB/s, "
         f"links of {chip.link / 1e9:.0f} GB/s each way",
-        console,
     )
     _print_memory(steps, result["hbm_bytes"], console)
     _print_work(steps, console)
@@ -42,10 +43,6 @@ def print_plan(result: dict[str, Any], where: Slice, console: Console) -> None:
         table.add_row(*size, *_times(row), f"{row['efficiency']:.1%}")
     _show(table, console)
     _print_notes(steps, where, console)
-
-
-def _line(text: str, console: Console) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -99,18 +96,18 @@ def _times(row: dict[str, Any]) -> list[str]:
 
 
 def _print_notes(steps: dict[str, Any], where: Slice, console: Console) -> None:
-    _line(
+    say(
+        console,
         "Times are bounds from published peaks, not measurements: nothing has run. A step takes at least so long, and "
         "usually longer, for no chip reaches its peaks; reading pictures is not counted.",
-        console,
     )
-    _line(
+    say(
+        console,
         f"Compiled for {where}. With the same batch on each chip the program of a chip is the same on every slice, and "
         "only its collectives take another time: their bytes over the links, and 1 us a hop. Efficiency: images/s as a "
         "share of those of chips that need not wait for each other.",
-        console,
     )
     for name, step in steps.items():
         for group in step["collectives"]:
             for source in group["sources"] if group["carries"] == OTHER else ():
-                _line(f"warning: the {name} step has an unexpected {group['kind']}: {source}", console)
+                say(console, f"warning: the {name} step has an unexpected {group['kind']}: {source}")

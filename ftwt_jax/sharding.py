@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
 
 AXIS = "data"
@@ -42,6 +43,12 @@ def traced_on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args)
 
     return traced
+
+
+def jit_on(mesh: Mesh, fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit` for the devices of a mesh, with what is fast on them."""
+    platform = mesh.devices.flat[0].platform
+    return jax.jit(traced_on(mesh, fn), compiler_options=compiler_options(platform), **options)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:

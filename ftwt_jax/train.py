@@ -19,6 +19,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import count_skipped, evaluate_run
 from ftwt_jax.logs import MetricsWriter, ProgressDisplay, Stopwatch
+from ftwt_jax.printing import say
 from ftwt_jax.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
 from ftwt_jax.sharding import put_batch, put_whole, replicated
 from ftwt_jax.stages import Stage, make_stage
@@ -38,7 +39,7 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     started = time.perf_counter()
     path = workdir.absolute(folder)
     for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
     run = make_run(config, path)
     if config.init_from:
         config.init_from = str(workdir.absolute(config.init_from))
@@ -50,12 +51,10 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
         if not (adopted.finished if adopted else run.is_finished(BASELINE)):
             raise UserError("config.baseline.epochs=0 would leave the baseline's new classifier untrained")
     data = run.dataset
-    console.print(
+    say(
+        console,
         f"{config.data.name}: {len(data.train):,} pictures to train on, {len(data.test):,} held out, "
         f"{data.num_classes} classes",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     workdir.prepare(run.workdir, config)
 
@@ -72,17 +71,15 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     else:
         count_skipped(run)
         if run.dataset.skipped.names:
-            console.print(run.dataset.skipped.summary(), highlight=False, soft_wrap=True)
+            say(console, run.dataset.skipped.summary())
     seconds = time.perf_counter() - started
-    console.print(
-        f"done in {seconds:.0f} s; everything is in {run.workdir}", highlight=False, markup=False, soft_wrap=True
-    )
+    say(console, f"done in {seconds:.0f} s; everything is in {run.workdir}")
 
 
 def keep_baseline(run: Run, adopted: Adopted, console: Console) -> None:
     """Copies a baseline from elsewhere into this run, which then stands by itself."""
     for note in adopted.notes:
-        console.print(f"baseline of {run.config.init_from}: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"baseline of {run.config.init_from}: {note}")
     with contextlib.closing(run.checkpoints(BASELINE, create=True)) as checkpoints:
         checkpoints.save_network(adopted.variables, adopted.finished)
 

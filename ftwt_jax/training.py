@@ -12,12 +12,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ftwt_jax.compiling import compiler_options
 from ftwt_jax.data.augment import Augment
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gates import GateControl, GateOutput
 from ftwt_jax.losses import gate_loss
-from ftwt_jax.sharding import replicated, split, split_largest, traced_on
+from ftwt_jax.sharding import jit_on, replicated, split, split_largest
 
 Normalize = Callable[[Array], Array]
 Metrics = dict[str, Array]
@@ -150,10 +149,4 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     kept = whole if shardings is None else shardings
-    return jax.jit(
-        traced_on(mesh, step),
-        donate_argnums=0,
-        in_shardings=(kept, parts, whole),
-        out_shardings=(kept, whole),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
+    return jit_on(mesh, step, donate_argnums=0, in_shardings=(kept, parts, whole), out_shardings=(kept, whole))

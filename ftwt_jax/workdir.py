@@ -16,7 +16,12 @@ NEWER = {"accumulate": 1, "shard_optimizer": False}
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
-    """Writes `data` as JSON so that a reader sees the old file or the new one, never half of one."""
+    """Writes `data` as JSON so that a reader sees the old file or the new one, never half of one.
+
+    Of several processes the first one does.
+    """
+    if not is_first():
+        return
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n")
 

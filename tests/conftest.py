@@ -1,6 +1,7 @@
 """What several test files need: the slow flag, the real program run as a process, and compact networks."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ TINY = (
     "--config.gates.epochs=2",
 )
 TINY_STEPS = 22
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
 
 
 def pytest_addoption(parser):

@@ -138,7 +138,7 @@ def write_programs(folder):
     with short_networks():
         lowered = {name: step(*program) for name, program in PROGRAMS.items()}
     # A step that does not know of the devices makes sums over samples in two steps, with whole maps between them.
-    with mock.patch("ftwt_jax.training.traced_on", lambda mesh, fn: fn):
+    with mock.patch("ftwt_jax.sharding.traced_on", lambda mesh, fn: fn):
         lowered["maps"] = step("vgg", "baseline", {})
     for name, program in {**lowered, "masks": everyones_masks()}.items():
         (folder / f"{name}.txt").write_text(program.compile().as_text())

@@ -120,6 +120,27 @@ def test_evaluate_and_export_refuse_a_damaged_checkpoint_by_name(damaged, capsys
     assert checkpoint.exists(), "only training moves it"
 
 
+def test_a_checkpoint_that_was_being_written_beside_a_damaged_one_changes_nothing(damaged, capsys):
+    workdir, checkpoint, part = damaged("accuracy cut short")
+    checkpoint.with_name(f"{TINY_STEPS + 2}.orbax-checkpoint-tmp").mkdir()
+    checkpoint.with_name(f"{BEFORE - 2}.orbax-checkpoint-tmp").mkdir()
+    error = fails(capsys, "evaluate", f"--workdir={workdir}")
+    assert str(checkpoint) in error
+    assert part in error
+
+
+def test_what_a_deletion_has_left_of_an_older_checkpoint_is_cleared_away(tmp_path):
+    stage = tmp_path / "checkpoints" / BASELINE
+    for step in (8, 12, 16):
+        for part in ("network", "dataset"):
+            (stage / str(step) / part).mkdir(parents=True)
+            (stage / str(step) / part / "file").write_text(part)
+        write_list(stage / str(step))
+    (stage / "8" / "network" / "file").unlink()
+    assert set_damaged_aside(tmp_path, BASELINE) == []
+    assert sorted(path.name for path in stage.iterdir()) == ["12", "16"]
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_the_newest(damaged, name):
     workdir, checkpoint, part = damaged(name)

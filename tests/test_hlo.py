@@ -1,7 +1,6 @@
 """What is read out of compiled programs, of a CPU's compiler and of a TPU's: collectives, operations, traffic."""
 
 import collections
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import pytest
 from ftwt_jax import collectives as c
 from ftwt_jax import create_model, hlo, work
 from ftwt_jax.gates import GateConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_libtpu
 from tests.hlo_programs import DEVICES, FILTERS, PARTS, TRIPS
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
 PLATFORMS = ["cpu", pytest.param("tpu", marks=needs_libtpu)]
 on_a_tpu = pytest.mark.parametrize("programs", PLATFORMS[1:], indirect=True)
 

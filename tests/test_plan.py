@@ -12,14 +12,11 @@ from ftwt_jax.command_line import parse
 from ftwt_jax.plan import compile_step, planned_run
 from ftwt_jax.roofline import CHIPS, parse_slice
 from ftwt_jax.run import BASELINE, GATED
-from tests.conftest import fails
+from tests.conftest import fails, needs_libtpu
 
 SMALL = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=128")
 DIGITS = ("plan", *SMALL)
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]"),
-]
+pytestmark = [pytest.mark.long, needs_libtpu]
 
 
 def step(topology: str, *flags: str, name: str = GATED):

@@ -1,6 +1,7 @@
 """A run alone that is told to stop, or killed: nothing that was saved is lost, and the end is the same."""
 
 import dataclasses
+import functools
 import pathlib
 import random
 import signal
@@ -87,7 +88,7 @@ def test_a_run_killed_twenty_times_never_goes_back_and_ends_the_same(program, tm
         before = newest(workdir)
         with log.open("w") as output:
             process = program.start("train", *OFTEN, f"--workdir={workdir}", stdout=output, stderr=output)
-            wait_until(lambda: kill.has_come(workdir, sum(before) + 1), process)  # noqa: B023
+            wait_until(functools.partial(kill.has_come, workdir, sum(before) + 1), process)
             time.sleep(kill.delay)
             process.kill()
             assert process.wait() == -signal.SIGKILL, log.read_text()

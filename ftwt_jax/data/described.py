@@ -82,8 +82,8 @@ def _described(load: Callable[..., Dataset], given: dict[str, Any], find: Callab
 def _tfds(name: str, given: dict[str, Any], num_classes: int | None) -> Facts:
     """What TFDS knows of a data set, prepared or not; of a bucket, only what its own code says."""
     place = given.get("data_dir")
-    builder = tfds_sets._builder(name, None if place and "://" in place else place)
-    image, label = tfds_sets._keys(builder, name)
+    builder = tfds_sets.open_builder(name, None if place and "://" in place else place)
+    image, label = tfds_sets.picture_and_label(builder, name)
     classes = num_classes or builder.info.features[label].num_classes
     if not classes:
         raise UserError(f"TFDS does not say how many classes {tfds_sets.PREFIX}{name} has: give --num_classes")

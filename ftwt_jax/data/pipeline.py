@@ -37,8 +37,7 @@ def train_batches(
       image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the example in its source) and position
       uint32 [B].
     """
-    share = batch_size // jax.process_count()
-    first = jax.process_index() * share
+    first, share = _part(batch_size)
     numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
     size, flip = dataset.image_shape[0], dataset.flip
 
@@ -77,8 +76,7 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
       image uint8 [B, H, W, channels], label int32 [B], weight float32 [B]. What cannot be decoded has weight 0.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    share = batch_size // jax.process_count()
-    first = jax.process_index() * share
+    first, share = _part(batch_size)
     read = _reader(dataset, source, lambda picture, position: central_view(picture, dataset.image_shape[0]))
 
     def gather(start: int) -> Batch:
@@ -88,6 +86,12 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
 
     starts = grain.MapDataset.range(0, count, batch_size).map(gather)
     yield from starts.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
+
+
+def _part(batch_size: int) -> tuple[int, int]:
+    """Where in a batch this process's examples begin, and how many they are."""
+    share = batch_size // jax.process_count()
+    return jax.process_index() * share, share
 
 
 def _reader(

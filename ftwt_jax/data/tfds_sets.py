@@ -12,6 +12,7 @@ from rich.console import Console
 from ftwt_jax.data.build import build_dataset
 from ftwt_jax.data.source import Dataset, Example, Source
 from ftwt_jax.errors import UserError, one_line, unknown_name
+from ftwt_jax.printing import say
 
 PREFIX = "tfds:"
 FORMAT = "array_record"
@@ -94,12 +95,12 @@ def open_sources(
     os.environ.setdefault("EPATH_USE_TF", "false")
     import tensorflow_datasets as tfds
 
-    builder = _builder(name, data_dir)
+    builder = open_builder(name, data_dir)
     if not _prepared(builder):
         raise UserError(
             f"{PREFIX}{name} is not prepared in {data_dir or builder.data_dir}: run `{prepare_command(name, data_dir)}`"
         )
-    image, label = _keys(builder, name)
+    image, label = picture_and_label(builder, name)
     if test_split is None:
         test_split = next((split for split in HELD_OUT if split in builder.info.splits), None)
     if test_split is None:
@@ -161,7 +162,7 @@ def _damaged(name: str, error: Exception) -> UserError:
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
     """Whether a known data set has been prepared, in any format."""
-    return bool(_builder(name, data_dir).info.splits)
+    return bool(open_builder(name, data_dir).info.splits)
 
 
 def prepare_command(name: str, data_dir: str | None = None) -> str:
@@ -176,7 +177,7 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
     Raises:
       UserError: TensorFlow is missing, no such data set, or the download failed.
     """
-    builder = _builder(name, data_dir)
+    builder = open_builder(name, data_dir)
     if not _prepared(builder):
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(NEEDS)
@@ -188,10 +189,10 @@ def prepare(name: str, data_dir: str | None, console: Console) -> None:
         except Exception as error:
             # The data set's own code runs here: downloads, archives, checksums, instructions for manual downloads.
             raise UserError(f"{PREFIX}{name} cannot be prepared: {_shortened(error)}") from error
-    builder = _builder(name, data_dir)
+    builder = open_builder(name, data_dir)
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
     done = f"{PREFIX}{name} is prepared in {builder.data_dir}: {sizes}"
-    console.print(done, highlight=False, markup=False, soft_wrap=True)
+    say(console, done)
 
 
 def _convert(builder: Any) -> None:
@@ -224,7 +225,7 @@ def _convert(builder: Any) -> None:
     dataset_info.write_dataset_info_proto(description, dataset_info_dir=builder.data_path)
 
 
-def _builder(name: str, data_dir: str | None) -> Any:
+def open_builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     try:
@@ -247,7 +248,7 @@ def _prepared(builder: Any) -> bool:
     return bool(builder.info.splits) and FORMAT in {form.value for form in builder.info.available_file_formats()}
 
 
-def _keys(builder: Any, name: str) -> tuple[str, str]:
+def picture_and_label(builder: Any, name: str) -> tuple[str, str]:
     """Names of the picture and its class among the features."""
     import tensorflow_datasets as tfds
 
