@@ -71,6 +71,9 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 # Mass threshold; or a wanted MACs reduction in `budget`, for which r is solved.
                 "r": 0.9,
                 "budget": placeholder(float),
+                # Least and most MACs reduction, such as (0.3, 0.8): once the heads are frozen, each batch is trained at
+                # a budget in between, and one network serves them all.
+                "budgets": placeholder(tuple),
                 "mode": "decoupled",
                 "pool": "max",
                 "softmax": True,
@@ -83,6 +86,11 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 "loss_weight": 1.0,
                 "loss_reduction": "mean",
                 "cooldown": 0.5,
+                # Brings the work to what was predicted (or to the budget) by one offset to all gate logits, when the
+                # heads freeze and at the end.
+                "calibrate": True,
+                # Replaces the gates, when they freeze, by fixed masks of the same work: static pruning.
+                "static": False,
             },
         }
     )

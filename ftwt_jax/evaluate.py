@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
+from ftwt_jax.budget_curve import any_budget
 from ftwt_jax.checkpoints import has_checkpoint
 from ftwt_jax.distributed import together
 from ftwt_jax.estimate import known_estimate
@@ -35,6 +36,9 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
     count_skipped(run)
     gates = found.gates
+    static = None
+    if gated is not None and 0 < found.macs_reduction < 1:
+        static = any_budget(run, gated, estimate["r"]).fixed().evaluate(found.macs_reduction)
     result = {
         "accuracy": found.accuracy,
         "dense_accuracy": dense.accuracy,
@@ -44,6 +48,8 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "gate_accuracy": gates and gates.gate_accuracy,
         "static_gate_accuracy": gates and gates.static_gate_accuracy,
         "dynamic_filters": gates and gates.dynamic_filters,
+        "static_accuracy": static and static.accuracy,
+        "static_macs_reduction": static and static.macs_reduction,
         "units": list(found.gate_names),
         "density": list(gates.density) if gates else [],
         "samples": found.samples,
@@ -104,6 +110,8 @@ def summary_table(result: dict[str, Any], run: Run) -> Table:
         return table
     predicted = result["predicted_macs_reduction"]
     table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")
+    if result["static_accuracy"] is not None:
+        table.add_row("  of fixed masks with the same MACs", "", f"{result['static_accuracy']:.4f}")
     table.add_row("MACs reduction, exact", "", f"{result['macs_reduction']:.3f}")
     table.add_row("  predicted before gate training", "", "unknown" if predicted is None else f"{predicted:.3f}")
     table.add_row("MACs reduction, published", "", f"{result['macs_reduction_published']:.3f}")

@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ftwt_jax.activations import LayerRecord
-from ftwt_jax.compiling import compiler_options
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateControl
 from ftwt_jax.macs import Convention, dense_macs, layer_dense_macs, layer_macs
-from ftwt_jax.sharding import put_batch, put_whole, replicated, split, traced_on
+from ftwt_jax.sharding import jit_on, put_batch, put_whole, replicated, split
 from ftwt_jax.training import Normalize
 
 Sums = dict[str, Any]
@@ -58,8 +57,8 @@ class Evaluator:
         self._layers: tuple[LayerRecord, ...] = ()
         self._gate_names: tuple[str, ...] = ()
 
-        def step(variables: Any, batch: dict[str, Array], r: Array) -> Sums:
-            control = GateControl(r=r, masks=masks)
+        def step(variables: Any, batch: dict[str, Array], r: Array, offset: Array) -> Sums:
+            control = GateControl(r=r, masks=masks, offset=offset)
             outputs: Any = model.apply(variables, normalize(batch["image"]), train=False, control=control)
             # What is known of the layers without running them is noted while tracing.
             self._layers = tuple(x.replace(active_in=None, active_out=None, gate=None) for x in outputs.layers)
@@ -82,17 +81,18 @@ class Evaluator:
             }
 
         whole = replicated(mesh)
-        self._step: Callable[..., Sums] = jax.jit(
-            traced_on(mesh, step),
-            in_shardings=(whole, split(mesh), whole),
-            out_shardings=whole,
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
-        )
+        shardings = whole, split(mesh), whole, whole
+        self._step: Callable[..., Sums] = jit_on(mesh, step, in_shardings=shardings, out_shardings=whole)
 
-    def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float) -> Evaluation:
-        """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`."""
-        threshold = put_whole(np.float32(r), replicated(self._mesh))
-        parts = [self._step(variables, put_batch(batch, self._mesh), threshold) for batch in batches]
+    def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float, offset: float = 0.0) -> Evaluation:
+        """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`.
+
+        Args:
+          offset: added to all gate logits.
+        """
+        controls = (put_whole(np.float32(value), replicated(self._mesh)) for value in (r, offset))
+        threshold, added = controls
+        parts = [self._step(variables, put_batch(batch, self._mesh), threshold, added) for batch in batches]
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
         samples = round(float(sums["samples"]))
         exact, published = (np.asarray(sums[convention]) / samples for convention in ("exact", "published"))

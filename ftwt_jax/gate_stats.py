@@ -50,12 +50,14 @@ class GateReport:
       static_gate_accuracy: what the best fixed mask (each filter's majority) would score on the same targets.
       dynamic_filters: share of filters that are neither on for every sample nor off for every sample.
       density: share of filters on, per unit.
+      rates: for each unit, the share of samples for which each filter was on.
     """
 
     gate_accuracy: float
     static_gate_accuracy: float
     dynamic_filters: float
     density: tuple[float, ...]
+    rates: tuple[tuple[float, ...], ...]
 
 
 def summarize_gates(counts: Sequence[GateCounts], samples: int) -> GateReport:
@@ -73,6 +75,7 @@ def summarize_gates(counts: Sequence[GateCounts], samples: int) -> GateReport:
         static_gate_accuracy=_unit_mean(np.maximum(c.wanted, samples - c.wanted) / samples for c in host),
         dynamic_filters=float(np.mean((on > 0) & (on < samples))),
         density=tuple(float(np.mean(c.on / samples)) for c in host),
+        rates=tuple(tuple(map(float, c.on / samples)) for c in host),
     )
 
 

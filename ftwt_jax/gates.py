@@ -72,11 +72,14 @@ class GateControl:
       masks: where masks come from. `heads`: the gate logits; `targets`: the targets themselves, which needs no trained
         head (a dense network's variables will do); `open`: every filter on.
       targets: compute targets. Off, `GateOutput.target` is None and ranking costs nothing.
+      offset: added to all gate logits: a larger one turns more filters on, and so one trained network serves any
+        budget. A scalar, traced under jit.
     """
 
     r: Float[Array, ""] | float | None = None
     masks: str = struct.field(pytree_node=False, default="heads")
     targets: bool = struct.field(pytree_node=False, default=True)
+    offset: Float[Array, ""] | float | None = None
 
     def __post_init__(self):
         if isinstance(self.r, (int, float)):

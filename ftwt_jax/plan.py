@@ -161,7 +161,7 @@ def compile_step(run: Run, name: str, where: Slice) -> Step:
     """Compiles a stage's training step; raises `UserError` if it does not fit into the memory of a chip."""
     stage = make_stage(run, name)
     try:
-        compiled = stage.step.lower(stage.state, stage.batch, stage.r).compile()
+        compiled = stage.step.lower(stage.state, stage.batch, stage.control).compile()
     except jax.errors.JaxRuntimeError as error:
         raise _refused(error, name, where) from None
     memory = compiled.memory_analysis()

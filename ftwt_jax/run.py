@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -13,13 +14,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftwt_jax import optim
+from ftwt_jax.batch_statistics import BatchStatistics
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import for_channels
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.estimation import Estimator
+from ftwt_jax.estimation import Calibrator, Estimator
 from ftwt_jax.evaluation import Evaluator
 from ftwt_jax.gates import GateConfig
 from ftwt_jax.models import create_model
@@ -33,14 +35,14 @@ BASELINE, GATED = STAGES = "baseline", "gated"
 SECTIONS = {BASELINE: "baseline", GATED: "gates"}
 DTYPES = ("float32", "bfloat16")
 MOST_SEED = 2**31
-# Training pictures that the estimate runs over; more of them change the third digit.
+# Training pictures that work is predicted and gates are calibrated on; more of them change the third digit.
 ESTIMATE_SAMPLES = 2048
 
 # Fields that a config must have, by section.
 _STAGE = ("epochs", "lr", "schedule", "lr_boundaries", "lr_factor", "momentum", "weight_decay")
 _GATES = (
     *("r", "budget", "mode", "pool", "softmax", "after_block"),
-    *("head_lr", "loss_weight", "loss_reduction", "cooldown"),
+    *("head_lr", "loss_weight", "loss_reduction", "cooldown", "calibrate", "static", "budgets"),
 )
 _RUN = (
     *("seed", "init_from", "batch_size", "eval_batch_size", "accumulate", "shard_optimizer"),
@@ -163,8 +165,21 @@ class Run:
 
     def estimator(self, variables: Any) -> Estimator:
         """Predictions for the dense network with these variables."""
-        batches = eval_batches(self.dataset, self.dataset.train, self.eval_batch_size, limit=ESTIMATE_SAMPLES)
-        return Estimator(self.evaluator(GATED, masks="targets"), variables, list(batches))
+        return Estimator(self.evaluator(GATED, masks="targets"), variables, self.calibration_batches)
+
+    def calibrator(self, variables: Any, r: float) -> Calibrator:
+        """Offsets of the gates of a gated network with these variables."""
+        return Calibrator(self.evaluator(GATED), variables, self.calibration_batches, r)
+
+    @functools.cached_property
+    def batch_statistics(self) -> BatchStatistics:
+        """Measures batch statistics of the gated network."""
+        return BatchStatistics(self.models[GATED], self.normalize, self.mesh)
+
+    @functools.cached_property
+    def calibration_batches(self) -> list[dict[str, Any]]:
+        """Training pictures without augmentation, to predict work from and to calibrate gates on."""
+        return list(eval_batches(self.dataset, self.dataset.train, self.eval_batch_size, limit=ESTIMATE_SAMPLES))
 
 
 def make_run(

@@ -11,6 +11,7 @@ import optax
 
 from ftwt_jax import optim
 from ftwt_jax.data.augment import make_augment
+from ftwt_jax.gates import GateControl
 from ftwt_jax.run import GATED, STAGES, Run
 from ftwt_jax.sharding import replicated, split
 from ftwt_jax.training import TrainState, create_state, make_train_step, state_shardings
@@ -25,8 +26,8 @@ class Stage:
       total: number of steps.
       seed: of the order of the pictures and of what is done to them.
       rate: the backbone's learning rate at a step.
-      step: the jitted step, (state, batch, r) -> (state, metrics); compiled when first called.
-      state, batch, r: shapes, dtypes and shardings of what the step takes: of `batch`, over all processes.
+      step: the jitted step, (state, batch, control) -> (state, metrics); compiled when first called.
+      state, batch, control: shapes, dtypes and shardings of what the step takes: of `batch`, over all processes.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Stage:
     step: Callable[..., tuple[TrainState, dict[str, Any]]]
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    r: jax.ShapeDtypeStruct
+    control: GateControl
 
     @property
     def shardings(self) -> TrainState:
@@ -70,6 +71,7 @@ def make_stage(run: Run, name: str) -> Stage:
     def example(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split(mesh))
 
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     return Stage(
         name=name,
         total=total,
@@ -84,5 +86,5 @@ def make_stage(run: Run, name: str) -> Stage:
             "index": example((), jnp.int32),
             "position": example((), jnp.uint32),
         },
-        r=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
+        control=GateControl(r=scalar, offset=scalar),
     )

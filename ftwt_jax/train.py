@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
+from ftwt_jax.budget import BudgetKeeper
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint, set_damaged_aside
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.distributed import Preempted, Preemption
@@ -27,6 +28,8 @@ from ftwt_jax.training import TrainState, create_state
 from ftwt_jax.transfer import init_from_dense
 
 Variables = dict[str, Any]
+# What a dense network is trained with.
+UNGATED = {"r": 1.0, "macs_reduction": 0.0}
 
 
 def train(config: ConfigDict, folder: str, console: Console) -> None:
@@ -65,7 +68,7 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
         baseline = train_stage(run, BASELINE, console, preemption, lambda: init_dense(run))
         if config.gates.epochs > 0:
             estimate = choose_r(run, baseline, console)
-            train_stage(run, GATED, console, preemption, lambda: init_gated(run, baseline), estimate["r"])
+            train_stage(run, GATED, console, preemption, lambda: init_gated(run, baseline), estimate)
     if config.gates.epochs > 0:
         evaluate_run(run, console)
     else:
@@ -97,7 +100,12 @@ def init_gated(run: Run, baseline: Variables) -> Variables:
 
 
 def train_stage(
-    run: Run, name: str, console: Console, preemption: Preemption, init: Callable[[], Variables], r: float = 1.0
+    run: Run,
+    name: str,
+    console: Console,
+    preemption: Preemption,
+    init: Callable[[], Variables],
+    estimate: dict[str, float] | None = None,
 ) -> Variables:
     """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
 
@@ -105,7 +113,7 @@ def train_stage(
 
     Args:
       init: makes the variables to start from.
-      r: mass threshold of the targets (gated stage).
+      estimate: of the gated stage, the mass threshold of its targets and the MACs reduction to expect.
     """
     stage = make_stage(run, name)
     checkpoints = run.checkpoints(name, create=True)
@@ -122,7 +130,7 @@ def train_stage(
         writer = MetricsWriter(run.workdir, name, start, offset)
         display = ProgressDisplay(console, name, stage.total, start)
         try:
-            loop = _Loop(run, stage, r, checkpoints, writer, display, preemption, offset)
+            loop = _Loop(run, stage, estimate or UNGATED, checkpoints, writer, display, preemption, offset)
             return loop.run(state, start).variables
         finally:
             display.close()
@@ -138,7 +146,7 @@ class _Loop:
         self,
         run: Run,
         stage: Stage,
-        r: float,
+        estimate: dict[str, float],
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         display: ProgressDisplay,
@@ -146,7 +154,8 @@ class _Loop:
         offset: int,
     ):
         self._preemption, self._offset = preemption, offset
-        self._run, self._stage, self._r = run, stage, r
+        self._run, self._stage, self._r = run, stage, estimate["r"]
+        self._keeper = BudgetKeeper(run, stage, self._r, estimate["macs_reduction"])
         self._checkpoints, self._writer, self._display = checkpoints, writer, display
         self._evaluator = run.evaluator(stage.name)
 
@@ -154,12 +163,11 @@ class _Loop:
         config, stage = self._run.config, self._stage
         total = stage.total
         batches = train_batches(self._run.dataset, config.batch_size, stage.seed, start, total)
-        r = put_whole(np.float32(self._r), stage.r.sharding)
         watch, newest = Stopwatch(), None
         pending: list[Any] = []
         for step in range(start + 1, total + 1):
             batch = watch.next_batch(batches, newest)
-            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), r)
+            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), self._keeper.control(step))
             pending.append(metrics)
             if newest is not None:
                 # One step ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
@@ -171,6 +179,7 @@ class _Loop:
                 watch = Stopwatch()
             else:
                 watch.add(config.batch_size)
+            state = self._keeper.after(state, step)
             self._display.advance(step)
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
@@ -196,7 +205,8 @@ class _Loop:
         self._writer.write(step, scalars)
         self._display.report(step, scalars)
         if evaluated:
-            self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]})
+            comparable = self._keeper.comparable(step)
+            self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]} if comparable else None)
 
     def _collect(self, pending: list[Any], step: int) -> dict[str, float]:
         """Means of the steps since the last report; the one place where the loop waits for the device."""

@@ -81,8 +81,10 @@ def make_train_step(
     augment: Augment | None = None,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, dict[str, Array], Array], tuple[TrainState, Metrics]]:
-    """Builds the jit-compiled step: (state, batch, r) -> (state, metrics of this batch).
+) -> Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[TrainState, Metrics]]:
+    """Builds the jit-compiled step: (state, batch, control) -> (state, metrics of this batch).
+
+    `control` is a `GateControl` with r and offset, or r alone; both are traced.
 
     The state is donated; the batch is split over the mesh, batch norm and losses run over the whole of it, or of each
     of its parts.
@@ -97,7 +99,7 @@ def make_train_step(
       shardings: see `state_shardings`; None: all on every device.
     """
 
-    def loss_and_grads(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[Any, Any, Metrics]:
+    def loss_and_grads(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
         images = augment(batch["image"], batch["position"]) if augment else batch["image"]
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
@@ -105,7 +107,7 @@ def make_train_step(
                 {"params": params, "batch_stats": state.batch_stats},
                 normalize(images),
                 train=True,
-                control=GateControl(r=r),
+                control=control,
                 mutable=["batch_stats"],
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
@@ -121,7 +123,7 @@ def make_train_step(
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
         return grads, batch_stats, metrics
 
-    def in_parts(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[Any, Any, Metrics]:
+    def in_parts(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
         def part(x: Array) -> Array:
             # The parts are the minor axis, so that every device finds its share of each among its own examples.
             x = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
@@ -129,7 +131,7 @@ def make_train_step(
 
         def body(carry: tuple[Any, Any], batch: dict[str, Array]) -> tuple[tuple[Any, Any], Metrics]:
             sums, batch_stats = carry
-            grads, batch_stats, metrics = loss_and_grads(state.replace(batch_stats=batch_stats), batch, r)
+            grads, batch_stats, metrics = loss_and_grads(state.replace(batch_stats=batch_stats), batch, control)
             return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
 
         start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
@@ -139,8 +141,9 @@ def make_train_step(
 
     whole, parts = replicated(mesh), split(mesh)
 
-    def step(state: TrainState, batch: dict[str, Array], r: Array) -> tuple[TrainState, Metrics]:
-        grads, batch_stats, metrics = (loss_and_grads if accumulate == 1 else in_parts)(state, batch, r)
+    def step(state: TrainState, batch: dict[str, Array], control: GateControl | Array) -> tuple[TrainState, Metrics]:
+        control = control if isinstance(control, GateControl) else GateControl(r=control)
+        grads, batch_stats, metrics = (loss_and_grads if accumulate == 1 else in_parts)(state, batch, control)
         # However the optimizer's state is divided, the backward pass is none of its business.
         grads, batch_stats = lax.with_sharding_constraint((grads, batch_stats), whole)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)

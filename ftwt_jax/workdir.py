@@ -12,7 +12,7 @@ from ftwt_jax.files import written_whole
 
 CONFIG = "config.json"
 # Fields that folders may be older than, and what they meant before.
-NEWER = {"accumulate": 1, "shard_optimizer": False}
+NEWER = {"accumulate": 1, "shard_optimizer": False, "gates": {"calibrate": False, "static": False, "budgets": None}}
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
@@ -109,4 +109,12 @@ def _kept(path: pathlib.Path) -> dict[str, Any]:
     config = read_json(path / CONFIG, "run's config")
     if not isinstance(config, dict):
         raise UserError(f"run's config at {path / CONFIG} is not a config")
-    return {**NEWER, **config}
+    return _filled(config, NEWER)
+
+
+def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The config with what it lacks, section by section."""
+    sections = {
+        key: _filled(config[key], value) for key, value in defaults.items() if isinstance(config.get(key), dict)
+    }
+    return {**defaults, **config, **sections}

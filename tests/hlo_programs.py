@@ -88,7 +88,7 @@ def steps(devices, wanted):
         config.update(STEPS[name])
         run = make_run(config, pathlib.Path(os.devnull) / "nowhere", data_mesh(devices))
         stage = make_stage(run, GATED)
-        found[name] = stage.step.lower(stage.state, stage.batch, stage.r)
+        found[name] = stage.step.lower(stage.state, stage.batch, stage.control)
     return found
 
 

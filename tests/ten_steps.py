@@ -57,8 +57,9 @@ def short_networks():
 
 
 def start(run, name):
-    """A stage, its state before the first step, its batches, and r; gates differ from picture to picture."""
+    """A stage, its state before the first step, its batches, and r as control; gates differ from picture to picture."""
     from ftwt_jax.data.pipeline import train_batches
+    from ftwt_jax.gates import GateControl
     from ftwt_jax.sharding import put_batch, put_whole
     from ftwt_jax.stages import make_stage
     from ftwt_jax.training import create_state
@@ -66,15 +67,16 @@ def start(run, name):
     stage = make_stage(run, name)
     state = put_whole(create_state(random_like(run.abstract_variables(name)), stage.optimizer), stage.shardings)
     batches = train_batches(run.dataset, run.config.batch_size, stage.seed, 0, STEPS)
-    return stage, state, (put_batch(batch, run.mesh) for batch in batches), put_whole(np.float32(R), stage.r.sharding)
+    control = put_whole(GateControl(r=np.float32(R), offset=np.float32(0)), stage.control.r.sharding)
+    return stage, state, (put_batch(batch, run.mesh) for batch in batches), control
 
 
 def ten_steps(run, name):
     """What ten steps lead to: every number by its name, of a metric one a step; the step; the state."""
-    stage, state, batches, r = start(run, name)
+    stage, state, batches, control = start(run, name)
     seen = []
     for batch in batches:
-        state, metrics = stage.step(state, batch, r)
+        state, metrics = stage.step(state, batch, control)
         seen.append(metrics)
     rows = jax.device_get(seen)
     numbers = {metric: np.array([row[metric] for row in rows]) for metric in rows[0]}

@@ -207,7 +207,7 @@ def test_a_step_in_parts_takes_less_memory():
     needs = []
     for parts in (1, PARTS):
         stage = make_stage(make(accumulate=parts), BASELINE)
-        compiled = stage.step.lower(stage.state, stage.batch, stage.r).compile()
+        compiled = stage.step.lower(stage.state, stage.batch, stage.control).compile()
         needs.append(compiled.memory_analysis().temp_size_in_bytes)
     assert needs[1] < needs[0] / 2
 
@@ -241,7 +241,7 @@ def forward(run, variables, images, **options):
 
 def test_in_bfloat16_what_is_learnt_and_what_is_lost_stay_float32(in_bfloat16):
     run, stage, variables, batch = in_bfloat16
-    state, metrics = jax.eval_shape(stage.step, stage.state, stage.batch, stage.r)
+    state, metrics = jax.eval_shape(stage.step, stage.state, stage.batch, stage.control)
     outputs, _ = jax.eval_shape(lambda v: forward(run, v, batch["image"], mutable=["batch_stats"]), variables)
     logits = [outputs.logits, *(gate.logits for gate in outputs.gates)]
     floats = [leaf for leaf in jax.tree.leaves((state, metrics, logits)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -251,7 +251,7 @@ def test_in_bfloat16_what_is_learnt_and_what_is_lost_stay_float32(in_bfloat16):
 
 def test_in_bfloat16_convolutions_and_their_gradients_run_in_it(in_bfloat16):
     _, stage, _, _ = in_bfloat16
-    text = stage.step.lower(stage.state, stage.batch, stage.r).as_text()
+    text = stage.step.lower(stage.state, stage.batch, stage.control).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     # Forward, by kernel, and by input, which the first has none of.
     assert len(convolutions) == 2 * 3 - 1

@@ -1,0 +1,45 @@
+"""Statistics of batch norm measured anew, for masks that were not those of training (Yu and Huang 2019, 1903.05134)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ftwt_jax.batch_norm import MOMENTUM
+from ftwt_jax.gates import GateControl
+from ftwt_jax.sharding import jit_on, put_batch, replicated, split
+from ftwt_jax.training import Normalize
+
+
+class BatchStatistics:
+    """Measures a gated network's batch statistics under the masks of its own heads; compiled once."""
+
+    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh):
+        def step(variables: Any, images: Array) -> Any:
+            control = GateControl(targets=False)
+            images = normalize(images)
+            _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
+            running = variables["batch_stats"]
+            # What the batch has added to the running mean.
+            return jax.tree.map(
+                lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), updates["batch_stats"], running
+            )
+
+        whole = replicated(mesh)
+        self._mesh = mesh
+        self._step: Callable[..., Any] = jit_on(mesh, step, in_shardings=(whole, split(mesh)), out_shardings=whole)
+
+    def renewed(self, variables: dict[str, Any], batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The variables with mean and variance averaged over these batches, the full ones if there are any.
+
+        Args:
+          batches: training pictures, as `eval_batches` gives them.
+        """
+        full = [batch for batch in batches if np.all(batch["weight"] > 0)] or list(batches)
+        found = [self._step(variables, put_batch({"image": batch["image"]}, self._mesh)["image"]) for batch in full]
+        mean = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]) / len(parts), *found)
+        return {**variables, "batch_stats": mean}
