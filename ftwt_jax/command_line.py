@@ -7,7 +7,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from ftwt_jax.commands import COMMANDS, FIELD, Command
+from ftwt_jax.command_flags import FIELD, define_train
+from ftwt_jax.commands import COMMANDS
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -27,8 +28,9 @@ def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
     if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
         values = flags.FlagValues()
         COMMANDS[name].define(values, [])
-        operand = f" {COMMANDS[name].operand.upper()}" if COMMANDS[name].operand else ""
-        print(f"{name}{operand}: {COMMANDS[name].summary}\n{values.module_help(Command.__module__)}")
+        operand = COMMANDS[name].operand
+        words = "" if operand is None else f" {operand.name.upper()}{' ...' if operand.several else ''}"
+        print(f"{name}{words}: {COMMANDS[name].summary}\n{values.module_help(define_train.__module__)}")
         return None
     arguments = _find_config(arguments)
     if name == "convert" and not any(argument.startswith("--config=") for argument in arguments):
@@ -53,11 +55,13 @@ def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
     COMMANDS[name].define(values, arguments)
     rest = values([name, *arguments])[1:]
     operand = COMMANDS[name].operand
-    if operand:
-        if len(rest) != 1:
-            raise UserError(f"{name} takes one {operand}, such as tfds:cifar10; got {' '.join(rest) or 'none'}")
-        flags.DEFINE_string(operand, rest.pop(), "", flag_values=values)
+    if operand is not None:
+        if not rest or (len(rest) > 1 and not operand.several):
+            wanted = f"one {operand.name}" + (" or more" if operand.several else "")
+            raise UserError(f"{name} takes {wanted}, such as {operand.example}; got {' '.join(rest) or 'none'}")
+        flags.DEFINE_multi_string(operand.name, rest, "", flag_values=values)
         values.mark_as_parsed()
+        rest = []
     if rest:
         raise UserError(f"{name} takes flags only; got {rest[0]!r}")
     return values

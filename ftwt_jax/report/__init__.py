@@ -1,0 +1,1 @@
+"""The command `report`: what runs have reached, as one page and its plots."""

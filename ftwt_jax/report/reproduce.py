@@ -1,0 +1,130 @@
+"""How a run can be had again: its commands, and what it ran on."""
+
+import importlib.metadata
+import pathlib
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from ftwt_jax.command_line import REPOSITORY, parse
+from ftwt_jax.corruption_sweep import APPLIED
+from ftwt_jax.data.build import threads
+from ftwt_jax.errors import UserError
+from ftwt_jax.report.runs import RecordedRun
+from ftwt_jax.version import __version__
+from ftwt_jax.workdir import as_dict
+
+PROGRAM = ("python", "-m", "ftwt_jax")
+
+
+def train_command(run: RecordedRun) -> str | None:
+    """The shortest `train` whose flags give exactly the run's config; None if no config file here can be brought to it.
+
+    The config file of a run is not recorded, so all of them are tried. What is found was parsed, and compared.
+    """
+    found = [flags for base in _bases(run.config.model.name) if (flags := _flags_from(base, run)) is not None]
+    if not found:
+        return None
+    return in_lines([*PROGRAM, "train", *min(found, key=len), f"--workdir={run.path}"])
+
+
+def _bases(arch: str) -> list[str]:
+    files = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
+    return [f"--config=configs/{file}{end}" for file in files for end in ("", f":{arch}")]
+
+
+def _flags_from(base: str, run: RecordedRun) -> list[str] | None:
+    """`base` and a flag for each field in which the run differs from it; None if flags cannot make them equal."""
+    wanted = as_dict(run.config)
+    try:
+        there = flatten_dict(_config([base]))
+        changed = [(path, value) for path, value in flatten_dict(wanted).items() if there.get(path, path) != value]
+        flags = [base, *(f"--config.{'.'.join(path)}={_text(value)}" for path, value in changed)]
+        return flags if _config(flags) == wanted else None
+    except UserError:
+        return None
+
+
+def _config(flags: list[str]) -> dict[str, Any]:
+    values = parse("train", flags)
+    assert values is not None
+    return as_dict(values.config)
+
+
+def _text(value: Any) -> str:
+    return repr(tuple(value)) if isinstance(value, list) else str(value)
+
+
+def evaluate_commands(run: RecordedRun) -> list[str]:
+    """The commands that wrote the figures of a workdir."""
+    start = [*PROGRAM, "evaluate", f"--workdir={run.path}"]
+
+    def best(table: dict[str, Any]) -> list[str]:
+        return ["--best"] if table.get("checkpoint") == "best" else []
+
+    commands = [[*start, *best(run.evaluation)]]
+    if run.budgets:
+        budgets = ",".join(f"{row.get('budget', row['macs_reduction']):g}" for row in run.budgets)
+        commands.append([*start, *best(run.curve), f"--budgets={budgets}"])
+    if run.corruptions:
+        source = run.sweep.get("source", APPLIED)
+        given = [] if source == APPLIED else [f"--corruptions_from={source}"]
+        commands.append([*start, *best(run.sweep), "--corruptions", *given])
+    return [in_lines(command) for command in commands]
+
+
+def report_command(runs: Sequence[RecordedRun], out: pathlib.Path, unit: str | None) -> str:
+    """The command that writes this page again."""
+    chosen = [] if unit is None else [f"--unit={unit}"]
+    return in_lines([*PROGRAM, "report", *(str(run.path) for run in runs), f"--out={out}", *chosen])
+
+
+def in_lines(command: Sequence[str]) -> str:
+    """A command for a shell; each argument after the name on a line of its own."""
+    head, rest = shlex.join(command[:4]), [shlex.quote(argument) for argument in command[4:]]
+    return " \\\n    ".join([head, *rest])
+
+
+def environment() -> list[tuple[str, str]]:
+    """What this process runs on, as names and values."""
+    devices = jax.devices()
+    found = [
+        ("Python", platform.python_version()),
+        *((name, importlib.metadata.version(name)) for name in ("jax", "jaxlib", "flax")),
+        ("ftwt_jax", __version__),
+        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+        ("processor", f"{_processor()}, {threads()} cores"),
+        ("system", f"{platform.system()} {platform.machine()}"),
+    ]
+    commit = _commit()
+    return [*found, ("git commit", commit)] if commit else found
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the code, if it lies in a git checkout, and whether files were changed since."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}, and changes since" if changed else commit
