@@ -8,6 +8,7 @@ from ftwt_jax.gates import GateConfig, GateControl, GateHead, GateOutput
 from ftwt_jax.losses import gate_loss
 from ftwt_jax.macs import dense_macs, layer_macs, macs
 from ftwt_jax.models import create_model
+from ftwt_jax.offsets import fix_gates, shift_gates
 from ftwt_jax.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.transfer import init_from_dense
 from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
@@ -35,12 +36,14 @@ __all__ = [
     "create_model",
     "dense_macs",
     "filter_mass",
+    "fix_gates",
     "from_torch",
     "gate_loss",
     "init_from_dense",
     "layer_macs",
     "macs",
     "residual_add",
+    "shift_gates",
     "summarize_gates",
     "to_torch",
     "topk_mass_mask",

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ftwt_jax.batch_norm import MOMENTUM
+from ftwt_jax.distributed import together
 from ftwt_jax.gates import GateControl
-from ftwt_jax.sharding import jit_on, put_batch, replicated, split
+from ftwt_jax.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
 from ftwt_jax.training import Normalize
 
 
@@ -39,7 +40,10 @@ class BatchStatistics:
         Args:
           batches: training pictures, as `eval_batches` gives them.
         """
-        full = [batch for batch in batches if np.all(batch["weight"] > 0)] or list(batches)
-        found = [self._step(variables, put_batch({"image": batch["image"]}, self._mesh)["image"]) for batch in full]
-        mean = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]) / len(parts), *found)
-        return {**variables, "batch_stats": mean}
+        # A batch that is full here may not be so on another process; all have to leave out the same.
+        partial = together([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
+        full = [batch for index, batch in enumerate(batches) if str(index) not in partial] or list(batches)
+        images = (put_batch({"image": batch["image"]}, self._mesh)["image"] for batch in full)
+        found = [in_order(self._mesh, self._step(variables, batch)) for batch in images]
+        mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *jax.device_get(found))
+        return {**variables, "batch_stats": put_whole(mean, replicated(self._mesh))}

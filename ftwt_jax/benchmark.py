@@ -55,15 +55,24 @@ class Subject:
     normalize: Callable[[jax.Array], jax.Array]
 
 
-def trained_subject(folder: str, best: bool = False) -> Subject:
-    """The newest (or best) networks of a workdir, on its data: training pictures to calibrate, held-out to measure."""
+def trained_subject(folder: str, best: bool = False, budget: float | None = None) -> Subject:
+    """The newest (or best) networks of a workdir, on its data: training pictures to calibrate, held-out to measure.
+
+    Args:
+      budget: MACs reduction to bring the gates to; None: as they were trained.
+    """
+    from ftwt_jax.budget_curve import any_budget
     from ftwt_jax.data.pipeline import eval_batches
+    from ftwt_jax.estimate import known_estimate
     from ftwt_jax.run import BASELINE, GATED, make_run
 
     path, config = workdir.load(folder)
     if not has_checkpoint(path, GATED):
         raise UserError(f"{path} has no trained gates: train them, or take --arch and --budget for synthetic ones")
     run = make_run(config, path)
+    gated = run.trained(GATED, best)
+    if budget is not None:
+        gated = any_budget(run, gated, known_estimate(run)["r"]).at(budget)
 
     def pictures(split: Any, most: int) -> jax.Array:
         batches = eval_batches(run.dataset, split, config.eval_batch_size, limit=most)
@@ -76,7 +85,7 @@ def trained_subject(folder: str, best: bool = False) -> Subject:
         run.models[BASELINE],
         run.models[GATED],
         run.trained(BASELINE),
-        run.trained(GATED, best),
+        gated,
         pictures(run.dataset.train, CALIBRATION),
         pictures(run.dataset.test, HELD_OUT),
         run.normalize,

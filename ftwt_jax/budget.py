@@ -9,11 +9,10 @@ from jaxtyping import Array
 
 from ftwt_jax import workdir
 from ftwt_jax.distributed import meet
-from ftwt_jax.errors import UserError
 from ftwt_jax.gates import GateControl
 from ftwt_jax.offsets import fix_gates, shift_gates
 from ftwt_jax.optim import cooldown_step
-from ftwt_jax.run import GATED, Run
+from ftwt_jax.run import GATED, Run, budget_range
 from ftwt_jax.sharding import put_whole, replicated
 from ftwt_jax.stages import Stage
 from ftwt_jax.training import TrainState
@@ -41,8 +40,8 @@ class BudgetKeeper:
         gated = stage.name == GATED
         self._active = gated and settings.calibrate and 0 < budget < 1
         self._static = self._active and settings.static
-        self._range = check_range(settings.budgets) if self._active and settings.budgets else None
-        self._frozen = cooldown_step(settings, stage.total) if self._active else 0
+        self._range = budget_range(settings) if self._active else None
+        self._frozen = max(cooldown_step(settings, stage.total), 1) if self._active else 0
         self._steps = {self._frozen, stage.total} if self._active else set()
         self._shift = jax.jit(_shifted, out_shardings=stage.shardings.params)
         self._seed = stage.seed
@@ -68,34 +67,31 @@ class BudgetKeeper:
             return state
         variables: dict[str, Any] = state.variables
         if self._static and step == self._frozen:
-            variables = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
+            fixed = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
+            variables = put_whole(fixed, replicated(self._run.mesh))
         calibrator = self._run.calibrator(variables, self._r)
         offset, _ = calibrator.solve(self._budget)
+        variables = self._moved(variables, offset)
         if self._range is not None and step == self._frozen:
             budgets = np.linspace(*self._range, POINTS).tolist()
-            # From what the shift below makes zero.
+            # From what the shift has made zero.
             offsets = [calibrator.solve(budget)[0] - offset for budget in budgets]
             self._table = {"budgets": budgets, "offsets": offsets}
             workdir.write_json(self._run.workdir / OFFSETS, self._table)
             meet("offsets written")
-        added = put_whole(np.float32(offset), replicated(self._run.mesh))
-        variables["params"] = self._shift(variables["params"], added)
-        if self._range is not None and step != self._frozen:
-            # Those of training are a mixture of all budgets.
+        elif self._range is not None:
+            # Those of training are a mixture of all budgets. Under others the gates are given other maps.
             variables = self._run.batch_statistics.renewed(variables, self._run.calibration_batches)
+            variables = self._moved(variables, self._run.calibrator(variables, self._r).solve(self._budget)[0])
         return state.replace(**variables)
+
+    def _moved(self, variables: dict[str, Any], offset: float) -> dict[str, Any]:
+        added = put_whole(np.float32(offset), replicated(self._run.mesh))
+        return {**variables, "params": self._shift(variables["params"], added)}
 
     def _control(self, offset: float) -> GateControl:
         control = GateControl(r=jnp.float32(self._r), offset=jnp.float32(offset))
         return put_whole(control, replicated(self._run.mesh))
-
-
-def check_range(budgets: Any) -> tuple[float, float]:
-    """The least and the most of `config.gates.budgets`; raises `UserError` if it is not two reductions in order."""
-    numbers = all(isinstance(budget, (int, float)) for budget in budgets)
-    if len(budgets) != 2 or not numbers or not 0 < budgets[0] < budgets[1] < 1:
-        raise UserError(f"config.gates.budgets is the least and the most MACs reduction, (0.3, 0.8); got {budgets}")
-    return budgets[0], budgets[1]
 
 
 def _shifted(params: Any, offset: Array) -> Any:

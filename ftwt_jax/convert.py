@@ -132,7 +132,7 @@ def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> 
 def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, console: Console) -> None:
     """Says what was found, and what can be done with it."""
     name, gates = config.model.name, imported.model.gates
-    kind = "dense" if gates is None else f"gated (pool={gates.pool}, softmax={gates.softmax}, r={gates.r:g})"
+    kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.normalization}, r={gates.r:g})"
     classes = _class_count(imported.source)
     say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
     usual = {"stem": None, "width": 1.0}

@@ -21,7 +21,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_program(
-    folder: str, out: str, console: Console, compacted: bool = False, baseline: bool = False, best: bool = False
+    folder: str,
+    out: str,
+    console: Console,
+    compacted: bool = False,
+    baseline: bool = False,
+    best: bool = False,
+    budget: float | None = None,
 ) -> pathlib.Path:
     """Writes a workdir's network as StableHLO with its weights, for cpu, cuda and tpu.
 
@@ -31,6 +37,7 @@ def export_program(
     Args:
       compacted: leave out filters as `compact` does, calibrated on training pictures, for one picture at a time.
       baseline: the dense baseline instead of the gated network.
+      budget: MACs reduction to bring the gates to; None: as they were trained.
 
     Raises:
       UserError: there is no such network, or the file is there already or cannot be written.
@@ -42,7 +49,9 @@ def export_program(
         raise UserError(f"{target} is there already: choose another file with --out")
     if compacted and baseline:
         raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
-    subject = trained_subject(folder, best)
+    if budget is not None and baseline:
+        raise UserError("--budget moves gates, and --baseline exports the dense network, which has none")
+    subject = trained_subject(folder, best, budget)
     if baseline:
         network = fold(subject.dense, subject.dense_variables)
     elif compacted:

@@ -82,6 +82,10 @@ class Calibrator:
           UserError: no offset reaches this reduction.
         """
         step = 1.0 if self.measure().macs_reduction > budget else -1.0
-        while abs(step) < MOST_OFFSET and (self.measure(step).macs_reduction > budget) == (step > 0):
+        while (
+            not self._curve.has(budget)
+            and abs(step) < MOST_OFFSET
+            and (self.measure(step).macs_reduction > budget) == (step > 0)
+        ):
             step *= 2
         return self._curve.solve(budget)

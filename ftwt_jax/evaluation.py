@@ -15,7 +15,7 @@ from ftwt_jax.activations import LayerRecord
 from ftwt_jax.gate_stats import GateReport, count_gates, summarize_gates
 from ftwt_jax.gates import GateControl
 from ftwt_jax.macs import Convention, dense_macs, layer_dense_macs, layer_macs
-from ftwt_jax.sharding import jit_on, put_batch, put_whole, replicated, split
+from ftwt_jax.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
 from ftwt_jax.training import Normalize
 
 Sums = dict[str, Any]
@@ -92,7 +92,10 @@ class Evaluator:
         """
         controls = (put_whole(np.float32(value), replicated(self._mesh)) for value in (r, offset))
         threshold, added = controls
-        parts = [self._step(variables, put_batch(batch, self._mesh), threshold, added) for batch in batches]
+        parts = [
+            in_order(self._mesh, self._step(variables, put_batch(batch, self._mesh), threshold, added))
+            for batch in batches
+        ]
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
         samples = round(float(sums["samples"]))
         exact, published = (np.asarray(sums[convention]) / samples for convention in ("exact", "published"))

@@ -18,6 +18,9 @@ from ftwt_jax.reductions import max_pool_all, mean_pool_all
 HEAD_NAME = "gate_head"
 MODES = ("decoupled", "joint")
 POOLS = ("max", "mean")
+NORMS = ("softmax", "layer", "none")
+# Added to the variance.
+NORM_EPSILON = 1e-5
 MASK_SOURCES = ("heads", "targets", "open")
 
 
@@ -38,6 +41,8 @@ class GateConfig:
         backbone; `joint`: it does.
       pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
       softmax: normalise the pooled channels by a softmax times their number; off: read them as they are.
+      norm: in place of `softmax`, by name: `softmax`, `none`, or `layer`: to mean 0 and deviation 1 over the channels
+        of each sample (layer norm without parameters).
       after_block: in residual blocks of two 3x3 units, rank and mask after the addition and its activation instead of
         before it. Bottlenecks and inverted residuals have no unit that ends with the addition; nothing changes there.
       min_filters: fewest filters a target keeps in a sample that is not all zero (0: the published rule).
@@ -49,6 +54,7 @@ class GateConfig:
     softmax: bool = True
     after_block: bool = False
     min_filters: int = 1
+    norm: Literal["softmax", "layer", "none"] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "r", check_r(self.r))
@@ -56,11 +62,18 @@ class GateConfig:
             raise unknown_name("gate mode", self.mode, MODES)
         if self.pool not in POOLS:
             raise unknown_name("gate pool", self.pool, POOLS)
+        if self.norm is not None and self.norm not in NORMS:
+            raise unknown_name("norm of the gate heads", self.norm, NORMS)
         for name in ("softmax", "after_block"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is True or False; got {getattr(self, name)!r}")
         if not isinstance(self.min_filters, int) or isinstance(self.min_filters, bool) or self.min_filters < 0:
             raise UserError(f"min_filters is a number of filters, 0 or more; got {self.min_filters!r}")
+
+    @property
+    def normalization(self) -> str:
+        """What a head does with the pooled channels: `norm`, or what `softmax` says."""
+        return self.norm or ("softmax" if self.softmax else "none")
 
 
 @struct.dataclass
@@ -110,31 +123,38 @@ def gate_pool(pool: str) -> Callable[[Array], Array]:
     return {"max": max_pool_all, "mean": mean_pool_all}[pool]
 
 
+def normalized(pooled: Float[Array, "N C_in"], norm: str) -> Float[Array, "N C_in"]:
+    """What a head reads of the pooled channels, by the name of its norm (see `GateConfig`)."""
+    if norm == "softmax":
+        return jax.nn.softmax(pooled, axis=-1) * pooled.shape[-1]
+    return jax.nn.standardize(pooled, axis=-1, epsilon=NORM_EPSILON) if norm == "layer" else pooled
+
+
 class GateHead(nn.Module):
     """Predicts which filters of a unit will matter from the unit's input: P = e W + b.
 
-    e is the global pool of the input per channel, then `softmax(e) * C_in`. The factor C_in is not in the paper: a
-    plain softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's average at the
-    published learning rate. It is the same class of functions: a published kernel divided by C_in gives the published
-    logits.
+    e is the global pool of the input per channel, then `softmax(e) * C_in`, or another norm. The factor C_in is not in
+    the paper: a plain softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's
+    average at the published learning rate. It is the same class of functions: a published kernel divided by C_in gives
+    the published logits.
 
     The first logits lie near 1, that is, every filter is on: a gated network starts as the dense one it was made from.
     They are not quite 1, so that in `joint` mode the gate loss reaches the backbone from the first step.
 
     Attributes:
       features: number of filters of the unit, C.
-      pool, softmax: see `GateConfig`.
+      pool, softmax, norm: see `GateConfig`.
     """
 
     features: int
-    pool: str = "max"
+    pool: Literal["max", "mean"] = "max"
     softmax: bool = True
+    norm: Literal["softmax", "layer", "none"] | None = None
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
-        summary = gate_pool(self.pool)(inputs.astype(jnp.float32))
-        if self.softmax:
-            summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
+        settings = GateConfig(pool=self.pool, softmax=self.softmax, norm=self.norm)
+        summary = normalized(gate_pool(self.pool)(inputs.astype(jnp.float32)), settings.normalization)
         dense = nn.Dense(
             self.features,
             # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.

@@ -36,12 +36,13 @@ def fix_gates(variables: dict[str, Any], rates: Mapping[str, Sequence[float]]) -
       rates: for each gated unit by its name in `Outputs.gate_names`, the share of samples for which each filter was on.
 
     Raises:
-      UserError: there is no gate head, or a unit without rates.
+      UserError: there is no gate head, or a unit without a rate for each of its filters.
     """
 
     def fixed(unit: str, kernel: Array, bias: Array) -> tuple[Array, Array]:
-        if unit not in rates:
-            raise UserError(f"no rates for {unit}: give the share of samples for which each of its filters was on")
+        if len(rates.get(unit, ())) != len(bias):
+            wanted = f"give the share of samples for which each of its {len(bias)} filters was on"
+            raise UserError(f"no rates for {unit}: {wanted}")
         share = np.asarray(rates[unit], np.float32)
         place = np.argsort(np.argsort(-share, kind="stable"))
         logits = (max(round(float(share.sum())), 1) - 0.5 - place) / len(share)

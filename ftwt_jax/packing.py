@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax import lax
 from jaxtyping import Array
 
 from ftwt_jax.activations import Activations, LayerRecord, Packed, as_activations, merge_layers, module_calls
 from ftwt_jax.batch_norm import EPSILON
 from ftwt_jax.convolution import conv_general_dilated
-from ftwt_jax.gates import HEAD_NAME, GateConfig, GateOutput, gate_pool
+from ftwt_jax.gates import HEAD_NAME, NORM_EPSILON, GateConfig, GateOutput, gate_pool
 from ftwt_jax.native import kernels
 from ftwt_jax.reductions import mean_pool_all
 from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
@@ -227,8 +228,15 @@ def _unit_weights(weights: dict[str, Any], inputs: Channels, kept: Channels, dep
 def _gate_logits(x: Array, left_out: int, weights: dict[str, Any], gates: GateConfig) -> Array:
     """`GateHead` on packed maps: what is left out is zero in every map, so one number stands for all of it."""
     summary = gate_pool(gates.pool)(x)
-    if not gates.softmax:
+    if gates.normalization == "none":
         return summary @ weights["head_kernel"] + weights["head_bias"]
+    if gates.normalization == "layer":
+        channels = x.shape[-1] + left_out
+        mean = jnp.sum(summary, axis=-1, keepdims=True) / channels
+        rest = jnp.square(mean) * left_out
+        var = (jnp.sum(jnp.square(summary - mean), axis=-1, keepdims=True) + rest) / channels
+        scale = lax.rsqrt(var + NORM_EPSILON)
+        return (summary @ weights["head_kernel"] - mean * weights["head_sum"]) * scale + weights["head_bias"]
     top = jnp.max(summary, axis=-1, keepdims=True)
     if left_out:
         top = jnp.maximum(top, 0)

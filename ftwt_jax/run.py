@@ -238,6 +238,9 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
             raise UserError(f"config.{field} is a number of steps and must be at least 1; got {config[field]}")
     for stage in (config.baseline, config.gates):
         optim.check_stage(stage)
+    budget_range(config.gates)
+    if config.gates.static and not config.gates.calibrate:
+        raise UserError("config.gates.static fixes masks that calibration chooses: leave config.gates.calibrate on")
 
 
 def _check_fields(config: ConfigDict) -> None:
@@ -268,3 +271,20 @@ def gate_config(gates: ConfigDict) -> GateConfig:
     if gates.budget is not None and not 0 < gates.budget < 1:
         raise UserError(f"config.gates.budget is a MACs reduction between 0 and 1; got {gates.budget}")
     return GateConfig(**{key: value for key, value in gates.items() if key in fields})
+
+
+def budget_range(gates: ConfigDict) -> tuple[float, float] | None:
+    """The least and the most of `config.gates.budgets`, None where it is not set.
+
+    Raises:
+      UserError: it is not two MACs reductions in order, or gates are not to be calibrated.
+    """
+    if gates.budgets is None:
+        return None
+    budgets = tuple(gates.budgets)
+    numbers = all(isinstance(budget, (int, float)) for budget in budgets)
+    if len(budgets) != 2 or not numbers or not 0 < budgets[0] < budgets[1] < 1:
+        raise UserError(f"config.gates.budgets is the least and the most MACs reduction, (0.3, 0.8); got {budgets}")
+    if not gates.calibrate:
+        raise UserError("config.gates.budgets are met by calibrating gates: leave config.gates.calibrate on")
+    return budgets

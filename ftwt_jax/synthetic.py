@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ftwt_jax.batch_norm import MOMENTUM
 from ftwt_jax.compiling import compiler_options
 from ftwt_jax.errors import UserError
-from ftwt_jax.gates import GateControl, GateHead, gate_pool
+from ftwt_jax.gates import GateConfig, GateControl, GateHead, gate_pool, normalized
 from ftwt_jax.macs import dense_macs, macs
 
 _LARGEST_OFFSET, _ROUNDS = 6.0, 12
@@ -51,9 +51,8 @@ def random_gates(
                 return call(*args, **kwargs)
             head = context.module
             key = jax.random.fold_in(jax.random.key(seed), len(heads))
-            summary = gate_pool(head.pool)(args[0].astype(jnp.float32))
-            if head.softmax:
-                summary = jax.nn.softmax(summary, axis=-1) * summary.shape[-1]
+            settings = GateConfig(pool=head.pool, softmax=head.softmax, norm=head.norm)
+            summary = normalized(gate_pool(head.pool)(args[0].astype(jnp.float32)), settings.normalization)
             kernel = jax.random.normal(key, (summary.shape[-1], head.features))
             logits = summary @ kernel
             scale = 1 / jnp.maximum(jnp.std(logits, axis=0), 1e-6)

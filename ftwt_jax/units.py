@@ -151,7 +151,7 @@ class GatedUnit(nn.Module):
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
         if control.masks == "heads" or self.is_initializing():
             source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
-            logits = GateHead(self.features, gates.pool, gates.softmax, name=HEAD_NAME)(source)
+            logits = GateHead(self.features, gates.pool, gates.softmax, gates.norm, name=HEAD_NAME)(source)
             logits = logits if control.offset is None else logits + control.offset
         if control.masks == "heads" and logits is not None:
             mask = logits > 0

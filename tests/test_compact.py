@@ -110,7 +110,9 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepar
 @few_examples(max_examples=5)
 @given(
     plan=st.lists(st.sampled_from([1, 3, 8, 24, 40]), min_size=1, max_size=3),
-    gates=st.builds(ftwt.GateConfig, pool=st.sampled_from(["max", "mean"]), softmax=st.booleans()),
+    gates=st.builds(
+        ftwt.GateConfig, pool=st.sampled_from(["max", "mean"]), norm=st.sampled_from(["softmax", "layer", "none"])
+    ),
     samples=st.sampled_from([1, 2, 5, 9]),
     never=st.sampled_from([0, 0.5, 0.9, 1]),
     seed=st.integers(0, 1000),

@@ -86,6 +86,10 @@ class TestGateConfig:
         with pytest.raises(ftwt.UserError, match=field):
             ftwt.GateConfig(**{field: value})
 
+    def test_an_unknown_norm_names_the_nearest(self):
+        with pytest.raises(ftwt.UserError, match=r"norm of the gate heads.*'layer'\?"):
+            ftwt.GateConfig(norm="layers")
+
     def test_settings_are_values_that_can_be_compared_and_hashed(self):
         assert ftwt.GateConfig(r=1) == ftwt.GateConfig(r=1.0) != ftwt.GateConfig(r=0.5)
         assert len({ftwt.GateConfig(), ftwt.GateConfig(), ftwt.GateConfig(pool="mean")}) == 2
@@ -105,8 +109,9 @@ class TestGateControl:
         with pytest.raises(ftwt.UserError, match=r"masks='targets'.*leave targets=True"):
             ftwt.GateControl(masks="targets", targets=False)
 
-    def test_only_r_is_traced(self):
+    def test_only_r_and_offset_are_traced(self):
         assert jax.tree.leaves(ftwt.GateControl(r=0.3, masks="open", targets=False)) == [0.3]
+        assert jax.tree.leaves(ftwt.GateControl(offset=-0.5)) == [-0.5]
         assert jax.tree.leaves(ftwt.GateControl()) == []
 
     def test_r_overrides_the_config_and_a_sweep_traces_once(self):
@@ -145,30 +150,32 @@ class TestGateControl:
             np.testing.assert_array_equal(kept(min_filters), min_filters)
 
 
-def reference_head(inputs, kernel, bias, pool, softmax):
+def reference_head(inputs, kernel, bias, pool, norm):
     samples, _, _, channels = inputs.shape
     summary = np.zeros((samples, channels))
     for n in range(samples):
         for c in range(channels):
             pixels = inputs[n, :, :, c].astype(np.float64)
             summary[n, c] = pixels.max() if pool == "max" else pixels.mean()
-        if softmax:
+        if norm == "softmax":
             powers = np.exp(summary[n] - summary[n].max())
             summary[n] = powers / powers.sum() * channels
+        if norm == "layer":
+            summary[n] = (summary[n] - summary[n].mean()) / np.sqrt(summary[n].var() + 1e-5)
     return summary @ kernel + bias
 
 
 class TestGateHead:
-    @pytest.mark.parametrize("softmax", [True, False])
+    @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
     @pytest.mark.parametrize("pool", ["max", "mean"])
-    def test_logits_are_those_of_the_formula(self, pool, softmax):
+    def test_logits_are_those_of_the_formula(self, pool, norm):
         rng = np.random.default_rng(0)
         inputs = rng.normal(size=(5, 4, 3, 7)).astype(np.float32)
         kernel, bias = rng.normal(size=(7, 9)), rng.normal(size=9)
-        head = ftwt.GateHead(9, pool, softmax)
+        head = ftwt.GateHead(9, pool, norm=norm)
         logits = head.apply({"params": {"dense": {"kernel": kernel, "bias": bias}}}, inputs)
         assert logits.dtype == jnp.float32
-        np.testing.assert_allclose(logits, reference_head(inputs, kernel, bias, pool, softmax), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, reference_head(inputs, kernel, bias, pool, norm), rtol=1e-4, atol=1e-5)
 
     def test_defaults_are_maximum_and_softmax(self):
         inputs = np.random.default_rng(1).normal(size=(2, 3, 3, 4)).astype(np.float32)
@@ -191,10 +198,10 @@ class TestGateHead:
         logits, _ = ftwt.GateHead(512).init_with_output(KEY, inputs)
         assert (logits > 0).all()
 
-    @pytest.mark.parametrize("softmax", [True, False])
-    def test_every_filter_starts_on(self, softmax):
+    @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
+    def test_every_filter_starts_on(self, norm):
         inputs = 100 * jax.random.normal(KEY, (3, 4, 4, 8))
-        logits, variables = ftwt.GateHead(6, softmax=softmax).init_with_output(KEY, inputs)
+        logits, variables = ftwt.GateHead(6, norm=norm).init_with_output(KEY, inputs)
         assert (logits > 0).all()
         assert variables["params"]["dense"]["kernel"].shape == (8, 6)
 
@@ -202,6 +209,19 @@ class TestGateHead:
         inputs = jnp.asarray([1e30, -1e30, 0]).reshape(1, 1, 1, 3)
         variables = {"params": {"dense": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}}
         np.testing.assert_allclose(ftwt.GateHead(3).apply(variables, inputs), [[3, 0, 0]])
+
+    @pytest.mark.parametrize(("softmax", "norm"), [(True, "softmax"), (False, "none")])
+    def test_norms_have_names_that_stand_in_for_the_switch(self, softmax, norm):
+        inputs = jax.random.normal(KEY, (3, 4, 4, 8))
+        switched, named = ftwt.GateHead(6, softmax=softmax), ftwt.GateHead(6, norm=norm)
+        variables = random_variables(named, inputs)
+        np.testing.assert_array_equal(switched.apply(variables, inputs), named.apply(variables, inputs))
+        assert ftwt.GateConfig(softmax=softmax).normalization == norm
+        assert ftwt.GateConfig(softmax=not softmax, norm=norm).normalization == norm
+
+    def test_maps_without_a_signal_do_not_divide_by_zero(self):
+        logits, _ = ftwt.GateHead(6, norm="layer").init_with_output(KEY, jnp.ones((2, 3, 3, 4)))
+        np.testing.assert_array_equal(logits, 1)
 
     @pytest.mark.parametrize("pool", ["max", "mean"])
     def test_half_precision_inputs_are_read_in_float32(self, pool):

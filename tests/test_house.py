@@ -28,6 +28,8 @@ TRAINER = {
     "tensorboardX": "event files",
     "ftwt_jax.data": "data sets",
     "ftwt_jax.train": "the trainer",
+    "matplotlib": "plots",
+    "jinja2": "the report",
     "ftwt_jax.commands": "the command line",
     "ftwt_jax.command_line": "the command line",
     "ftwt_jax.distributed": "processes",
@@ -35,7 +37,7 @@ TRAINER = {
 FLOOR = (
     *("ranking", "gates", "activations", "units", "macs", "losses", "gate_stats", "transfer", "models", "weights"),
     *("reductions", "convolution", "batch_norm", "compiling", "packing", "calibration", "compact"),
-    *("synthetic", "files", "native"),
+    *("synthetic", "files", "native", "offsets"),
 )
 
 

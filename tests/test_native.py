@@ -42,7 +42,10 @@ def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu,
     """In the order in which the paper has it: pool, head, convolution of everything, mask."""
     summary = x.max((1, 2)) if gates.pool == "max" else x.mean((1, 2))
     summary = np.concatenate([summary, np.zeros((len(x), left_out), np.float32)], axis=1)
-    if gates.softmax:
+    if gates.normalization == "layer":
+        summary = summary - summary.mean(1, keepdims=True)
+        summary = summary / np.sqrt(np.square(summary).mean(1, keepdims=True) + 1e-5)
+    if gates.normalization == "softmax":
         powers = np.exp(summary - summary.max(1, keepdims=True))
         summary = powers / powers.sum(1, keepdims=True) * summary.shape[1]
     logits = summary @ head["kernel"] + head["bias"]
@@ -73,7 +76,13 @@ def cases(draw, depthwise):
         "relu": draw(st.booleans()),
         "shortcut": draw(st.booleans()),
         "left_out": draw(st.sampled_from([0, 0, 3])),
-        "gates": draw(st.builds(ftwt.GateConfig, pool=st.sampled_from(["max", "mean"]), softmax=st.booleans())),
+        "gates": draw(
+            st.builds(
+                ftwt.GateConfig,
+                pool=st.sampled_from(["max", "mean"]),
+                norm=st.sampled_from(["softmax", "layer", "none"]),
+            )
+        ),
         "seed": draw(st.integers(0, 1000)),
     }
 

@@ -20,7 +20,7 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
                       Floats head_bias, ffi::Buffer<ffi::S32> kept, ffi::Buffer<ffi::S32> source,
                       ffi::RemainingArgs shortcut, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> logits,
                       int64_t kernel_height, int64_t kernel_width, int64_t stride, int64_t pad, bool relu,
-                      bool depthwise, int64_t left_out, bool max_pool, bool softmax) {
+                      bool depthwise, int64_t left_out, bool max_pool, int64_t norm) {
   const auto in = x.dimensions(), weights = kernel.dimensions(), out = y->dimensions();
   const int64_t samples = in[0], filters = out[3], all_filters = head_bias.element_count();
   const bool fits = depthwise ? weights.size() == 2 && weights[0] == kernel_height * kernel_width
@@ -34,7 +34,7 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
                   all_filters,
                   left_out,
                   max_pool,
-                  softmax,
+                  static_cast<Norm>(norm),
                   head_kernel.typed_data(),
                   head_sum.typed_data(),
                   head_bias.typed_data()};
@@ -107,4 +107,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtwtGatedUnit, ftwt::gated_unit,
                                   .Attr<bool>("depthwise")
                                   .Attr<int64_t>("left_out")
                                   .Attr<bool>("max_pool")
-                                  .Attr<bool>("softmax"));
+                                  .Attr<int64_t>("norm"));

@@ -1,4 +1,4 @@
-// Gate logits of a unit: pooled input channels, softmax, and the product with the head's matrix.
+// Gate logits of a unit: pooled input channels, their norm, and the product with the head's matrix.
 //
 // Only the rows of channels that live are read: a channel that is zero in the whole map of a sample has the same
 // summary as all others of its kind, so one number and the sum of all rows stand for them.
@@ -13,12 +13,18 @@
 
 namespace ftwt {
 
+// Added to the variance, as in gates.py.
+constexpr float kNormEpsilon = 1e-5f;
 // Columns of the matrix that are added up at once, and products that take as long as reading a number of it from afar.
 constexpr int64_t kColumns = 8 * kLanes, kReading = 8;
 
+// What is done with the pooled channels, in the order of the names in gates.py.
+enum class Norm : int64_t { kSoftmax, kLayer, kNone };
+
 struct Head {
   int64_t positions, channels, filters, left_out;
-  bool max_pool, softmax;
+  bool max_pool;
+  Norm norm;
   const float* kernel;    // [channels, filters]
   const float* row_sum;   // [filters], of all rows of the head, those of channels that were left out too
   const float* bias;      // [filters]
@@ -51,7 +57,8 @@ struct Head {
     if (!max_pool) {
       for (int64_t c = 0; c < channels; ++c) summary[c] /= positions;
     }
-    if (!softmax) return 0;
+    if (norm == Norm::kNone) return 0;
+    if (norm == Norm::kLayer) return standardize(summary);
     float top = left_out ? 0 : summary[0];
     for (int64_t c = 0; c < channels; ++c) top = std::max(top, summary[c]);
     const float zero = std::exp(-top);
@@ -64,6 +71,19 @@ struct Head {
     const float scale = (channels + left_out) / total;
     for (int64_t c = 0; c < channels; ++c) summary[c] *= scale;
     return zero * scale;
+  }
+
+  // To mean 0 and deviation 1 over all channels; zero stays zero here, and its share is in the factor that is returned.
+  float standardize(float* summary) const {
+    const float all = channels + left_out;
+    float mean = 0;
+    for (int64_t c = 0; c < channels; ++c) mean += summary[c];
+    mean /= all;
+    float squares = left_out * mean * mean;
+    for (int64_t c = 0; c < channels; ++c) squares += (summary[c] - mean) * (summary[c] - mean);
+    const float scale = 1 / std::sqrt(squares / all + kNormEpsilon);
+    for (int64_t c = 0; c < channels; ++c) summary[c] *= scale;
+    return -mean * scale;
   }
 
   void columns(const float* factors, float rest, int64_t first, int64_t last, float* logits) const {

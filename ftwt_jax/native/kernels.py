@@ -6,7 +6,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ftwt_jax.gates import GateConfig
+from ftwt_jax.gates import NORMS, GateConfig
 
 # The name under which XLA knows the kernel.
 TARGET = "ftwt_gated_unit"
@@ -97,6 +97,6 @@ def gated_unit(
         depthwise=depthwise,
         left_out=left_out,
         max_pool=gates.pool == "max",
-        softmax=gates.softmax,
+        norm=NORMS.index(gates.normalization),
     )
     return y, logits

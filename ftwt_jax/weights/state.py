@@ -150,7 +150,7 @@ def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
     def init() -> list[dict[str, Any]]:
         made = []
         for index, (features_in, features) in enumerate(entry.shape for entry in kernels):
-            head = GateHead(features, gates.pool, gates.softmax)
+            head = GateHead(features, gates.pool, gates.softmax, gates.norm)
             made.append(head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"])
         return made
 
