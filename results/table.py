@@ -1,0 +1,108 @@
+"""Prints the tables of README.md in this folder from the figures beside it: python results/table.py"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+NETWORKS = {"resnet20": "ResNet-20", "mobilenet_v1": "MobileNetV1, width .25"}
+# Each kind of run, and how the table calls it.
+GATED = {
+    "half": "gated, budget .5",
+    "seventy": "gated, budget .7",
+    "any": "one network for all budgets",
+    "any_joint": "the same, joint",
+}
+STATIC = {"any_static": "fixed masks, trained as long"}
+NARROW = {"narrow_half": 0.5, "narrow_seventy": 0.7}
+HEAD = "| network | seed | gates | MACs reduction, exact | published | accuracy | dense | difference | fixed masks |"
+GATES = "| network | seed | gates | r | budget | predicted | exact | gate accuracy | static gate accuracy | dynamic |"
+
+
+def _read(run: pathlib.Path, name: str) -> dict[str, Any] | None:
+    path = run / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
+    """Network, kind and seed of each run, and its folder."""
+    for arch in NETWORKS:
+        folders = sorted(HERE.glob(f"{arch}_*_seed*"))
+        for kind in ("dense", *GATED, *STATIC, *NARROW):
+            for folder in folders:
+                stem, _, seed = folder.name.rpartition("_seed")
+                if stem == f"{arch}_{kind}":
+                    yield arch, kind, int(seed), folder
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def accuracy_table() -> list[str]:
+    """A row for each run and reduction: accuracy beside the dense network's."""
+    dense = {}
+    for arch, kind, seed, folder in _runs():
+        if kind == "dense":
+            dense[arch, seed] = json.loads((folder / "evaluation.json").read_text())["dense_accuracy"]
+    lines = [HEAD, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for arch, kind, seed, folder in _runs():
+        found, curve = _read(folder, "evaluation.json"), _read(folder, "budgets.json")
+        whole = dense.get((arch, seed))
+        if kind == "dense" or found is None or whole is None:
+            continue
+        label = (GATED | STATIC).get(kind, "narrower network, dense")
+        rows = [found]
+        if kind in NARROW:
+            rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": NARROW[kind]}]
+        elif kind.startswith("any") and curve is not None:
+            rows = curve["rows"]
+        for row in rows:
+            published, fixed = row.get("macs_reduction_published"), row.get("static_accuracy")
+            lines.append(
+                _line(
+                    [
+                        NETWORKS[arch],
+                        str(seed),
+                        label,
+                        f"{row['macs_reduction']:.3f}",
+                        "" if published is None else f"{published:.3f}",
+                        f"{row['accuracy']:.4f}",
+                        f"{whole:.4f}",
+                        f"{100 * (row['accuracy'] - whole):+.2f}",
+                        "" if fixed is None or kind in STATIC else f"{fixed:.4f}",
+                    ]
+                )
+            )
+    return lines
+
+
+def gate_table() -> list[str]:
+    """A row for each gated run: what was asked, predicted and reached, and what its gates have learnt."""
+    lines = [GATES, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for arch, kind, seed, folder in _runs():
+        found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
+        if found is None or config is None or found["gate_accuracy"] is None:
+            continue
+        lines.append(
+            _line(
+                [
+                    NETWORKS[arch],
+                    str(seed),
+                    (GATED | STATIC)[kind],
+                    f"{found['r']:.3f}",
+                    f"{config['gates']['budget']:g}",
+                    f"{found['predicted_macs_reduction']:.3f}",
+                    f"{found['macs_reduction']:.3f}",
+                    f"{found['gate_accuracy']:.3f}",
+                    f"{found['static_gate_accuracy']:.3f}",
+                    f"{found['dynamic_filters']:.2f}",
+                ]
+            )
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join([*accuracy_table(), "", *gate_table()]))
