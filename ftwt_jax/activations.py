@@ -31,6 +31,7 @@ class LayerRecord:
       active_out: bool [N, C], filters that have to be computed; None: all.
       gate: what the layer's gate said; None where there is none.
       unit: whether this is a unit (a place where a gate may sit).
+      head_inputs: channels that each gate reads; None: all of them.
       bias_terms: bias additions at one position, and other work that only the published dense totals contain.
     """
 
@@ -45,6 +46,7 @@ class LayerRecord:
     active_in: Bool[Array, "N C_in"] | None = None
     active_out: Bool[Array, "N C"] | None = None
     gate: GateOutput | None = None
+    head_inputs: int | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

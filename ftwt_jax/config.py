@@ -77,6 +77,9 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 "mode": "decoupled",
                 "pool": "max",
                 "softmax": True,
+                # What the published code does not have: see GateConfig, and results/README.md.
+                "norm": "layer",
+                "depthwise": "own",
                 "after_block": False,
                 "min_filters": 1,
                 **_stage(),

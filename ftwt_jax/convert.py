@@ -197,7 +197,8 @@ def _class_count(source: Source) -> int:
 
 def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
     """Sets how the heads in a checkpoint are to be run: as our own export says, else as the published code does."""
-    gates = said or {"pool": "mean"}
+    # Older files of ours do not name the last two.
+    gates = {"pool": "mean", "norm": "softmax", "depthwise": "full"} | (said or {})
     config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
 
 

@@ -18,7 +18,8 @@ from ftwt_jax.reductions import max_pool_all, mean_pool_all
 HEAD_NAME = "gate_head"
 MODES = ("decoupled", "joint")
 POOLS = ("max", "mean")
-NORMS = ("softmax", "layer", "none")
+NORMS = ("softmax", "layer")
+DEPTHWISE = ("full", "own")
 # Added to the variance.
 NORM_EPSILON = 1e-5
 MASK_SOURCES = ("heads", "targets", "open")
@@ -40,9 +41,11 @@ class GateConfig:
       mode: `decoupled`: the heads read their input through stop_gradient, so that the gate loss never moves the
         backbone; `joint`: it does.
       pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
-      softmax: normalise the pooled channels by a softmax times their number; off: read them as they are.
-      norm: in place of `softmax`, by name: `softmax`, `none`, or `layer`: to mean 0 and deviation 1 over the channels
-        of each sample (layer norm without parameters).
+      softmax: normalise the pooled channels; off: read them as they are.
+      norm: by what: `softmax`, times their number; `layer`: to mean 0 and deviation 1 over the channels of each sample
+        (a layer norm without parameters), from which heads learn sooner.
+      depthwise: what the heads of depthwise convolutions read: `full`: all channels, as every other head does; `own`:
+        each gate the one channel that its filter sees, with C weights in place of C * C.
       after_block: in residual blocks of two 3x3 units, rank and mask after the addition and its activation instead of
         before it. Bottlenecks and inverted residuals have no unit that ends with the addition; nothing changes there.
       min_filters: fewest filters a target keeps in a sample that is not all zero (0: the published rule).
@@ -54,7 +57,8 @@ class GateConfig:
     softmax: bool = True
     after_block: bool = False
     min_filters: int = 1
-    norm: Literal["softmax", "layer", "none"] | None = None
+    norm: Literal["softmax", "layer"] = "softmax"
+    depthwise: Literal["full", "own"] = "full"
 
     def __post_init__(self):
         object.__setattr__(self, "r", check_r(self.r))
@@ -62,8 +66,10 @@ class GateConfig:
             raise unknown_name("gate mode", self.mode, MODES)
         if self.pool not in POOLS:
             raise unknown_name("gate pool", self.pool, POOLS)
-        if self.norm is not None and self.norm not in NORMS:
+        if self.norm not in NORMS:
             raise unknown_name("norm of the gate heads", self.norm, NORMS)
+        if self.depthwise not in DEPTHWISE:
+            raise unknown_name("kind of depthwise head", self.depthwise, DEPTHWISE)
         for name in ("softmax", "after_block"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is True or False; got {getattr(self, name)!r}")
@@ -72,8 +78,12 @@ class GateConfig:
 
     @property
     def normalization(self) -> str:
-        """What a head does with the pooled channels: `norm`, or what `softmax` says."""
-        return self.norm or ("softmax" if self.softmax else "none")
+        """What a head does with the pooled channels: `softmax`, `layer` or `none`."""
+        return self.norm if self.softmax else "none"
+
+    def reads_own(self, inputs: int, features: int, groups: int) -> bool:
+        """Whether each gate of a convolution with so many channels, filters and groups reads its own channel alone."""
+        return self.depthwise == "own" and groups == inputs == features
 
 
 @struct.dataclass
@@ -124,7 +134,7 @@ def gate_pool(pool: str) -> Callable[[Array], Array]:
 
 
 def normalized(pooled: Float[Array, "N C_in"], norm: str) -> Float[Array, "N C_in"]:
-    """What a head reads of the pooled channels, by the name of its norm (see `GateConfig`)."""
+    """What a head reads of the pooled channels, by `GateConfig.normalization`."""
     if norm == "softmax":
         return jax.nn.softmax(pooled, axis=-1) * pooled.shape[-1]
     return jax.nn.standardize(pooled, axis=-1, epsilon=NORM_EPSILON) if norm == "layer" else pooled
@@ -144,23 +154,35 @@ class GateHead(nn.Module):
     Attributes:
       features: number of filters of the unit, C.
       pool, softmax, norm: see `GateConfig`.
+      own: gate c reads channel c alone, `P_c = e_c W_c + b_c`; there are as many gates as channels then.
     """
 
     features: int
     pool: Literal["max", "mean"] = "max"
     softmax: bool = True
-    norm: Literal["softmax", "layer", "none"] | None = None
+    norm: Literal["softmax", "layer"] = "softmax"
+    own: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
         settings = GateConfig(pool=self.pool, softmax=self.softmax, norm=self.norm)
         summary = normalized(gate_pool(self.pool)(inputs.astype(jnp.float32)), settings.normalization)
+        # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.
+        kernel_init = nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1]))
+        if self.own:
+            return _Scale(kernel_init, name="dense")(summary)
         dense = nn.Dense(
-            self.features,
-            # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.
-            kernel_init=nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1])),
-            bias_init=nn.initializers.ones,
-            dtype=jnp.float32,
-            name="dense",
+            self.features, kernel_init=kernel_init, bias_init=nn.initializers.ones, dtype=jnp.float32, name="dense"
         )
         return dense(summary)
+
+
+class _Scale(nn.Module):
+    """A dense layer whose matrix has nothing but a diagonal, under the names of one: kernel [1, C], bias [C]."""
+
+    kernel_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N C"]) -> Float[Array, "N C"]:
+        kernel = self.param("kernel", self.kernel_init, (1, x.shape[-1]))
+        return x * kernel[0] + self.param("bias", nn.initializers.ones, (x.shape[-1],))

@@ -45,7 +45,8 @@ def _layer_exact(layer: LayerRecord, xp: Any) -> Any:
     outputs = _active_per_group(layer.active_out, layer.out_features, layer.groups, xp)
     pairs = inputs * outputs
     pairs = pairs * layer.groups if isinstance(pairs, int) else xp.sum(pairs, axis=-1)
-    head = layer.in_features * layer.out_features if layer.gate is not None else 0
+    head_inputs = layer.in_features if layer.head_inputs is None else layer.head_inputs
+    head = head_inputs * layer.out_features if layer.gate is not None else 0
     return _as_float(pairs, xp) * (layer.positions * layer.kernel_area) + head
 
 

@@ -84,13 +84,14 @@ class PackedLayers:
         free = unit.gates is not None and (unit.groups == 1 or depthwise)
         kept = self._kept.get(key, everything) if free else everything
         float32 = x.values.dtype == jnp.float32 and unit.dtype in (None, jnp.float32)
+        own_channel = unit.gates is not None and unit.gates.reads_own(x.values.shape[-1], unit.features, unit.groups)
         # The gates, where a kernel of our own runs this unit.
         own = unit.gates if self._per_sample and free and float32 else None
 
         def pack() -> Any:
             weights = self._folded(name, packed.channels, kept, unit.groups)
             if unit.gates is not None:
-                weights |= self._head(name, packed.channels)
+                weights |= self._head(name, packed.channels, own_channel)
             return _unit_weights(weights, packed.channels, kept, depthwise) if own is not None else weights
 
         weights = self._layer(key, pack)
@@ -178,10 +179,15 @@ class PackedLayers:
         rows = list(inputs) if groups == 1 else slice(None)
         return {"kernel": kernel[:, :, rows][..., list(kept)], "bias": shift[list(kept)]}
 
-    def _head(self, name: str, inputs: Channels) -> dict[str, Any]:
-        """The gate head for these input channels, and the sum of its rows over all of them."""
+    def _head(self, name: str, inputs: Channels, own: bool) -> dict[str, Any]:
+        """The gate head for these input channels, and the sum of its rows over all of them.
+
+        Of a head that is a diagonal, what stands on it for these channels, and which gates those are.
+        """
         kernel, bias = (self._param(name, f"{HEAD_NAME}/dense/{leaf}") for leaf in ("kernel", "bias"))
-        return {"head_kernel": kernel[list(inputs)], "head_sum": kernel.sum(axis=0), "head_bias": bias}
+        rows = kernel.T[list(inputs)] if own else kernel[list(inputs)]
+        place = np.array(inputs if own else (), np.int32)
+        return {"head_kernel": rows, "head_sum": kernel.sum(axis=0), "head_bias": bias, "head_place": place}
 
     def _convolve(self, key: str, x: Array, strides: int, pad: int, dtype: Any, groups: int = 1) -> Array:
         """Convolution and bias."""
@@ -220,6 +226,7 @@ def _unit_weights(weights: dict[str, Any], inputs: Channels, kept: Channels, dep
         weights["head_kernel"],
         weights["head_sum"],
         weights["head_bias"],
+        weights["head_place"],
         np.array(kept, np.int32),
         np.array([place.get(channel, -1) if depthwise else -1 for channel in kept], np.int32),
     )
@@ -227,22 +234,28 @@ def _unit_weights(weights: dict[str, Any], inputs: Channels, kept: Channels, dep
 
 def _gate_logits(x: Array, left_out: int, weights: dict[str, Any], gates: GateConfig) -> Array:
     """`GateHead` on packed maps: what is left out is zero in every map, so one number stands for all of it."""
-    summary = gate_pool(gates.pool)(x)
-    if gates.normalization == "none":
-        return summary @ weights["head_kernel"] + weights["head_bias"]
-    if gates.normalization == "layer":
-        channels = x.shape[-1] + left_out
-        mean = jnp.sum(summary, axis=-1, keepdims=True) / channels
-        rest = jnp.square(mean) * left_out
-        var = (jnp.sum(jnp.square(summary - mean), axis=-1, keepdims=True) + rest) / channels
-        scale = lax.rsqrt(var + NORM_EPSILON)
-        return (summary @ weights["head_kernel"] - mean * weights["head_sum"]) * scale + weights["head_bias"]
-    top = jnp.max(summary, axis=-1, keepdims=True)
+    factors, rest = _head_factors(gate_pool(gates.pool)(x), left_out, gates.normalization)
+    kernel, place = (jnp.asarray(weights[name]) for name in ("head_kernel", "head_place"))
+    logits = weights["head_bias"] if rest is None else weights["head_bias"] + rest * weights["head_sum"]
+    if not place.size:
+        return factors @ kernel + logits
+    logits = jnp.broadcast_to(logits, (len(x), logits.shape[-1]))
+    return logits.at[:, place].add(factors * kernel[:, 0])
+
+
+def _head_factors(pooled: Array, left_out: int, norm: str) -> tuple[Array, Array | None]:
+    """What a head's rows are multiplied by: those that are here [N, C], and besides the sum of them all [N, 1]."""
+    channels = pooled.shape[-1] + left_out
+    if norm == "none":
+        return pooled, None
+    if norm == "layer":
+        mean = jnp.sum(pooled, axis=-1, keepdims=True) / channels
+        squares = jnp.sum(jnp.square(pooled - mean), axis=-1, keepdims=True) + left_out * jnp.square(mean)
+        scale = lax.rsqrt(squares / channels + NORM_EPSILON)
+        return pooled * scale, -mean * scale
+    top = jnp.max(pooled, axis=-1, keepdims=True)
     if left_out:
         top = jnp.maximum(top, 0)
-    summary, zero = jnp.exp(summary - top), jnp.exp(-top)
-    scale = (x.shape[-1] + left_out) / (jnp.sum(summary, axis=-1, keepdims=True) + left_out * zero)
-    if not left_out:
-        return (summary * scale) @ weights["head_kernel"] + weights["head_bias"]
-    above = (summary - zero) * scale
-    return above @ weights["head_kernel"] + zero * scale * weights["head_sum"] + weights["head_bias"]
+    powers, zero = jnp.exp(pooled - top), jnp.exp(-top)
+    scale = channels / (jnp.sum(powers, axis=-1, keepdims=True) + left_out * zero)
+    return (powers * scale, None) if not left_out else ((powers - zero) * scale, zero * scale)

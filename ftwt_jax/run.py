@@ -41,7 +41,7 @@ ESTIMATE_SAMPLES = 2048
 # Fields that a config must have, by section.
 _STAGE = ("epochs", "lr", "schedule", "lr_boundaries", "lr_factor", "momentum", "weight_decay")
 _GATES = (
-    *("r", "budget", "mode", "pool", "softmax", "after_block"),
+    *("r", "budget", "mode", "pool", "softmax", "norm", "depthwise", "after_block"),
     *("head_lr", "loss_weight", "loss_reduction", "cooldown", "calibrate", "static", "budgets"),
 )
 _RUN = (

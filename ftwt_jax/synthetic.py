@@ -53,8 +53,8 @@ def random_gates(
             key = jax.random.fold_in(jax.random.key(seed), len(heads))
             settings = GateConfig(pool=head.pool, softmax=head.softmax, norm=head.norm)
             summary = normalized(gate_pool(head.pool)(args[0].astype(jnp.float32)), settings.normalization)
-            kernel = jax.random.normal(key, (summary.shape[-1], head.features))
-            logits = summary @ kernel
+            kernel = jax.random.normal(key, (1 if head.own else summary.shape[-1], head.features))
+            logits = summary * kernel if head.own else summary @ kernel
             scale = 1 / jnp.maximum(jnp.std(logits, axis=0), 1e-6)
             bias = offset - jnp.mean(logits, axis=0) * scale
             heads["/".join((*head.path, "dense"))] = {"kernel": kernel * scale, "bias": bias}

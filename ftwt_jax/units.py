@@ -128,11 +128,12 @@ class GatedUnit(nn.Module):
 
     def record(self, x: Activations, shape: tuple[int, ...], gate: GateOutput | None) -> LayerRecord:
         """What is known of a call that turned `x` into maps of this shape."""
+        inputs = x.values.shape[-1]
         return LayerRecord(
             name="/".join(self.path),
             positions=shape[1] * shape[2],
             kernel_area=self.kernel_size**2,
-            in_features=x.values.shape[-1],
+            in_features=inputs,
             out_features=self.features,
             groups=self.groups,
             unit=True,
@@ -140,6 +141,7 @@ class GatedUnit(nn.Module):
             active_in=x.active,
             active_out=None if gate is None else gate.mask,
             gate=gate,
+            head_inputs=1 if self.gates and self.gates.reads_own(inputs, self.features, self.groups) else None,
         )
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
@@ -151,7 +153,8 @@ class GatedUnit(nn.Module):
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
         if control.masks == "heads" or self.is_initializing():
             source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
-            logits = GateHead(self.features, gates.pool, gates.softmax, gates.norm, name=HEAD_NAME)(source)
+            own = gates.reads_own(source.shape[-1], self.features, self.groups)
+            logits = GateHead(self.features, gates.pool, gates.softmax, gates.norm, own, name=HEAD_NAME)(source)
             logits = logits if control.offset is None else logits + control.offset
         if control.masks == "heads" and logits is not None:
             mask = logits > 0

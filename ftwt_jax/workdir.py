@@ -12,7 +12,8 @@ from ftwt_jax.files import written_whole
 
 CONFIG = "config.json"
 # Fields that folders may be older than, and what they meant before.
-NEWER = {"accumulate": 1, "shard_optimizer": False, "gates": {"calibrate": False, "static": False, "budgets": None}}
+_GATES = {"calibrate": False, "static": False, "budgets": None, "norm": "softmax", "depthwise": "full"}
+NEWER = {"accumulate": 1, "shard_optimizer": False, "gates": _GATES}
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:

@@ -1,9 +1,9 @@
 """Gate heads of other designs than the library's, trained by the library's own trainer, to choose between them.
 
-python -m tests.head_study --norm=layer --hidden=0 train --config=configs/fashion_mnist.py:mobilenet_v1 --workdir=DIR …
+python -m tests.head_study --hidden=32 train --config=configs/fashion_mnist.py:mobilenet_v1 --workdir=DIR …
 
-Everything after the flags of the study is a command of `python -m ftwt_jax`; pool, mode, cooldown and the like are
-fields of its config. A hidden layer's MACs are not counted by the library; the study prints them.
+Everything after the flags of the study is a command of `python -m ftwt_jax`; pool, norm, depthwise, mode and the like
+are fields of its config. The MACs of a hidden layer are not counted.
 """
 
 import argparse
@@ -11,49 +11,33 @@ import sys
 from unittest import mock
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.reductions import max_pool_all, mean_pool_all
-
-NORMS = ("softmax", "layer", "none", "rms", "log")
+from ftwt_jax.gates import GateConfig, GateHead, gate_pool, normalized
 
 
-def head_class(norm: str, pools: str, hidden: int) -> type[nn.Module]:
-    """A stand-in for `ftwt_jax.gates.GateHead`."""
+def head_class(both: bool, hidden: int) -> type[nn.Module]:
+    """A stand-in for `ftwt_jax.gates.GateHead`: reads both pools, or has a hidden layer of so many features."""
 
-    class StudiedHead(nn.Module):
-        features: int
-        pool: str = "max"
-        softmax: bool = True
-
+    class StudiedHead(GateHead):
         @nn.compact
         def __call__(self, inputs):
-            inputs = inputs.astype(jnp.float32)
-            names = {"both": ("max", "mean")}.get(pools or self.pool, (pools or self.pool,))
-            parts = [{"max": max_pool_all, "mean": mean_pool_all}[name](inputs) for name in names]
-            summary = jnp.concatenate([self._normalized(part) for part in parts], axis=-1)
+            if self.own:
+                return super().__call__(inputs)
+            norm = GateConfig(softmax=self.softmax, norm=self.norm).normalization
+            pools = ("max", "mean") if both else (self.pool,)
+            maps = inputs.astype(jnp.float32)
+            summary = jnp.concatenate([normalized(gate_pool(pool)(maps), norm) for pool in pools], axis=-1)
+            kernel_init = nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1]))
             if hidden:
                 summary = nn.relu(nn.Dense(hidden, dtype=jnp.float32, name="hidden")(summary))
-            width = summary.shape[-1]
-            return nn.Dense(
-                self.features,
-                kernel_init=nn.initializers.normal(min(1e-3, 0.1 / width)) if not hidden else nn.initializers.lecun_normal(),
-                bias_init=nn.initializers.ones,
-                dtype=jnp.float32,
-                name="dense",
-            )(summary)
-
-        def _normalized(self, x):
-            if norm == "softmax":
-                return jax.nn.softmax(x, axis=-1) * x.shape[-1]
-            if norm == "layer":
-                return jax.nn.standardize(x, axis=-1, epsilon=1e-5)
-            if norm == "rms":
-                return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
-            return jnp.log1p(jnp.maximum(x, 0)) if norm == "log" else x
+                kernel_init = nn.initializers.lecun_normal()
+            dense = nn.Dense(
+                self.features, kernel_init=kernel_init, bias_init=nn.initializers.ones, dtype=jnp.float32, name="dense"
+            )
+            return dense(summary)
 
     return StudiedHead
 
@@ -76,14 +60,12 @@ def weighted_loss(power: float):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--norm", choices=NORMS, default="softmax")
-    parser.add_argument("--pools", choices=("max", "mean", "both"), default="", help="in place of config.gates.pool")
-    parser.add_argument("--hidden", type=int, default=0, help="width of a hidden layer")
+    parser.add_argument("--both", action="store_true", help="maximum and mean, side by side")
+    parser.add_argument("--hidden", type=int, default=0, help="features of a hidden layer")
     parser.add_argument("--rare", type=float, default=0.0, help="power of the weight of a filter's rarer side")
     known, rest = parser.parse_known_args()
-    patches = [mock.patch("ftwt_jax.units.GateHead", head_class(known.norm, known.pools, known.hidden))]
+    if known.both or known.hidden:
+        mock.patch("ftwt_jax.units.GateHead", head_class(known.both, known.hidden)).start()
     if known.rare:
-        patches.append(mock.patch("ftwt_jax.training.gate_loss", weighted_loss(known.rare)))
-    for patch in patches:
-        patch.start()
+        mock.patch("ftwt_jax.training.gate_loss", weighted_loss(known.rare)).start()
     sys.exit(main(rest))

@@ -41,6 +41,7 @@ SMALL_RESNET = {"features": 8, "stage_sizes": (1, 2)}
 AFTER_BLOCK = ftwt.GateConfig(after_block=True)
 MEAN = ftwt.GateConfig(pool="mean")
 MEAN_PLAIN = ftwt.GateConfig(pool="mean", softmax=False)
+OWN = ftwt.GateConfig(norm="layer", depthwise="own")
 NETWORKS = {
     "vgg": ("vgg_bn", GATES, {"plan": (24, "M", 40, 8)}, 8),
     "vgg mean": ("vgg_bn", MEAN, {"plan": (24, "M", 40, 8)}, 8),
@@ -50,7 +51,7 @@ NETWORKS = {
     "resnet8 after block": ("resnet8", AFTER_BLOCK, {}, 8),
     "projection after block": ("resnet", AFTER_BLOCK, SMALL_RESNET, 16),
     "bottleneck": ("resnet", PLAIN_HEADS, {"bottleneck": True, **SMALL_RESNET}, 16),
-    "mobilenet_v1": ("mobilenet_v1", PLAIN_HEADS, {"width": 0.25}, 16),
+    "mobilenet_v1": ("mobilenet_v1", OWN, {"width": 0.25}, 16),
     "mobilenet_v2": ("mobilenet_v2", PLAIN_HEADS, {"width": 0.125, "stem": "published"}, 8),
 }
 LARGE = {
@@ -111,7 +112,10 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepar
 @given(
     plan=st.lists(st.sampled_from([1, 3, 8, 24, 40]), min_size=1, max_size=3),
     gates=st.builds(
-        ftwt.GateConfig, pool=st.sampled_from(["max", "mean"]), norm=st.sampled_from(["softmax", "layer", "none"])
+        ftwt.GateConfig,
+        pool=st.sampled_from(["max", "mean"]),
+        norm=st.sampled_from(["softmax", "layer"]),
+        softmax=st.booleans(),
     ),
     samples=st.sampled_from([1, 2, 5, 9]),
     never=st.sampled_from([0, 0.5, 0.9, 1]),

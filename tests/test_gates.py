@@ -150,6 +150,10 @@ class TestGateControl:
             np.testing.assert_array_equal(kept(min_filters), min_filters)
 
 
+# Arguments of a head for each normalization.
+SETTINGS = {"softmax": (True, "softmax"), "layer": (True, "layer"), "none": (False, "layer")}
+
+
 def reference_head(inputs, kernel, bias, pool, norm):
     samples, _, _, channels = inputs.shape
     summary = np.zeros((samples, channels))
@@ -172,7 +176,7 @@ class TestGateHead:
         rng = np.random.default_rng(0)
         inputs = rng.normal(size=(5, 4, 3, 7)).astype(np.float32)
         kernel, bias = rng.normal(size=(7, 9)), rng.normal(size=9)
-        head = ftwt.GateHead(9, pool, norm=norm)
+        head = ftwt.GateHead(9, pool, *SETTINGS[norm])
         logits = head.apply({"params": {"dense": {"kernel": kernel, "bias": bias}}}, inputs)
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, reference_head(inputs, kernel, bias, pool, norm), rtol=1e-4, atol=1e-5)
@@ -201,7 +205,7 @@ class TestGateHead:
     @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
     def test_every_filter_starts_on(self, norm):
         inputs = 100 * jax.random.normal(KEY, (3, 4, 4, 8))
-        logits, variables = ftwt.GateHead(6, norm=norm).init_with_output(KEY, inputs)
+        logits, variables = ftwt.GateHead(6, "max", *SETTINGS[norm]).init_with_output(KEY, inputs)
         assert (logits > 0).all()
         assert variables["params"]["dense"]["kernel"].shape == (8, 6)
 
@@ -210,14 +214,20 @@ class TestGateHead:
         variables = {"params": {"dense": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}}
         np.testing.assert_allclose(ftwt.GateHead(3).apply(variables, inputs), [[3, 0, 0]])
 
-    @pytest.mark.parametrize(("softmax", "norm"), [(True, "softmax"), (False, "none")])
-    def test_norms_have_names_that_stand_in_for_the_switch(self, softmax, norm):
+    @pytest.mark.parametrize("norm", ["softmax", "layer"])
+    def test_the_switch_turns_any_norm_off(self, norm):
+        assert ftwt.GateConfig(norm=norm).normalization == norm
+        assert ftwt.GateConfig(norm=norm, softmax=False).normalization == "none"
+
+    @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
+    def test_a_head_of_own_channels_is_one_whose_matrix_is_a_diagonal(self, norm):
         inputs = jax.random.normal(KEY, (3, 4, 4, 8))
-        switched, named = ftwt.GateHead(6, softmax=softmax), ftwt.GateHead(6, norm=norm)
-        variables = random_variables(named, inputs)
-        np.testing.assert_array_equal(switched.apply(variables, inputs), named.apply(variables, inputs))
-        assert ftwt.GateConfig(softmax=softmax).normalization == norm
-        assert ftwt.GateConfig(softmax=not softmax, norm=norm).normalization == norm
+        own, full = ftwt.GateHead(8, "max", *SETTINGS[norm], own=True), ftwt.GateHead(8, "max", *SETTINGS[norm])
+        variables = random_variables(own, inputs)
+        dense = variables["params"]["dense"]
+        assert dense["kernel"].shape == (1, 8)
+        whole = {"params": {"dense": {"kernel": jnp.diag(dense["kernel"][0]), "bias": dense["bias"]}}}
+        np.testing.assert_allclose(own.apply(variables, inputs), full.apply(whole, inputs), rtol=1e-5, atol=1e-6)
 
     def test_maps_without_a_signal_do_not_divide_by_zero(self):
         logits, _ = ftwt.GateHead(6, norm="layer").init_with_output(KEY, jnp.ones((2, 3, 3, 4)))

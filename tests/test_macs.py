@@ -393,3 +393,17 @@ def test_an_unknown_convention_names_the_nearest(count):
     outputs = ftwt.Outputs(jnp.zeros((2, 10)), (layer(),))
     with pytest.raises(ftwt.UserError, match=r"convention 'exactly'.*'exact'\? known: exact, published"):
         count(outputs, "exactly")
+
+
+def test_a_depthwise_head_that_reads_its_own_channels_costs_one_mac_a_gate():
+    images = jnp.zeros((1, 16, 16, 3))
+    channels = [8, 16, 32, 32, 64, 64, *[128] * 6, 256]
+    costs = {}
+    for depthwise in ("full", "own"):
+        gates = ftwt.GateConfig(depthwise=depthwise)
+        model = ftwt.create_model("mobilenet_v1", 10, gates=gates, width=0.25)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+        outputs = model.apply(zeros, images, control=ftwt.GateControl(masks="open"))
+        costs[depthwise] = float(ftwt.macs(outputs)[0] - ftwt.dense_macs(outputs))
+    assert costs["full"] - costs["own"] == sum(c * (c - 1) for c in channels)

@@ -17,8 +17,8 @@ namespace {
 using Floats = ffi::Buffer<ffi::F32>;
 
 ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias, Floats head_kernel, Floats head_sum,
-                      Floats head_bias, ffi::Buffer<ffi::S32> kept, ffi::Buffer<ffi::S32> source,
-                      ffi::RemainingArgs shortcut, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> logits,
+                      Floats head_bias, ffi::Buffer<ffi::S32> head_place, ffi::Buffer<ffi::S32> kept,
+                      ffi::Buffer<ffi::S32> source, ffi::RemainingArgs shortcut, ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> logits,
                       int64_t kernel_height, int64_t kernel_width, int64_t stride, int64_t pad, bool relu,
                       bool depthwise, int64_t left_out, bool max_pool, int64_t norm) {
   const auto in = x.dimensions(), weights = kernel.dimensions(), out = y->dimensions();
@@ -37,7 +37,8 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
                   static_cast<Norm>(norm),
                   head_kernel.typed_data(),
                   head_sum.typed_data(),
-                  head_bias.typed_data()};
+                  head_bias.typed_data(),
+                  head_place.element_count() ? head_place.typed_data() : nullptr};
   const float* added = nullptr;
   if (shortcut.size()) {
     auto given = shortcut.get<Floats>(0);
@@ -48,7 +49,7 @@ ffi::Error gated_unit(ffi::ThreadPool pool, Floats x, Floats kernel, Floats bias
   const int64_t in_size = in[1] * in[2] * in[3], out_size = out[1] * out[2] * out[3];
   const int64_t taps = kernel_height * kernel_width * (depthwise ? 1 : in[3]);
   // About a quarter of it will be done.
-  const int64_t products = out_size * taps + in[3] * all_filters * kReading;
+  const int64_t products = out_size * taps + head_kernel.element_count() * kReading;
 
   const auto one = [&](int64_t sample, const Team& team) {
     const float* maps = x.typed_data() + sample * in_size;
@@ -94,6 +95,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FtwtGatedUnit, ftwt::gated_unit,
                                   .Arg<ftwt::Floats>()
                                   .Arg<ftwt::Floats>()
                                   .Arg<ftwt::Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()

@@ -28,12 +28,18 @@ struct Head {
   const float* kernel;    // [channels, filters]
   const float* row_sum;   // [filters], of all rows of the head, those of channels that were left out too
   const float* bias;      // [filters]
+  const int32_t* place;   // [channels], the gate that each channel alone speaks for, by kernel [channels]; or null
 
   // The logits of one sample.
   void run(const float* x, float* logits, const Team& team) const {
     static thread_local Scratch scratch;
     float* of_rows = scratch.of(channels);
     const float of_sum = factors(x, of_rows);
+    if (place) {
+      for (int64_t f = 0; f < filters; ++f) logits[f] = bias[f] + of_sum * row_sum[f];
+      for (int64_t c = 0; c < channels; ++c) logits[place[c]] += of_rows[c] * kernel[c];
+      return;
+    }
     const int64_t blocks = channels * filters * kReading < kWorthSharing ? 1 : (filters + kColumns - 1) / kColumns;
     team.run(blocks, [&](int64_t block) {
       const int64_t first = filters * block / blocks / kColumns * kColumns;

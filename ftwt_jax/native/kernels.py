@@ -44,6 +44,7 @@ class UnitWeights:
       head_kernel: the gate head's rows for the input channels that are here, [C, F].
       head_sum: the sum of all its rows, also of those that are not, [F].
       head_bias: [F].
+      head_place: int32 [C], the gate that each input channel alone speaks for, head_kernel being [C, 1]; or empty.
       kept: int32 [K], which of the F filters are computed where they are on, ascending.
       source: int32 [K], the input channel of each filter of a depthwise convolution; -1 where that one is not here.
     """
@@ -53,6 +54,7 @@ class UnitWeights:
     head_kernel: Float[Array | np.ndarray, "C F"]
     head_sum: Float[Array | np.ndarray, " F"]
     head_bias: Float[Array | np.ndarray, " F"]
+    head_place: Int[Array | np.ndarray, " P"]
     kept: Int[Array | np.ndarray, " K"]
     source: Int[Array | np.ndarray, " K"]
 
@@ -97,6 +99,6 @@ def gated_unit(
         depthwise=depthwise,
         left_out=left_out,
         max_pool=gates.pool == "max",
-        norm=NORMS.index(gates.normalization),
+        norm=(*NORMS, "none").index(gates.normalization),
     )
     return y, logits
