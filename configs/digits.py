@@ -29,5 +29,5 @@ def get_config(arch: str = SMALL) -> ConfigDict:
         stage.update(lr=0.1, schedule="cosine", weight_decay=2e-3)
     config.baseline.epochs, config.gates.epochs = (40, 80) if small else (20, 30)
     # Heads that freeze half-way drift from a backbone that goes on learning; on so few pictures it shows.
-    config.gates.update(r=0.86, cooldown=0.75)
+    config.gates.update(r=0.85, cooldown=0.75)
     return config

@@ -56,7 +56,8 @@ def test_data_and_network_are_known_from_the_file(tmp_path, arch, network, data,
     assert config["data"]["name"] == data
     assert config["model"]["name"] == arch
     assert {key: config["model"][key] for key in model} == pytest.approx(model)
-    assert config["gates"]["pool"] == ("mean" if network.gated else "max")
+    heads = config["gates"]["pool"], config["gates"]["norm"], config["gates"]["depthwise"]
+    assert heads == (("mean", "softmax", "full") if network.gated else ("mean", "layer", "own"))
     assert (workdir / "checkpoints" / GATED).exists() == network.gated
     assert (kept(workdir)["mean"], kept(workdir)["std"]) == statistics
 
@@ -164,8 +165,8 @@ def test_a_converted_baseline_is_what_gates_are_trained_for_in_its_own_folder(tm
 def test_a_converted_gated_network_is_only_evaluated(capsys, tmp_path):
     workdir = convert(save(tiny(gated=True), tmp_path / "net.pth"), tmp_path / "run", *TINY)
     before = contents(workdir / "checkpoints")
-    assert "config.gates.pool: 'mean' -> 'max'" in fails(capsys, "train", *TINY, f"--workdir={workdir}")
-    run("train", *TINY, f"--workdir={workdir}", "--config.gates.pool=mean")
+    assert "config.gates.norm: 'softmax' -> 'layer'" in fails(capsys, "train", *TINY, f"--workdir={workdir}")
+    run("train", *TINY, f"--workdir={workdir}", "--config.gates.norm=softmax", "--config.gates.depthwise=full")
     assert contents(workdir / "checkpoints") == before
     assert json.loads((workdir / "evaluation.json").read_text())["gate_accuracy"] > 0
     assert not (workdir / "metrics.jsonl").exists()
