@@ -75,8 +75,8 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 # a budget in between, and one network serves them all.
                 "budgets": placeholder(tuple),
                 "mode": "decoupled",
-                # Of the heads: the best of results/README.md. The paper's: max, softmax, full; its code's: mean.
-                "pool": "mean",
+                # Of the heads: the best of results/README.md. The paper has max, softmax, full; its code mean pools.
+                "pool": "max",
                 "softmax": True,
                 "norm": "layer",
                 "depthwise": "own",

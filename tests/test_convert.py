@@ -57,7 +57,7 @@ def test_data_and_network_are_known_from_the_file(tmp_path, arch, network, data,
     assert config["model"]["name"] == arch
     assert {key: config["model"][key] for key in model} == pytest.approx(model)
     heads = config["gates"]["pool"], config["gates"]["norm"], config["gates"]["depthwise"]
-    assert heads == (("mean", "softmax", "full") if network.gated else ("mean", "layer", "own"))
+    assert heads == (("mean", "softmax", "full") if network.gated else ("max", "layer", "own"))
     assert (workdir / "checkpoints" / GATED).exists() == network.gated
     assert (kept(workdir)["mean"], kept(workdir)["std"]) == statistics
 

@@ -82,7 +82,7 @@ def test_a_trained_network_is_at_home_in_pytorch(tiny_run, tmp_path):
     about = said(tmp_path / "gated.safetensors")
     assert about["model"] == {"name": "vgg_bn", "plan": [*TINY_PLAN], "width": 1.0, "dtype": "float32"}
     assert (about["num_classes"], about["class_names"]) == (10, [str(digit) for digit in range(10)])
-    assert (about["gates"]["pool"], about["gates"]["r"]) == ("mean", expected["r"])
+    assert (about["gates"]["pool"], about["gates"]["r"]) == ("max", expected["r"])
     assert said(tmp_path / "dense.safetensors")["gates"] is None
 
 
