@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(capsys, tiny_run, tmp_path):
         (("--arch=resnet8", "--budget=0.4", "--image_size=2"), "too small"),
         (("--arch=resnet8", "--budget=0.4", "--image_size=-4"), "--image_size"),
         ((f"--workdir={tiny_run[0]}", "--batch=0"), "--batch"),
-        ((f"--workdir={tiny_run[0]}", "--budget=0.5"), "--arch"),
+        ((f"--workdir={tiny_run[0]}", "--image_size=32"), "--image_size belongs to --arch"),
         ((f"--workdir={tmp_path / 'nowhere'}",), "nowhere"),
     ]:
         assert said in fails(capsys, "benchmark", *arguments)

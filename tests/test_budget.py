@@ -15,6 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from ftwt_jax import workdir as workdirs
+from ftwt_jax.__main__ import main
 from ftwt_jax.budget import OFFSETS, POINTS
 from ftwt_jax.checkpoints import NETWORK
 from ftwt_jax.command_line import parse
@@ -155,6 +156,12 @@ def test_offsets_of_the_budgets_are_kept_and_lead_from_one_to_the_other(any_run)
     assert table["budgets"] == pytest.approx(np.linspace(0.3, 0.8, POINTS))
     assert table["offsets"] == sorted(table["offsets"], reverse=True)
     assert table["offsets"][0] > 0.05 > -0.05 > table["offsets"][-1]
+
+
+def test_a_trained_network_is_brought_to_its_budgets(any_run):
+    assert main(["evaluate", f"--workdir={any_run}", "--budgets=0.3,0.8"]) == 0
+    for row in read(any_run, "budgets")["rows"]:
+        assert row["macs_reduction"] == pytest.approx(row["budget"], abs=NEAR)
 
 
 def test_a_run_killed_between_the_freeze_and_the_end_ends_with_the_same_parameters(program, any_run, tmp_path):

@@ -1,5 +1,6 @@
 """One trained network at many budgets: `evaluate --budgets`, fixed masks beside it, and what else takes a budget."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from PIL import Image
 
@@ -16,10 +18,11 @@ from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
 from ftwt_jax.benchmark import trained_subject
 from ftwt_jax.budget_curve import any_budget, parse_budgets
+from ftwt_jax.command_line import parse
 from ftwt_jax.estimate import SWEEP
-from ftwt_jax.run import GATED, make_run
-from tests.conftest import fails
-from tests.test_budget import ANY, NEAR
+from ftwt_jax.run import GATED, STAGES, make_run
+from tests.conftest import fails, random_like
+from tests.test_budget import NEAR, SMALL
 
 pytestmark = pytest.mark.long
 
@@ -31,10 +34,19 @@ A_FILTER = 0.05
 
 
 @pytest.fixture(scope="module")
-def trained(program, tmp_path_factory) -> pathlib.Path:
-    """The workdir of a run for every budget; what is written into it here is read by no other test."""
+def trained(tmp_path_factory) -> pathlib.Path:
+    """A workdir as training leaves it, of a network whose weights and gates are random; so are its answers."""
     workdir = tmp_path_factory.mktemp("any") / "run"
-    program.run("train", *ANY, f"--workdir={workdir}")
+    config = parse("train", [*SMALL, "--config.gates.r=0.7", f"--workdir={workdir}"]).config
+    run = make_run(config, workdir)
+    workdirs.prepare(workdir, config)
+    variables = random_like(run.abstract_variables(GATED))
+    variables = run.batch_statistics.renewed(variables, run.calibration_batches)
+    for stage in STAGES:
+        wanted = flatten_dict(run.abstract_variables(stage))
+        network = unflatten_dict({path: flatten_dict(variables)[path] for path in wanted})
+        with contextlib.closing(run.checkpoints(stage, create=True)) as checkpoints:
+            checkpoints.save_network(network)
     return workdir
 
 
@@ -50,7 +62,7 @@ def opened(trained):
     """The run, and its network to be had at any budget."""
     path, config = workdirs.load(str(trained))
     run = make_run(config, path)
-    return run, any_budget(run, run.trained(GATED), json.loads((trained / "estimate.json").read_text())["r"])
+    return run, any_budget(run, run.trained(GATED), config.gates.r)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +74,9 @@ def outputs(opened):
     return jax.jit(lambda variables: run.models[GATED].apply(variables, images, control=control))
 
 
-def test_a_row_for_every_budget(swept, trained):
+def test_a_row_for_every_budget(swept):
     result, printed = swept
     assert result.keys() == {"dense_accuracy", "samples", "checkpoint", "rows"}
-    evaluation = json.loads((trained / "evaluation.json").read_text())
-    assert result["dense_accuracy"] == evaluation["dense_accuracy"]
     assert (result["samples"], result["checkpoint"]) == (HELD_OUT, "newest")
     assert [row["budget"] for row in result["rows"]] == list(BUDGETS)
     for row in result["rows"]:
@@ -112,9 +122,10 @@ def test_batch_statistics_are_those_of_the_budget(opened):
     )
 
 
-def test_evaluate_gives_fixed_masks_of_the_same_work_beside_the_network(program, trained):
+def test_evaluate_gives_fixed_masks_of_the_same_work_beside_the_network(program, trained, swept):
     printed = program.run("evaluate", f"--workdir={trained}")
     result = json.loads((trained / "evaluation.json").read_text())
+    assert result["dense_accuracy"] == swept[0]["dense_accuracy"]
     assert result["static_macs_reduction"] == pytest.approx(result["macs_reduction"], abs=A_FILTER)
     assert 0 <= result["static_accuracy"] <= 1
     line = next(line for line in printed.splitlines() if "of fixed masks with the same MACs" in line)
@@ -165,18 +176,18 @@ def test_a_benchmark_is_of_the_network_at_the_budget(program, trained):
     assert result["max_abs_diff"] <= 1e-4 * result["max_abs_logit"]
 
 
-def test_a_program_is_exported_at_the_budget(capsys, trained, tmp_path, opened):
-    files = {None: tmp_path / "trained.stablehlo", 0.75: tmp_path / "budget.stablehlo"}
-    pictures = opened[0].dataset.test.images[:64]
-    logits = {}
-    for budget, file in files.items():
-        flags = [] if budget is None else [f"--budget={budget}"]
-        assert main(["export", f"--workdir={trained}", f"--out={file}", *flags]) == 0
-        logits[budget] = np.asarray(export.deserialize(bytearray(file.read_bytes())).call(pictures))
-        subject = trained_subject(str(trained), budget=budget)
-        wanted = subject.gated.apply(subject.gated_variables, subject.normalize(jnp.asarray(pictures))).logits
-        np.testing.assert_allclose(logits[budget], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
-    assert np.abs(logits[None] - logits[0.75]).max() > 0.01 * np.abs(logits[None]).max()
+def test_a_program_is_exported_at_the_budget(trained, tmp_path):
+    file = tmp_path / "network.stablehlo"
+    assert main(["export", f"--workdir={trained}", f"--out={file}", "--budget=0.75"]) == 0
+    at, before = (trained_subject(str(trained), budget=budget) for budget in (0.75, None))
+    pictures = np.random.default_rng(0).integers(0, 256, (32, *at.held_out.shape[1:]), np.uint8)
+    found = np.asarray(export.deserialize(bytearray(file.read_bytes())).call(pictures))
+    wanted, otherwise = (
+        np.asarray(one.gated.apply(one.gated_variables, one.normalize(jnp.asarray(pictures))).logits)
+        for one in (at, before)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert np.abs(found - otherwise).max() > 0.01 * np.abs(otherwise).max()
 
 
 def test_a_budget_where_there_are_no_gates_to_move(capsys, trained, tmp_path):

@@ -19,7 +19,7 @@ from tests.conftest import random_like
 
 PLAN = (9, "M", 12)
 SAMPLES = 24
-IMAGES = jax.random.normal(jax.random.key(1), (SAMPLES, 8, 8, 3))
+IMAGES = jax.random.normal(jax.random.key(1), (SAMPLES, 16, 16, 3))
 OFFSETS = (-1e3, -2.0, -0.3, 0.0, 0.7, 2.0, 1e3)
 RATES = st.lists(st.sampled_from([0, 0.1, 0.25, 0.5, 0.9, 1]) | st.floats(0, 1), min_size=1, max_size=20)
 
