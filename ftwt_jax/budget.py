@@ -69,7 +69,7 @@ class BudgetKeeper:
         if self._static and step == self._frozen:
             fixed = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
             variables = put_whole(fixed, replicated(self._run.mesh))
-        calibrator = self._run.calibrator(variables, self._r)
+        calibrator = self._run.calibrator(variables, self._r, self._static)
         offset, _ = calibrator.solve(self._budget)
         variables = self._moved(variables, offset)
         if self._range is not None and step == self._frozen:
@@ -82,7 +82,8 @@ class BudgetKeeper:
         elif self._range is not None:
             # Those of training are a mixture of all budgets. Under others the gates are given other maps.
             variables = self._run.batch_statistics.renewed(variables, self._run.calibration_batches)
-            variables = self._moved(variables, self._run.calibrator(variables, self._r).solve(self._budget)[0])
+            calibrator = self._run.calibrator(variables, self._r, self._static)
+            variables = self._moved(variables, calibrator.solve(self._budget)[0])
         return state.replace(**variables)
 
     def _moved(self, variables: dict[str, Any], offset: float) -> dict[str, Any]:

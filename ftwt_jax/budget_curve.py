@@ -28,12 +28,14 @@ class AnyBudget:
     Attributes:
       variables: as they were trained.
       r: mass threshold of the targets that its gates are compared with.
+      is_fixed: whether its masks do not depend on the picture.
     """
 
     run: Run
     variables: dict[str, Any]
     r: float
     calibrator: Calibrator
+    is_fixed: bool = False
 
     def offset(self, budget: float) -> float:
         """What to add to the gate logits for a MACs reduction; raises `UserError` if there is no such offset."""
@@ -43,7 +45,8 @@ class AnyBudget:
         """The network at this MACs reduction: gates shifted, batch statistics measured anew under its masks."""
         offset, found = self.calibrator.solve(budget)
         shifted = self._whole(shift_gates(self.variables, offset))
-        renewed = any_budget(self.run, self.run.batch_statistics.renewed(shifted, self.run.calibration_batches), self.r)
+        variables = self.run.batch_statistics.renewed(shifted, self.run.calibration_batches)
+        renewed = any_budget(self.run, variables, self.r, self.is_fixed)
         if abs(renewed.calibrator.measure().macs_reduction - found.macs_reduction) <= TOLERANCE:
             return renewed.variables
         # Under other statistics the gates are given other maps, and have moved a little.
@@ -55,16 +58,16 @@ class AnyBudget:
 
     def fixed(self) -> "AnyBudget":
         """The same with every mask fixed to the filters that are on most often: static pruning."""
-        return any_budget(self.run, self._whole(fix_gates(self.variables, self.calibrator.rates())), self.r)
+        return any_budget(self.run, self._whole(fix_gates(self.variables, self.calibrator.rates())), self.r, fixed=True)
 
     def _whole(self, variables: dict[str, Any]) -> dict[str, Any]:
         """Arrays as every other program of the run is given them, so that none is compiled again."""
         return put_whole(variables, replicated(self.run.mesh))
 
 
-def any_budget(run: Run, gated: dict[str, Any], r: float) -> AnyBudget:
-    """Prepares a gated network of a run."""
-    return AnyBudget(run, gated, r, run.calibrator(gated, r))
+def any_budget(run: Run, gated: dict[str, Any], r: float, fixed: bool = False) -> AnyBudget:
+    """Prepares a gated network of a run; `fixed`: its masks do not depend on the picture."""
+    return AnyBudget(run, gated, r, run.calibrator(gated, r, fixed), fixed)
 
 
 def parse_budgets(text: str) -> list[float]:

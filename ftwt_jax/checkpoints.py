@@ -88,7 +88,9 @@ class Checkpoints:
         self._intact: set[int] = set()
         if not create and not self.path.is_dir():
             raise self._missing()
-        best = preservation_policy.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
+        best = preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False
+        )
         keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(KEPT), best])
         # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
         options = ocp.CheckpointManagerOptions(

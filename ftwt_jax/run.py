@@ -167,9 +167,13 @@ class Run:
         """Predictions for the dense network with these variables."""
         return Estimator(self.evaluator(GATED, masks="targets"), variables, self.calibration_batches)
 
-    def calibrator(self, variables: Any, r: float) -> Calibrator:
-        """Offsets of the gates of a gated network with these variables."""
-        return Calibrator(self.evaluator(GATED), variables, self.calibration_batches, r)
+    def calibrator(self, variables: Any, r: float, fixed: bool = False) -> Calibrator:
+        """Offsets of the gates of a gated network with these variables.
+
+        Args:
+          fixed: masks do not depend on the picture, so that a few of them tell the work.
+        """
+        return Calibrator(self.evaluator(GATED), variables, self.calibration_batches[: 1 if fixed else None], r)
 
     @functools.cached_property
     def batch_statistics(self) -> BatchStatistics:

@@ -37,6 +37,9 @@ def random_variables(model, images, seed=0, never=0.0, **options):
     variables = random_like(shapes, seed)
     rng = np.random.default_rng(seed)
     for head in heads_of(variables):
+        if len(head["kernel"]) == 1:
+            # Gates that turn their own channel off when it lights would let no picture reach the end of a network.
+            head["kernel"] = np.abs(head["kernel"])
         head["bias"][rng.random(head["bias"].shape) < never] = NEVER
     return variables
 

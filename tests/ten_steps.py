@@ -135,7 +135,7 @@ def write_programs(folder):
 
     def step(network, stage, changes):
         made = make_stage(make(NETWORKS[network], batch_size=PICTURES, **changes), stage)
-        return made.step.lower(made.state, made.batch, made.r)
+        return made.step.lower(made.state, made.batch, made.control)
 
     with short_networks():
         lowered = {name: step(*program) for name, program in PROGRAMS.items()}

@@ -33,7 +33,7 @@ ANY = (*SMALL, "--config.gates.budgets=(0.3,0.8)")
 # Heads freeze after step 11; checkpoints are those of step 4, 8, 12 ... 20 and 22, of which the last two are kept.
 FROZEN, LAST = TINY_STEPS // 2, (20, TINY_STEPS)
 # Heads that learn slowly leave too many filters on, far more than so low an r asks for.
-SLOW = ("--config.gates.r=0.6", "--config.gates.head_lr=0.03")
+SLOW = ("--config.gates.r=0.6", "--config.gates.head_lr=0.02")
 NEAR = 0.03
 
 

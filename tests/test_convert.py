@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -15,7 +14,7 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.run import BASELINE, GATED
 from tests import torch_imagenet as imagenet
 from tests import torch_networks as theirs
-from tests.conftest import TINY, Program, fails, read_metrics
+from tests.conftest import TINY, fails, read_metrics
 from tests.weight_files import assert_same, contents, convert, kept, run, save, steps, tiny, variables
 
 pytestmark = pytest.mark.long
@@ -29,13 +28,6 @@ RESNET8 = (
 TEN = ("--checkpoint={}/ten.safetensors", "--out=run")
 CIFAR = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-@pytest.fixture(scope="module")
-def quick(program) -> Program:
-    """The program, compiled quickly and not to run quickly."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    return dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": flags})
 
 
 @pytest.mark.parametrize(
@@ -143,11 +135,11 @@ def test_evaluate_finds_what_pytorch_finds(converted):
 
 
 @pytest.mark.parametrize("converted", ["gated"], indirect=True)
-def test_estimate_and_gate_training_start_from_what_was_converted(quick, capsys, converted, tmp_path):
+def test_estimate_and_gate_training_start_from_what_was_converted(program, capsys, converted, tmp_path):
     run("estimate", f"--workdir={converted.workdir}", "--r=.9")
     assert "0.9000" in capsys.readouterr().out
     arguments = [*RESNET8, f"--config.init_from={converted.workdir}", f"--workdir={tmp_path / 'run'}"]
-    quick.run("train", *arguments)
+    program.run("train", *arguments, "--config.gates.calibrate=False")
     assert_same(variables(tmp_path / "run", BASELINE), variables(converted.workdir, BASELINE))
     assert 0 <= json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"] <= 1
     assert {line["stage"] for line in read_metrics(tmp_path / "run")} == {GATED}
@@ -166,7 +158,8 @@ def test_a_converted_gated_network_is_only_evaluated(capsys, tmp_path):
     workdir = convert(save(tiny(gated=True), tmp_path / "net.pth"), tmp_path / "run", *TINY)
     before = contents(workdir / "checkpoints")
     assert "config.gates.norm: 'softmax' -> 'layer'" in fails(capsys, "train", *TINY, f"--workdir={workdir}")
-    run("train", *TINY, f"--workdir={workdir}", "--config.gates.norm=softmax", "--config.gates.depthwise=full")
+    heads = "--config.gates.pool=mean", "--config.gates.norm=softmax", "--config.gates.depthwise=full"
+    run("train", *TINY, f"--workdir={workdir}", *heads)
     assert contents(workdir / "checkpoints") == before
     assert json.loads((workdir / "evaluation.json").read_text())["gate_accuracy"] > 0
     assert not (workdir / "metrics.jsonl").exists()

@@ -28,17 +28,14 @@ def network():
     model = ftwt.create_model("vgg_bn", 4, gates=ftwt.GateConfig(), plan=PLAN)
     dense = ftwt.create_model("vgg_bn", 4, plan=PLAN)
     variables = dense.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
-    estimator = Estimator(
-        Evaluator(model, normalize, data_mesh(), masks="targets"),
-        variables,
-        list(eval_batches(dataset, dataset.test, 16)),
-    )
-    return estimator, model, dense, variables, dataset
+    evaluator = Evaluator(model, normalize, data_mesh(), masks="targets")
+    estimator = Estimator(evaluator, variables, list(eval_batches(dataset, dataset.test, 16)))
+    return estimator, model, dense, variables, dataset, evaluator
 
 
 @pytest.mark.parametrize("r", [0.3, 0.8, 1.0])
 def test_prediction_is_the_work_of_the_dense_network_under_its_own_targets(network, r):
-    estimator, _, dense, variables, dataset = network
+    estimator, _, dense, variables, dataset, _ = network
     x = normalize(jnp.asarray(dataset.test.images))
     inputs, work, area = 3, 0.0, 8 * 8
     for index, features in enumerate(f for f in PLAN if f != "M"):
@@ -79,14 +76,14 @@ def test_a_budget_out_of_reach_is_refused_with_the_range(network, budget, says):
 
 
 def test_a_sweep_compiles_once(network):
-    estimator = network[0]
+    estimator, evaluator = network[0], network[-1]
     for r in np.linspace(0.1, 1, 7):
         estimator.predict(float(r))
-    assert estimator._evaluator._step._cache_size() == 1
+    assert evaluator._step._cache_size() == 1
 
 
 def test_evaluation_ignores_the_examples_that_fill_the_last_batch(network):
-    _, model, _, variables, dataset = network
+    _, model, _, variables, dataset, _ = network
     full = init_from_dense(model, variables, jnp.zeros((1, 8, 8, 3)), jax.random.key(2))
     one, many = (
         Evaluator(model, normalize, data_mesh()).run(full, eval_batches(dataset, dataset.test, size), 0.7)

@@ -158,13 +158,13 @@ def test_each_device_holds_its_share_of_a_divided_optimizer(on_eight):
         assert {math.prod(shape) for _, shape in one["held"]} == {math.prod(one["shape"]) // DEVICES}
 
 
-def reference_in_parts(run, stage, state, batches, r):
+def reference_in_parts(run, stage, state, batches, control):
     """Steps in parts, written for clarity: the state and the metrics of each step."""
 
     @jax.jit
     def loss_and_grads(params, batch_stats, images, labels):
         def loss(params):
-            variables, control = {"params": params, "batch_stats": batch_stats}, GateControl(r=r)
+            variables = {"params": params, "batch_stats": batch_stats}
             outputs, updates = run.models[GATED].apply(
                 variables, run.normalize(images), train=True, control=control, mutable=["batch_stats"]
             )
@@ -197,8 +197,8 @@ def reference_in_parts(run, stage, state, batches, r):
 
 def test_a_step_in_parts_takes_the_mean_of_their_gradients(on_one):
     run = make(accumulate=PARTS)
-    stage, state, batches, r = start(run, GATED)
-    wanted = reference_in_parts(run, stage, state, batches, r)
+    stage, state, batches, control = start(run, GATED)
+    wanted = reference_in_parts(run, stage, state, batches, control)
     numbers = on_one["parts"]
     assert_close({name: numbers[name] for name in wanted}, wanted, 1e-5)
 
