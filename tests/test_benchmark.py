@@ -71,12 +71,12 @@ def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, bud
 
 
 def test_a_reduction_that_no_masks_reach_is_refused():
-    model = ftwt.create_model("resnet8", 10, gates=ftwt.GateConfig())
-    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    model = ftwt.create_model("vgg_bn", 10, gates=ftwt.GateConfig(), plan=(16,))
+    images = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     with pytest.raises(ftwt.UserError, match="can be cut by up to"):
         random_gates(model, variables, images, 0.999)
-    dense = ftwt.create_model("resnet8", 10)
+    dense = ftwt.create_model("vgg_bn", 10, plan=(16,))
     with pytest.raises(ftwt.UserError, match="no gates"):
         random_gates(dense, dense.init(jax.random.key(1), images[:1]), images, 0.5)
 

@@ -1,5 +1,6 @@
 """The notebook: clean, run whole as a student would, and what the README promises of the run that it trains."""
 
+import asyncio
 import dataclasses
 import json
 import pathlib
@@ -74,7 +75,10 @@ def executed(program, tmp_path_factory):
             kernel_name="this_interpreter", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(kernels)])
         )
         client = NotebookClient(notebook, manager, timeout=1200, resources={"metadata": {"path": str(folder)}})
-        client.execute(env=program.environment | {"IPYTHONDIR": str(kernels)})
+        try:
+            client.execute(env=program.environment | {"IPYTHONDIR": str(kernels)})
+        finally:
+            asyncio.run(manager.shutdown_kernel(now=True))
     return Executed(notebook, folder)
 
 
