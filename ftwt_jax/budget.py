@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from ftwt_jax import workdir
 from ftwt_jax.distributed import meet
+from ftwt_jax.errors import UserError
 from ftwt_jax.gates import GateControl
 from ftwt_jax.offsets import fix_gates, shift_gates
 from ftwt_jax.optim import cooldown_step
@@ -32,6 +33,9 @@ class BudgetKeeper:
     Args:
       r: mass threshold of the targets.
       budget: the exact MACs reduction to hold the gates to; one that is no saving is left as it comes.
+
+    Raises:
+      UserError: it is no saving, and the config asks for fixed masks or for a range of budgets.
     """
 
     def __init__(self, run: Run, stage: Stage, r: float, budget: float):
@@ -39,6 +43,11 @@ class BudgetKeeper:
         settings = run.settings(stage.name)
         gated = stage.name == GATED
         self._active = gated and settings.calibrate and 0 < budget < 1
+        if gated and not self._active and (settings.static or settings.budgets):
+            raise UserError(
+                f"r = {r:g} is predicted to save nothing, of which config.gates.static and config.gates.budgets "
+                "have nothing to divide: set a smaller config.gates.r, or config.gates.budget"
+            )
         self._static = self._active and settings.static
         self._range = budget_range(settings) if self._active else None
         self._frozen = max(cooldown_step(settings, stage.total), 1) if self._active else 0

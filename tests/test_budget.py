@@ -236,3 +236,10 @@ def test_a_workdir_from_before_there_was_calibration_is_still_read(capsys, raw_r
     workdirs.prepare(workdir, parse("train", [*flags, "--config.gates.calibrate=False"]).config)
     kept = opened(workdir).config.gates
     assert (kept.calibrate, kept.static, kept.budgets) == (False, False, None)
+
+
+@pytest.mark.parametrize("flag", ["--config.gates.static=True", "--config.gates.budgets=(0.3,0.8)"])
+def test_what_divides_a_saving_is_refused_where_none_is_predicted(capsys, tiny_run, tmp_path, flag):
+    # A baseline of which all filters light in some place; heads are all that r = 1 then adds.
+    flags = [*TINY, f"--config.init_from={tiny_run[0]}", "--config.gates.r=1.0", flag, f"--workdir={tmp_path / 'run'}"]
+    assert "r = 1 is predicted to save nothing" in fails(capsys, "train", *flags)
