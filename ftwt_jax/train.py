@@ -16,6 +16,7 @@ from ftwt_jax.budget import BudgetKeeper
 from ftwt_jax.checkpoints import Checkpoints, has_checkpoint, set_damaged_aside
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.distributed import Preempted, Preemption
+from ftwt_jax.environment import record_environment
 from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import choose_r
 from ftwt_jax.evaluate import count_skipped, evaluate_run
@@ -121,6 +122,7 @@ def train_stage(
         start = checkpoints.latest_step() or 0
         if checkpoints.is_finished(stage.total):
             return checkpoints.restore_network(run.abstract_variables(name), replicated(run.mesh))
+        record_environment(run.workdir)
         if start:
             state = checkpoints.restore(stage.state)
             console.print(f"{name}: going on from step {start} of {stage.total}", highlight=False)

@@ -10,5 +10,6 @@ cd -- "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
 
-# A worker per core; the run without a network must not notice.
-exec "$venv/bin/python" -m pytest -n "${PYTEST_WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"
+# A worker more than cores, since many tests wait for a process of their own.
+workers=${PYTEST_WORKERS:-$(($(getconf _NPROCESSORS_ONLN) + 1))}
+exec "$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

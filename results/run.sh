@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Trains what results/README.md shows, one network and one seed at a time, and keeps what is small of each run here.
-# usage: results/run.sh resnet20|mobilenet_v1 SEED [EPOCHS]     EPOCHS: of the baseline, and of the gates (default 8)
+# usage: results/run.sh resnet20|mobilenet_v1 SEED BASELINE GATES [KIND…]
+#   BASELINE, GATES: epochs of the two stages
+#   KIND: of dense any any_joint any_static half seventy narrow_half narrow_seventy; all of them without
 # PYTHON=… picks the interpreter (default .venv/bin/python); WORKDIRS=… where the runs go (default workdirs/results).
 # What is finished is not trained again.
 set -euo pipefail
-arch=$1 seed=$2 epochs=${3:-8}
+usage() { echo "usage: $0 resnet20|mobilenet_v1 SEED BASELINE GATES [KIND…]" >&2; exit 2; }
+[ $# -ge 4 ] || usage
+arch=$1 seed=$2 baseline=$3 gates=$4
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
+kinds=" ${*:5} "
 runs=${WORKDIRS:-$root/workdirs/results}
 budgets=0.3,0.4,0.5,0.6,0.7,0.8
 cd -- "$root"
@@ -15,21 +20,22 @@ cd -- "$root"
 case $arch in
 resnet20) width=1.0 half=0.72 third=0.5625 ;;
 mobilenet_v1) width=0.25 half=0.175 third=0.1325 ;;
-*) echo "usage: $0 resnet20|mobilenet_v1 SEED [EPOCHS]" >&2; exit 2 ;;
+*) usage ;;
 esac
 
 run() { # NAME FLAG…: trains, and keeps config and figures
     local name=${arch}_$1_seed$seed
+    if [[ -n ${kinds// /} && $kinds != *" $1 "* ]]; then return; fi
     shift
     if [ ! -f "results/$name/evaluation.json" ]; then
         "$python" -m ftwt_jax train --config="configs/fashion_mnist.py:$arch" --config.seed="$seed" \
-            --config.baseline.epochs="$epochs" --config.gates.epochs="$epochs" --workdir="$runs/$name" "$@"
+            --config.baseline.epochs="$baseline" --config.gates.epochs="$gates" --workdir="$runs/$name" "$@"
         [ -f "$runs/$name/evaluation.json" ] || "$python" -m ftwt_jax evaluate --workdir="$runs/$name"
         if [ -d "$runs/$name/checkpoints/gated" ]; then
             "$python" -m ftwt_jax evaluate --workdir="$runs/$name" --budgets="$budgets"
         fi
         mkdir -p "results/$name"
-        for file in config.json estimate.json evaluation.json budgets.json; do
+        for file in config.json environment.json estimate.json evaluation.json budgets.json; do
             # Without the folder of this machine.
             if [ -f "$runs/$name/$file" ]; then sed "s#$runs/##g" "$runs/$name/$file" >"results/$name/$file"; fi
         done
@@ -46,5 +52,5 @@ gated any_static --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)" --
 gated half --config.gates.budget=0.5
 gated seventy --config.gates.budget=0.7
 # Narrower networks, dense, trained as long as baseline and gates together.
-run narrow_half --config.model.width="$half" --config.gates.epochs=0 --config.baseline.epochs=$((2 * epochs))
-run narrow_seventy --config.model.width="$third" --config.gates.epochs=0 --config.baseline.epochs=$((2 * epochs))
+run narrow_half --config.model.width="$half" --config.gates.epochs=0 --config.baseline.epochs=$((baseline + gates))
+run narrow_seventy --config.model.width="$third" --config.gates.epochs=0 --config.baseline.epochs=$((baseline + gates))

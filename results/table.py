@@ -5,6 +5,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+import ftwt_jax as ftwt
+
 HERE = pathlib.Path(__file__).resolve().parent
 NETWORKS = {"resnet20": "ResNet-20", "mobilenet_v1": "MobileNetV1, width .25"}
 # Each kind of run, and how the table calls it.
@@ -15,7 +20,7 @@ GATED = {
     "any_joint": "the same, joint",
 }
 STATIC = {"any_static": "fixed masks, trained as long"}
-NARROW = {"narrow_half": 0.5, "narrow_seventy": 0.7}
+NARROW = ("narrow_half", "narrow_seventy")
 HEAD = "| network | seed | gates | MACs reduction, exact | published | accuracy | dense | difference | fixed masks |"
 GATES = "| network | seed | gates | r | budget | predicted | exact | gate accuracy | static gate accuracy | dynamic |"
 
@@ -40,22 +45,32 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _macs(config: dict[str, Any]) -> float:
+    """MACs of the dense network of a run."""
+    size = config["data"]["image_size"]
+    options = {key: value for key, value in config["model"].items() if value is not None and key != "dtype"}
+    model = ftwt.create_model(num_classes=10, **options)
+    image = jnp.zeros((1, size, size, 1))
+    return ftwt.dense_macs(jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), image)[0]))
+
+
 def accuracy_table() -> list[str]:
     """A row for each run and reduction: accuracy beside the dense network's."""
-    dense = {}
+    dense, work = {}, {}
     for arch, kind, seed, folder in _runs():
-        if kind == "dense":
-            dense[arch, seed] = json.loads((folder / "evaluation.json").read_text())["dense_accuracy"]
+        found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
+        if kind == "dense" and found is not None and config is not None:
+            dense[arch, seed], work[arch, seed] = found["dense_accuracy"], _macs(config)
     lines = [HEAD, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for arch, kind, seed, folder in _runs():
         found, curve = _read(folder, "evaluation.json"), _read(folder, "budgets.json")
-        whole = dense.get((arch, seed))
-        if kind == "dense" or found is None or whole is None:
+        config, whole = _read(folder, "config.json"), dense.get((arch, seed))
+        if kind == "dense" or found is None or config is None or whole is None:
             continue
         label = (GATED | STATIC).get(kind, "narrower network, dense")
         rows = [found]
         if kind in NARROW:
-            rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": NARROW[kind]}]
+            rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": 1 - _macs(config) / work[arch, seed]}]
         elif kind.startswith("any") and curve is not None:
             rows = curve["rows"]
         for row in rows:

@@ -20,6 +20,8 @@ CORRUPTED = [
     for name in ("fog", "gaussian_noise")
     for severity in (1, 3, 5)
 ]
+# Where it was trained, first and then.
+MOVED = [{"devices": "32 x TPU v5 lite (tpu)"}, {"devices": "8 x <H100> (gpu)", "jax": "0.10.2"}]
 # A name that a page has to escape, and a plot too.
 STRANGE = '_$<b>&"x$'
 
@@ -36,6 +38,7 @@ def copies(run: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     _, strange, dense, gone = found
     (strange / "budgets.json").write_text(json.dumps({"rows": CURVE}))
     (strange / "corruptions.json").write_text(json.dumps({"source": "applied", "samples": 450, "rows": CORRUPTED}))
+    (strange / "environment.json").write_text(json.dumps(MOVED))
     shutil.rmtree(dense / "checkpoints" / "gated")
     none = dict.fromkeys(("gate_accuracy", "static_gate_accuracy", "dynamic_filters", "r"))
     change_json(dense / "evaluation.json", macs_reduction=0.0, density=[], units=[], **none)

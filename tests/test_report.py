@@ -22,7 +22,7 @@ from ftwt_jax.report.samples import look_at
 from ftwt_jax.report.together import fire_together, in_blocks
 from ftwt_jax.run import make_run
 from tests.conftest import fails
-from tests.reports import STRANGE, change_json, copies
+from tests.reports import MOVED, STRANGE, change_json, copies
 
 
 class Page(html.parser.HTMLParser):
@@ -59,6 +59,14 @@ def report(program, tiny_run, tmp_path_factory):
     printed = program.run("report", *runs)
     out = runs[0] / "report"
     return runs, out, Page((out / "index.html").read_text()), printed
+
+
+def test_where_each_run_was_trained_is_on_the_page(report):
+    runs, _, page, _ = report
+    (recorded,) = json.loads((runs[0] / "environment.json").read_text())
+    for place in (recorded, *MOVED):
+        assert all(value in page.text for value in place.values())
+    assert page.text.index("TPU v5 lite") < page.text.index("<H100>")
 
 
 def test_figures_of_every_evaluation_are_on_the_page(report):

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.checkpoints import has_checkpoint
+from ftwt_jax.environment import environment
 from ftwt_jax.errors import UserError
 from ftwt_jax.printing import say
 from ftwt_jax.report import figures, pictures
 from ftwt_jax.report.page import Section, Seen, render, write
-from ftwt_jax.report.reproduce import environment, evaluate_commands, report_command, train_command
+from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
 from ftwt_jax.report.samples import extremes, look_at
 from ftwt_jax.report.together import fire_together

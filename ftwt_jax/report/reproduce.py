@@ -1,22 +1,16 @@
-"""How a run can be had again: its commands, and what it ran on."""
+"""The commands by which a run can be had again."""
 
-import importlib.metadata
 import pathlib
-import platform
 import shlex
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict
 
 from ftwt_jax.command_line import REPOSITORY, parse
 from ftwt_jax.corruption_sweep import APPLIED
-from ftwt_jax.data.build import threads
 from ftwt_jax.errors import UserError
 from ftwt_jax.report.runs import RecordedRun
-from ftwt_jax.version import __version__
 from ftwt_jax.workdir import as_dict
 
 PROGRAM = ("python", "-m", "ftwt_jax")
@@ -88,43 +82,3 @@ def in_lines(command: Sequence[str]) -> str:
     """A command for a shell; each argument after the name on a line of its own."""
     head, rest = shlex.join(command[:4]), [shlex.quote(argument) for argument in command[4:]]
     return " \\\n    ".join([head, *rest])
-
-
-def environment() -> list[tuple[str, str]]:
-    """What this process runs on, as names and values."""
-    devices = jax.devices()
-    found = [
-        ("Python", platform.python_version()),
-        *((name, importlib.metadata.version(name)) for name in ("jax", "jaxlib", "flax")),
-        ("ftwt_jax", __version__),
-        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
-        ("processor", f"{_processor()}, {threads()} cores"),
-        ("system", f"{platform.system()} {platform.machine()}"),
-    ]
-    commit = _commit()
-    return [*found, ("git commit", commit)] if commit else found
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the code, if it lies in a git checkout, and whether files were changed since."""
-    if not (REPOSITORY / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}, and changes since" if changed else commit

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ftwt_jax import workdir
 from ftwt_jax.budget_curve import CURVE
 from ftwt_jax.corruption_sweep import FILE as CORRUPTIONS
+from ftwt_jax.environment import Environment, recorded_environments
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.evaluate import EVALUATION
 from ftwt_jax.logs import METRICS
@@ -35,6 +36,7 @@ class RecordedRun:
       curve: `budgets.json`; empty where there is none.
       sweep: `corruptions.json`; empty where there is none.
       metrics: the lines of `metrics.jsonl`; empty for a network that was not trained here.
+      environments: what it was trained on, first to last; empty where that was not recorded.
     """
 
     number: int
@@ -45,6 +47,7 @@ class RecordedRun:
     curve: Row
     sweep: Row
     metrics: tuple[Row, ...]
+    environments: Sequence[Environment]
 
     @property
     def label(self) -> str:
@@ -112,6 +115,7 @@ def _read(number: int, name: str, path: pathlib.Path) -> RecordedRun:
         curve=_table(path / CURVE, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
         sweep=_table(path / CORRUPTIONS, CORRUPTION_FIGURES, "evaluate --corruptions"),
         metrics=read_metrics(path / METRICS),
+        environments=recorded_environments(path),
     )
 
 
