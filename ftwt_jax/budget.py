@@ -14,6 +14,7 @@ from ftwt_jax.gates import GateControl
 from ftwt_jax.offsets import fix_gates, shift_gates
 from ftwt_jax.optim import cooldown_step
 from ftwt_jax.run import GATED, Run, budget_range
+from ftwt_jax.settling import settle
 from ftwt_jax.sharding import put_whole, replicated
 from ftwt_jax.stages import Stage
 from ftwt_jax.training import TrainState
@@ -78,26 +79,20 @@ class BudgetKeeper:
         if self._static and step == self._frozen:
             fixed = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
             variables = put_whole(fixed, replicated(self._run.mesh))
+        if self._range is not None and step > self._frozen:
+            # Statistics of training are a mixture of all budgets.
+            return state.replace(**settle(self._run, variables, self._r, self._budget, self._static))
         calibrator = self._run.calibrator(variables, self._r, self._static)
         offset, _ = calibrator.solve(self._budget)
-        variables = self._moved(variables, offset)
-        if self._range is not None and step == self._frozen:
+        if self._range is not None:
             budgets = np.linspace(*self._range, POINTS).tolist()
             # From what the shift has made zero.
             offsets = [calibrator.solve(budget)[0] - offset for budget in budgets]
             self._table = {"budgets": budgets, "offsets": offsets}
             workdir.write_json(self._run.workdir / OFFSETS, self._table)
             meet("offsets written")
-        elif self._range is not None:
-            # Those of training are a mixture of all budgets. Under others the gates are given other maps.
-            variables = self._run.batch_statistics.renewed(variables, self._run.calibration_batches)
-            calibrator = self._run.calibrator(variables, self._r, self._static)
-            variables = self._moved(variables, calibrator.solve(self._budget)[0])
-        return state.replace(**variables)
-
-    def _moved(self, variables: dict[str, Any], offset: float) -> dict[str, Any]:
         added = put_whole(np.float32(offset), replicated(self._run.mesh))
-        return {**variables, "params": self._shift(variables["params"], added)}
+        return state.replace(**{**variables, "params": self._shift(variables["params"], added)})
 
     def _control(self, offset: float) -> GateControl:
         control = GateControl(r=jnp.float32(self._r), offset=jnp.float32(offset))

@@ -13,10 +13,10 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.estimate import known_estimate
 from ftwt_jax.estimation import Calibrator
 from ftwt_jax.evaluation import Evaluation
-from ftwt_jax.offsets import fix_gates, shift_gates
+from ftwt_jax.offsets import fix_gates
 from ftwt_jax.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.settling import settle
 from ftwt_jax.sharding import put_whole, replicated
-from ftwt_jax.solving import TOLERANCE
 
 CURVE = "budgets.json"
 
@@ -43,14 +43,7 @@ class AnyBudget:
 
     def at(self, budget: float) -> dict[str, Any]:
         """The network at this MACs reduction: gates shifted, batch statistics measured anew under its masks."""
-        offset, found = self.calibrator.solve(budget)
-        shifted = self._whole(shift_gates(self.variables, offset))
-        variables = self.run.batch_statistics.renewed(shifted, self.run.calibration_batches)
-        renewed = any_budget(self.run, variables, self.r, self.is_fixed)
-        if abs(renewed.calibrator.measure().macs_reduction - found.macs_reduction) <= TOLERANCE:
-            return renewed.variables
-        # Under other statistics the gates are given other maps, and have moved a little.
-        return self._whole(shift_gates(renewed.variables, renewed.offset(budget)))
+        return settle(self.run, self.variables, self.r, budget, self.is_fixed)
 
     def evaluate(self, budget: float) -> Evaluation:
         """The figures on the held-out split at this MACs reduction."""
@@ -58,11 +51,9 @@ class AnyBudget:
 
     def fixed(self) -> "AnyBudget":
         """The same with every mask fixed to the filters that are on most often: static pruning."""
-        return any_budget(self.run, self._whole(fix_gates(self.variables, self.calibrator.rates())), self.r, fixed=True)
-
-    def _whole(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Arrays as every other program of the run is given them, so that none is compiled again."""
-        return put_whole(variables, replicated(self.run.mesh))
+        # As every other program of the run is given them, so that none is compiled again.
+        variables = put_whole(fix_gates(self.variables, self.calibrator.rates()), replicated(self.run.mesh))
+        return any_budget(self.run, variables, self.r, fixed=True)
 
 
 def any_budget(run: Run, gated: dict[str, Any], r: float, fixed: bool = False) -> AnyBudget:

@@ -101,6 +101,13 @@ def heads(workdir: pathlib.Path) -> list[dict[str, np.ndarray]]:
     return found
 
 
+def assert_measured(run: Run, variables: dict) -> None:
+    """That batch statistics are those that training pictures have under the masks of these gates."""
+    again = run.batch_statistics.renewed(variables, run.calibration_batches)
+    for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in (again, variables)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def masks(workdir: pathlib.Path) -> list[np.ndarray]:
     """The masks of every unit over the held-out pictures."""
     run = opened(workdir)
@@ -156,6 +163,11 @@ def test_offsets_of_the_budgets_are_kept_and_lead_from_one_to_the_other(any_run)
     assert table["budgets"] == pytest.approx(np.linspace(0.3, 0.8, POINTS))
     assert table["offsets"] == sorted(table["offsets"], reverse=True)
     assert table["offsets"][0] > 0.05 > -0.05 > table["offsets"][-1]
+
+
+def test_training_for_many_budgets_ends_with_the_statistics_of_its_own(any_run):
+    run = opened(any_run)
+    assert_measured(run, run.trained(GATED))
 
 
 def test_a_trained_network_is_brought_to_its_budgets(any_run):
