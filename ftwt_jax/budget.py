@@ -29,7 +29,8 @@ class BudgetKeeper:
     """Calibrates the gates of a stage twice: when the heads freeze, and, since the backbone goes on, at the end.
 
     What is left of training in between fits the backbone to the masks that it will have to do with: those at the
-    budget, or, where the config names `budgets`, those at one that is drawn for each batch.
+    budget, or, where the config names `budgets`, those at one that is drawn for each batch. At the end batch statistics
+    are measured as well, under the masks that are left.
 
     Args:
       r: mass threshold of the targets.
@@ -52,7 +53,8 @@ class BudgetKeeper:
         self._static = self._active and settings.static
         self._range = budget_range(settings) if self._active else None
         self._frozen = max(cooldown_step(settings, stage.total), 1) if self._active else 0
-        self._steps = {self._frozen, stage.total} if self._active else set()
+        self._last = stage.total
+        self._steps = {self._frozen, self._last} if self._active else set()
         self._shift = jax.jit(_shifted, out_shardings=stage.shardings.params)
         self._seed = stage.seed
         self._fixed = self._control(0.0)
@@ -79,8 +81,7 @@ class BudgetKeeper:
         if self._static and step == self._frozen:
             fixed = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
             variables = put_whole(fixed, replicated(self._run.mesh))
-        if self._range is not None and step > self._frozen:
-            # Statistics of training are a mixture of all budgets.
+        if step == self._last:
             return state.replace(**settle(self._run, variables, self._r, self._budget, self._static))
         calibrator = self._run.calibrator(variables, self._r, self._static)
         offset, _ = calibrator.solve(self._budget)

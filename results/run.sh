@@ -2,7 +2,7 @@
 # Trains what results/README.md shows, one network and one seed at a time, and keeps what is small of each run here.
 # usage: results/run.sh resnet20|mobilenet_v1 SEED BASELINE GATES [KIND…]
 #   BASELINE, GATES: epochs of the two stages
-#   KIND: of dense any any_joint any_static half seventy narrow_half narrow_seventy; all of them without
+#   KIND: of dense half half_joint half_static seventy any narrow_half narrow_seventy; all of them without
 # PYTHON=… picks the interpreter (default .venv/bin/python); WORKDIRS=… where the runs go (default workdirs/results).
 # What is finished is not trained again.
 set -euo pipefail
@@ -31,7 +31,7 @@ run() { # NAME FLAG…: trains, and keeps config and figures
         "$python" -m ftwt_jax train --config="configs/fashion_mnist.py:$arch" --config.seed="$seed" \
             --config.baseline.epochs="$baseline" --config.gates.epochs="$gates" --workdir="$runs/$name" "$@"
         [ -f "$runs/$name/evaluation.json" ] || "$python" -m ftwt_jax evaluate --workdir="$runs/$name"
-        if [ -d "$runs/$name/checkpoints/gated" ]; then
+        if [[ $name = *_any_* ]]; then
             "$python" -m ftwt_jax evaluate --workdir="$runs/$name" --budgets="$budgets"
         fi
         mkdir -p "results/$name"
@@ -46,11 +46,11 @@ dense=$runs/${arch}_dense_seed$seed
 gated() { run "$@" --config.model.width="$width" --config.init_from="$dense"; }
 
 run dense --config.model.width="$width" --config.gates.epochs=0
-gated any --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)"
-gated any_joint --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)" --config.gates.mode=joint
-gated any_static --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)" --config.gates.static=True
 gated half --config.gates.budget=0.5
+gated half_joint --config.gates.budget=0.5 --config.gates.mode=joint
+gated half_static --config.gates.budget=0.5 --config.gates.static=True
 gated seventy --config.gates.budget=0.7
+gated any --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)"
 # Narrower networks, dense, trained as long as baseline and gates together.
 run narrow_half --config.model.width="$half" --config.gates.epochs=0 --config.baseline.epochs=$((baseline + gates))
 run narrow_seventy --config.model.width="$third" --config.gates.epochs=0 --config.baseline.epochs=$((baseline + gates))

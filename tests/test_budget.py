@@ -165,8 +165,9 @@ def test_offsets_of_the_budgets_are_kept_and_lead_from_one_to_the_other(any_run)
     assert table["offsets"][0] > 0.05 > -0.05 > table["offsets"][-1]
 
 
-def test_training_for_many_budgets_ends_with_the_statistics_of_its_own(any_run):
-    run = opened(any_run)
+@pytest.mark.parametrize("name", ["any_run", "slow_run", "static_run"])
+def test_training_ends_with_the_batch_statistics_of_its_own_masks(name, request):
+    run = opened(request.getfixturevalue(name))
     assert_measured(run, run.trained(GATED))
 
 
