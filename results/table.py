@@ -20,8 +20,13 @@ GATED = {
     "any": "gated, one network for all budgets",
 }
 STATIC = {"half_static": "fixed masks, trained as long"}
-NARROW = ("narrow_half", "narrow_seventy")
-HEAD = "| network | seed | gates | MACs reduction, exact | published | accuracy | dense | difference | fixed masks |"
+DENSE = {
+    "dense": "dense",
+    "dense_long": "dense, trained as long as all below",
+    "narrow_half": "narrower, dense",
+    "narrow_seventy": "narrower, dense",
+}
+HEAD = "| network | seed | | epochs | MACs reduction, exact | published | accuracy | to dense | fixed masks |"
 GATES = "| network | seed | gates | r | budget | predicted | exact | gate accuracy | static gate accuracy | dynamic |"
 
 
@@ -34,7 +39,7 @@ def _runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
     """Network, kind and seed of each run, and its folder."""
     for arch in NETWORKS:
         folders = sorted(HERE.glob(f"{arch}_*_seed*"))
-        for kind in ("dense", *GATED, *STATIC, *NARROW):
+        for kind in DENSE | GATED | STATIC:
             for folder in folders:
                 stem, _, seed = folder.name.rpartition("_seed")
                 if stem == f"{arch}_{kind}":
@@ -54,8 +59,14 @@ def _macs(config: dict[str, Any]) -> float:
     return ftwt.dense_macs(jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), image)[0]))
 
 
+def _epochs(config: dict[str, Any]) -> str:
+    """Of the baseline, and of the gates."""
+    baseline, gates = (config[stage]["epochs"] for stage in ("baseline", "gates"))
+    return f"{baseline} + {gates}" if gates else str(baseline)
+
+
 def accuracy_table() -> list[str]:
-    """A row for each run and reduction: accuracy beside the dense network's."""
+    """A row for each run and reduction: accuracy, and how many points that is above the dense network's."""
     dense, work = {}, {}
     for arch, kind, seed, folder in _runs():
         found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
@@ -65,11 +76,10 @@ def accuracy_table() -> list[str]:
     for arch, kind, seed, folder in _runs():
         found, curve = _read(folder, "evaluation.json"), _read(folder, "budgets.json")
         config, whole = _read(folder, "config.json"), dense.get((arch, seed))
-        if kind == "dense" or found is None or config is None or whole is None:
+        if found is None or config is None or whole is None:
             continue
-        label = (GATED | STATIC).get(kind, "narrower network, dense")
         rows = [found]
-        if kind in NARROW:
+        if kind in DENSE:
             rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": 1 - _macs(config) / work[arch, seed]}]
         elif kind == "any" and curve is not None:
             rows = curve["rows"]
@@ -80,12 +90,12 @@ def accuracy_table() -> list[str]:
                     [
                         NETWORKS[arch],
                         str(seed),
-                        label,
+                        (DENSE | GATED | STATIC)[kind],
+                        _epochs(config),
                         f"{row['macs_reduction']:.3f}",
                         "" if published is None else f"{published:.3f}",
                         f"{row['accuracy']:.4f}",
-                        f"{whole:.4f}",
-                        f"{100 * (row['accuracy'] - whole):+.2f}",
+                        "" if kind == "dense" else f"{100 * (row['accuracy'] - whole):+.2f}",
                         "" if fixed is None or kind in STATIC else f"{fixed:.4f}",
                     ]
                 )

@@ -1,0 +1,45 @@
+"""What is said of the results is what the figures that are kept of them say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "results"
+KEPT = sorted(RESULTS.glob("*/evaluation.json"))
+
+
+@pytest.fixture(scope="module")
+def tables() -> list[str]:
+    """The tables that are printed from the figures."""
+    command = [sys.executable, str(RESULTS / "table.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip().split("\n\n")
+
+
+def test_the_tables_are_those_of_the_figures(tables):
+    text = (RESULTS / "README.md").read_text()
+    assert len(tables) == 2
+    for table in tables:
+        assert table in text
+
+
+def test_every_run_that_is_kept_has_a_row(tables):
+    rows = [line for line in tables[0].splitlines() if re.match(r"\| \w.*\d", line)]
+    assert len(rows) >= len([path for path in KEPT if "_dense_" not in path.parent.name])
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_a_run_is_kept_with_its_config_and_names_no_folder_of_a_machine(path):
+    config = json.loads((path.parent / "config.json").read_text())
+    name = path.parent.name
+    assert name.startswith(config["model"]["name"])
+    assert name.endswith(f"_seed{config['seed']}")
+    for file in path.parent.glob("*.json"):
+        assert not re.search(r'"/\w', file.read_text()), file
