@@ -2,7 +2,8 @@
 # Trains what results/README.md shows, one network and one seed at a time, and keeps what is small of each run here.
 # usage: results/run.sh resnet20|mobilenet_v1 SEED BASELINE GATES [KIND…]
 #   BASELINE, GATES: epochs of the two stages
-#   KIND: of dense dense_long half half_joint half_static seventy any narrow_half narrow_seventy; all of them without
+#   KIND: of dense dense_long half half_early half_joint half_static seventy any narrow_half narrow_seventy;
+#     all of them without
 # PYTHON=… picks the interpreter (default .venv/bin/python); WORKDIRS=… where the runs go (default workdirs/results).
 # What is finished is not trained again.
 set -euo pipefail
@@ -51,8 +52,11 @@ gated half_joint --config.gates.budget=0.5 --config.gates.mode=joint
 gated half_static --config.gates.budget=0.5 --config.gates.static=True
 gated seventy --config.gates.budget=0.7
 gated any --config.gates.budget=0.6 --config.gates.budgets="(0.3,0.8)"
-# Dense networks, as wide and narrower, trained as long as baseline and gates together.
+# The same epochs in all, but gates from the second one on.
 long=$((baseline + gates))
+run half_early --config.model.width="$width" --config.gates.budget=0.5 \
+    --config.baseline.epochs=1 --config.gates.epochs=$((long - 1))
+# Dense networks, as wide and narrower, trained as long as baseline and gates together.
 run dense_long --config.model.width="$width" --config.gates.epochs=0 --config.baseline.epochs="$long"
 run narrow_half --config.model.width="$half" --config.gates.epochs=0 --config.baseline.epochs="$long"
 run narrow_seventy --config.model.width="$third" --config.gates.epochs=0 --config.baseline.epochs="$long"

@@ -15,6 +15,7 @@ NETWORKS = {"resnet20": "ResNet-20", "mobilenet_v1": "MobileNetV1, width .25"}
 # Each kind of run, and how the table calls it.
 GATED = {
     "half": "gated, budget .5",
+    "half_early": "gated, budget .5, early",
     "half_joint": "gated, budget .5, joint",
     "seventy": "gated, budget .7",
     "any": "gated, one network for all budgets",
@@ -26,8 +27,22 @@ DENSE = {
     "narrow_half": "narrower, dense",
     "narrow_seventy": "narrower, dense",
 }
+# Each design of gate heads that `heads.sh` trains.
+HEADS = {
+    "paper": "`norm=softmax depthwise=full` (the paper's)",
+    "full": "`depthwise=full`",
+    "full_mean": "`depthwise=full pool=mean`",
+    "own": "the default of the configs: `norm=layer depthwise=own pool=max`",
+    "own_mean": "`pool=mean`",
+    "both": "`depthwise=full`, both pools side by side",
+    "hidden": "`depthwise=full`, a hidden layer of 32",
+    "rare": "the default, rare filters weighted",
+    "joint": "the default, joint",
+}
 HEAD = "| network | seed | | epochs | MACs reduction, exact | published | accuracy | to dense | fixed masks |"
 GATES = "| network | seed | gates | r | budget | predicted | exact | gate accuracy | static gate accuracy | dynamic |"
+
+STUDY = "| heads | accuracy | fixed masks | gate accuracy | static gate accuracy | dynamic | exact |"
 
 
 def _read(run: pathlib.Path, name: str) -> dict[str, Any] | None:
@@ -129,5 +144,28 @@ def gate_table() -> list[str]:
     return lines
 
 
+def head_table() -> list[str]:
+    """A row for each design of gate heads."""
+    lines = [STUDY, "| --- | --- | --- | --- | --- | --- | --- |"]
+    for name, design in HEADS.items():
+        for folder in sorted(HERE.glob(f"mobilenet_v1_head_{name}_seed*")):
+            found = _read(folder, "evaluation.json")
+            if found is not None:
+                shares = [found[key] for key in ("gate_accuracy", "static_gate_accuracy")]
+                accuracies = [found[key] for key in ("accuracy", "static_accuracy")]
+                lines.append(
+                    _line(
+                        [
+                            design,
+                            *(f"{value:.4f}" for value in accuracies),
+                            *(f"{value:.3f}" for value in shares),
+                            f"{found['dynamic_filters']:.2f}",
+                            f"{found['macs_reduction']:.3f}",
+                        ]
+                    )
+                )
+    return lines
+
+
 if __name__ == "__main__":
-    print("\n".join([*accuracy_table(), "", *gate_table()]))
+    print("\n".join([*accuracy_table(), "", *gate_table(), "", *head_table()]))

@@ -25,14 +25,17 @@ def tables() -> list[str]:
 
 def test_the_tables_are_those_of_the_figures(tables):
     text = (RESULTS / "README.md").read_text()
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         assert table in text
 
 
 def test_every_run_that_is_kept_has_a_row(tables):
-    rows = [line for line in tables[0].splitlines() if re.match(r"\| \w.*\d", line)]
-    assert len(rows) >= len([path for path in KEPT if "_dense_" not in path.parent.name])
+    figures = [line for table in tables for line in table.splitlines()[2:]]
+    runs, heads = ([p for p in KEPT if ("_head_" in p.parent.name) == of_heads] for of_heads in (False, True))
+    assert len(tables[2].splitlines()[2:]) == len(heads)
+    assert len(tables[0].splitlines()[2:]) >= len(runs)
+    assert all(re.search(r"\d\.\d{3}", line) for line in figures)
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
