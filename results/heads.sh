@@ -6,29 +6,20 @@
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 SEED [NAME…]" >&2; exit 2; }
 seed=$1
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-names=" ${*:2} "
-runs=${WORKDIRS:-$root/workdirs/results}
-cd -- "$root"
+chosen=("${@:2}")
+. "$(dirname -- "${BASH_SOURCE[0]}")/runs.sh"
 
 heads() { # NAME [FLAG of tests/head_study.py…] -- [FLAG of train…]
-    local name=$1 design=()
+    local name=$1 run=mobilenet_v1_head_$1_seed$seed design=()
     shift
     while [ "$1" != -- ]; do design+=("$1"); shift; done
     shift
-    if [[ -n ${names// /} && $names != *" $name "* ]]; then return; fi
-    local run=mobilenet_v1_head_${name}_seed$seed
-    if [ -f "results/$run/evaluation.json" ]; then return; fi
+    if ! wanted "$name" "$run"; then return; fi
     "$python" -m tests.head_study "${design[@]}" train --config=configs/fashion_mnist.py:mobilenet_v1 \
         --config.seed="$seed" --config.model.width=0.25 --config.init_from="$runs/mobilenet_v1_dense_seed$seed" \
         --config.gates.budget=0.6 --config.gates.epochs=1 --config.gates.lr=0.02 --config.gates.cooldown=0.8 \
         --config.checkpoint_every=1000 --workdir="$runs/$run" "$@"
-    mkdir -p "results/$run"
-    for file in config.json environment.json estimate.json evaluation.json; do
-        # Without the folder of this machine.
-        sed "s#$runs/##g" "$runs/$run/$file" >"results/$run/$file"
-    done
+    keep "$run"
 }
 
 full=--config.gates.depthwise=full mean=--config.gates.pool=mean

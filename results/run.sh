@@ -10,12 +10,9 @@ set -euo pipefail
 usage() { echo "usage: $0 resnet20|mobilenet_v1 SEED BASELINE GATES [KIND…]" >&2; exit 2; }
 [ $# -ge 4 ] || usage
 arch=$1 seed=$2 baseline=$3 gates=$4
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-kinds=" ${*:5} "
-runs=${WORKDIRS:-$root/workdirs/results}
+chosen=("${@:5}")
+. "$(dirname -- "${BASH_SOURCE[0]}")/runs.sh"
 budgets=0.3,0.4,0.5,0.6,0.7,0.8
-cd -- "$root"
 
 # Widths whose MACs are 50 % and 70 % below.
 case $arch in
@@ -24,23 +21,15 @@ mobilenet_v1) width=0.25 half=0.175 third=0.1325 ;;
 *) usage ;;
 esac
 
-run() { # NAME FLAG…: trains, and keeps config and figures
-    local name=${arch}_$1_seed$seed
-    if [[ -n ${kinds// /} && $kinds != *" $1 "* ]]; then return; fi
+run() { # KIND FLAG…: trains, and keeps config and figures
+    local kind=$1 name=${arch}_$1_seed$seed
     shift
-    if [ ! -f "results/$name/evaluation.json" ]; then
-        "$python" -m ftwt_jax train --config="configs/fashion_mnist.py:$arch" --config.seed="$seed" \
-            --config.baseline.epochs="$baseline" --config.gates.epochs="$gates" --workdir="$runs/$name" "$@"
-        [ -f "$runs/$name/evaluation.json" ] || "$python" -m ftwt_jax evaluate --workdir="$runs/$name"
-        if [[ $name = *_any_* ]]; then
-            "$python" -m ftwt_jax evaluate --workdir="$runs/$name" --budgets="$budgets"
-        fi
-        mkdir -p "results/$name"
-        for file in config.json environment.json estimate.json evaluation.json budgets.json; do
-            # Without the folder of this machine.
-            if [ -f "$runs/$name/$file" ]; then sed "s#$runs/##g" "$runs/$name/$file" >"results/$name/$file"; fi
-        done
-    fi
+    if ! wanted "$kind" "$name"; then return; fi
+    "$python" -m ftwt_jax train --config="configs/fashion_mnist.py:$arch" --config.seed="$seed" \
+        --config.baseline.epochs="$baseline" --config.gates.epochs="$gates" --workdir="$runs/$name" "$@"
+    [ -f "$runs/$name/evaluation.json" ] || "$python" -m ftwt_jax evaluate --workdir="$runs/$name"
+    if [ "$kind" = any ]; then "$python" -m ftwt_jax evaluate --workdir="$runs/$name" --budgets="$budgets"; fi
+    keep "$name"
 }
 
 dense=$runs/${arch}_dense_seed$seed

@@ -41,7 +41,6 @@ HEADS = {
 }
 HEAD = "| network | seed | | epochs | MACs reduction, exact | published | accuracy | to dense | fixed masks |"
 GATES = "| network | seed | gates | r | budget | predicted | exact | gate accuracy | static gate accuracy | dynamic |"
-
 STUDY = "| heads | accuracy | fixed masks | gate accuracy | static gate accuracy | dynamic | exact |"
 
 
@@ -63,6 +62,11 @@ def _runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _heading(head: str) -> list[str]:
+    """The first two lines of a table."""
+    return [head, _line(["---"] * (head.count("|") - 1))]
 
 
 def _macs(config: dict[str, Any]) -> float:
@@ -87,7 +91,7 @@ def accuracy_table() -> list[str]:
         found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
         if kind == "dense" and found is not None and config is not None:
             dense[arch, seed], work[arch, seed] = found["dense_accuracy"], _macs(config)
-    lines = [HEAD, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = _heading(HEAD)
     for arch, kind, seed, folder in _runs():
         found, curve = _read(folder, "evaluation.json"), _read(folder, "budgets.json")
         config, whole = _read(folder, "config.json"), dense.get((arch, seed))
@@ -120,7 +124,7 @@ def accuracy_table() -> list[str]:
 
 def gate_table() -> list[str]:
     """A row for each gated run: what was asked, predicted and reached, and what its gates have learnt."""
-    lines = [GATES, "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = _heading(GATES)
     for arch, kind, seed, folder in _runs():
         found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
         if found is None or config is None or found["gate_accuracy"] is None:
@@ -146,24 +150,23 @@ def gate_table() -> list[str]:
 
 def head_table() -> list[str]:
     """A row for each design of gate heads."""
-    lines = [STUDY, "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = _heading(STUDY)
     for name, design in HEADS.items():
-        for folder in sorted(HERE.glob(f"mobilenet_v1_head_{name}_seed*")):
-            found = _read(folder, "evaluation.json")
-            if found is not None:
-                shares = [found[key] for key in ("gate_accuracy", "static_gate_accuracy")]
-                accuracies = [found[key] for key in ("accuracy", "static_accuracy")]
-                lines.append(
-                    _line(
-                        [
-                            design,
-                            *(f"{value:.4f}" for value in accuracies),
-                            *(f"{value:.3f}" for value in shares),
-                            f"{found['dynamic_filters']:.2f}",
-                            f"{found['macs_reduction']:.3f}",
-                        ]
-                    )
+        for path in sorted(HERE.glob(f"mobilenet_v1_head_{name}_seed*/evaluation.json")):
+            found = json.loads(path.read_text())
+            lines.append(
+                _line(
+                    [
+                        design,
+                        f"{found['accuracy']:.4f}",
+                        f"{found['static_accuracy']:.4f}",
+                        f"{found['gate_accuracy']:.3f}",
+                        f"{found['static_gate_accuracy']:.3f}",
+                        f"{found['dynamic_filters']:.2f}",
+                        f"{found['macs_reduction']:.3f}",
+                    ]
                 )
+            )
     return lines
 
 
