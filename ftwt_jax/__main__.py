@@ -7,8 +7,8 @@ import traceback
 import warnings
 from typing import Any
 
-from ftwt_jax.command_line import parse, usage
 from ftwt_jax.commands import COMMANDS
+from ftwt_jax.commands.parse import parse, usage
 from ftwt_jax.errors import SkippedPictureWarning, UserError, one_line
 
 INTERRUPTED = 130
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     from jax.errors import JaxRuntimeError
     from rich.console import Console
 
-    from ftwt_jax.compiling import keep_compiled
-    from ftwt_jax.distributed import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
+    from ftwt_jax.ops.compiling import keep_compiled
+    from ftwt_jax.parallel.processes import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The program: `main`, and the end of the process."""
-    from ftwt_jax.distributed import end_when_told, leave
+    from ftwt_jax.parallel.processes import end_when_told, leave
 
     _silence_asyncio()
     if sys.argv[1:2] == ["train"]:

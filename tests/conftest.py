@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax import native
 from ftwt_jax.__main__ import main
-from ftwt_jax.compact import CompactNetwork
+from ftwt_jax.inference import native
+from ftwt_jax.inference.compact import CompactNetwork
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A network and a schedule that train in seconds: 22 steps of baseline, 22 of gates.

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.gates import GateConfig, GateHead, gate_pool, normalized
+from ftwt_jax.gating.gates import GateConfig, GateHead, gate_pool, normalized
 
 
 def head_class(both: bool, hidden: int) -> type[nn.Module]:
-    """A stand-in for `ftwt_jax.gates.GateHead`: reads both pools, or has a hidden layer of so many features."""
+    """A stand-in for `ftwt_jax.gating.gates.GateHead`: reads both pools, or has a hidden layer of so many features."""
 
     class StudiedHead(GateHead):
         @nn.compact
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     parser.add_argument("--rare", type=float, default=0.0, help="power of the weight of a filter's rarer side")
     known, rest = parser.parse_known_args()
     if known.both or known.hidden:
-        mock.patch("ftwt_jax.units.GateHead", head_class(known.both, known.hidden)).start()
+        mock.patch("ftwt_jax.gating.units.GateHead", head_class(known.both, known.hidden)).start()
     if known.rare:
-        mock.patch("ftwt_jax.training.gate_loss", weighted_loss(known.rare)).start()
+        mock.patch("ftwt_jax.training.step.gate_loss", weighted_loss(known.rare)).start()
     sys.exit(main(rest))

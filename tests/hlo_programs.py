@@ -15,8 +15,8 @@ def main(platform: str, folder: pathlib.Path) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     import jax
 
-    from ftwt_jax.plan import slice_devices
-    from ftwt_jax.roofline import parse_slice
+    from ftwt_jax.plan.compile import slice_devices
+    from ftwt_jax.plan.roofline import parse_slice
 
     devices = jax.devices() if platform == "cpu" else slice_devices(parse_slice("v5e:2x4"))
     # A CPU's compiler is asked for less: nobody plans for one.
@@ -75,10 +75,10 @@ def convolutions(devices):
 
 def steps(devices, wanted):
     """The gated training step of a small VGG; the same in parts, and with the optimizer's state divided."""
-    from ftwt_jax.command_line import parse
-    from ftwt_jax.run import GATED, make_run
-    from ftwt_jax.sharding import data_mesh
-    from ftwt_jax.stages import make_stage
+    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.parallel.sharding import data_mesh
+    from ftwt_jax.training.run import GATED, make_run
+    from ftwt_jax.training.stage import make_stage
 
     found = {}
     for name in wanted:

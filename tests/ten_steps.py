@@ -39,8 +39,8 @@ PROGRAMS = {
 
 def make(flags=TEN_STEPS, **changes):
     """A run on all devices that there are."""
-    from ftwt_jax.command_line import parse
-    from ftwt_jax.run import make_run
+    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.training.run import make_run
 
     config = parse("train", list(flags)).config
     config.update(changes)
@@ -59,10 +59,10 @@ def short_networks():
 def start(run, name):
     """A stage, its state before the first step, its batches, and r as control; gates differ from picture to picture."""
     from ftwt_jax.data.pipeline import train_batches
-    from ftwt_jax.gates import GateControl
-    from ftwt_jax.sharding import put_batch, put_whole
-    from ftwt_jax.stages import make_stage
-    from ftwt_jax.training import create_state
+    from ftwt_jax.gating.gates import GateControl
+    from ftwt_jax.parallel.sharding import put_batch, put_whole
+    from ftwt_jax.training.stage import make_stage
+    from ftwt_jax.training.step import create_state
 
     stage = make_stage(run, name)
     state = put_whole(create_state(random_like(run.abstract_variables(name)), stage.optimizer), stage.shardings)
@@ -102,7 +102,7 @@ def assert_close(ours, theirs, tolerance):
 
 def results(variants):
     """Name, numbers, step and last state of the baseline, then of the gates in these variants."""
-    from ftwt_jax.run import BASELINE, GATED
+    from ftwt_jax.training.run import BASELINE, GATED
 
     yield BASELINE, *ten_steps(make(), BASELINE)
     for variant in variants:
@@ -131,7 +131,7 @@ def write_numbers(folder):
 
 def write_programs(folder):
     """`NAME.txt`: the text of training steps, and of two programs that exchange what no step may."""
-    from ftwt_jax.stages import make_stage
+    from ftwt_jax.training.stage import make_stage
 
     def step(network, stage, changes):
         made = make_stage(make(NETWORKS[network], batch_size=PICTURES, **changes), stage)
@@ -140,7 +140,7 @@ def write_programs(folder):
     with short_networks():
         lowered = {name: step(*program) for name, program in PROGRAMS.items()}
     # A step that does not know of the devices makes sums over samples in two steps, with whole maps between them.
-    with mock.patch("ftwt_jax.sharding.traced_on", lambda mesh, fn: fn):
+    with mock.patch("ftwt_jax.parallel.sharding.traced_on", lambda mesh, fn: fn):
         lowered["maps"] = step("vgg", "baseline", {})
     for name, program in {**lowered, "masks": everyones_masks()}.items():
         (folder / f"{name}.txt").write_text(program.compile().as_text())
@@ -150,7 +150,7 @@ def everyones_masks():
     """Masks [N, C] of the VGG's first unit that every device is told of."""
     import jax.numpy as jnp
 
-    from ftwt_jax.sharding import data_mesh, replicated, split
+    from ftwt_jax.parallel.sharding import data_mesh, replicated, split
 
     mesh = data_mesh()
     maps = jax.ShapeDtypeStruct((PICTURES, 8, 8, 24), jnp.float32, sharding=split(mesh))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from ftwt_jax.batch_norm import BatchNorm
-from ftwt_jax.reductions import channel_sum, max_pool_all, mean_pool_all, over_channels
+from ftwt_jax.ops.batch_norm import BatchNorm
+from ftwt_jax.ops.reductions import channel_sum, max_pool_all, mean_pool_all, over_channels
 from tests.conftest import random_like
 
 KEY = jax.random.key(0)

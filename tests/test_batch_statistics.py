@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax import batch_statistics
-from ftwt_jax.batch_norm import EPSILON
-from ftwt_jax.batch_statistics import BatchStatistics
-from ftwt_jax.sharding import data_mesh
+from ftwt_jax.budget import batch_statistics
+from ftwt_jax.budget.batch_statistics import BatchStatistics
+from ftwt_jax.ops.batch_norm import EPSILON
+from ftwt_jax.parallel.sharding import data_mesh
 from tests.conftest import random_like
 
 PLAN = (6, "M", 10)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax.synthetic import random_gates
+from ftwt_jax.benchmark.synthetic import random_gates
 from tests.conftest import fails
 
 pytestmark = pytest.mark.long

@@ -16,11 +16,11 @@ from flax.traverse_util import flatten_dict
 
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
-from ftwt_jax.budget import OFFSETS, POINTS
-from ftwt_jax.checkpoints import NETWORK
-from ftwt_jax.command_line import parse
-from ftwt_jax.gates import HEAD_NAME, GateControl
-from ftwt_jax.run import GATED, Run, make_run
+from ftwt_jax.budget.keeper import OFFSETS, POINTS
+from ftwt_jax.commands.parse import parse
+from ftwt_jax.gating.gates import HEAD_NAME, GateControl
+from ftwt_jax.training.run import GATED, Run, make_run
+from ftwt_jax.workdir.checkpoints import NETWORK
 from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
 from tests.processes import assert_ends_like, figures, newest, wait_until, went_on
 from tests.test_train import reached

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax.activations import Packed
-from ftwt_jax.calibration import choose_kept
-from ftwt_jax.compact import CompactNetwork
+from ftwt_jax.gating.activations import Packed
+from ftwt_jax.inference.compact import CompactNetwork
+from ftwt_jax.inference.kept import choose_kept
 from tests.compact_helpers import (
     BARE,
     GATES,

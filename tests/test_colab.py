@@ -17,7 +17,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from configs.digits import get_config
-from ftwt_jax.command_line import parse
+from ftwt_jax.commands.parse import parse
 from ftwt_jax.workdir import as_dict, differing_fields
 from tests.conftest import ROOT
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax import native
-from ftwt_jax.compact import CompactNetwork
+from ftwt_jax.inference import native
+from ftwt_jax.inference.compact import CompactNetwork
 from ftwt_jax.models.resnet import ResNet
 from tests.compact_helpers import (
     BARE,

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftwt_jax import optim
-from ftwt_jax.command_line import parse
+from ftwt_jax.commands.parse import parse
 from ftwt_jax.data import FAMILIES, REGISTRY
 from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model
-from ftwt_jax.run import _check_fields, arch_options, gate_config
+from ftwt_jax.training import optim
+from ftwt_jax.training.run import _check_fields, arch_options, gate_config
 from tests.conftest import ROOT, fails
 
 pytestmark = pytest.mark.long

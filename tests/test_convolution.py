@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import export, lax
 
-from ftwt_jax.convolution import conv_general_dilated
+from ftwt_jax.ops.convolution import conv_general_dilated
 from tests.conftest import random_like
 
 NHWC = ("NHWC", "HWIO", "NHWC")

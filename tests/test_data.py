@@ -12,7 +12,7 @@ from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.data.views import central_view
 from ftwt_jax.errors import UserError
-from ftwt_jax.sharding import data_mesh, split
+from ftwt_jax.parallel.sharding import data_mesh, split
 
 COUNT = 30
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftwt_jax.benchmark import trained_subject
-from ftwt_jax.gates import GateControl
+from ftwt_jax.benchmark.inference import trained_subject
+from ftwt_jax.gating.gates import GateControl
 from tests.conftest import fails
 
 # All that a user needs; the second line stands for a machine without the package.

@@ -6,9 +6,9 @@ import json
 import jax
 import pytest
 
-import ftwt_jax.environment as environments
-from ftwt_jax.environment import FILE, environment, record_environment, recorded_environments
+import ftwt_jax.workdir.environment as environments
 from ftwt_jax.errors import UserError
+from ftwt_jax.workdir.environment import FILE, environment, record_environment, recorded_environments
 
 
 def test_versions_and_devices_are_those_of_this_process():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
+from ftwt_jax.budget.estimate import Estimator
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
-from ftwt_jax.estimation import Estimator
-from ftwt_jax.evaluation import Evaluator
-from ftwt_jax.sharding import data_mesh
-from ftwt_jax.transfer import init_from_dense
+from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.parallel.sharding import data_mesh
+from ftwt_jax.training.evaluator import Evaluator
 
 PLAN = (8, "M", 12, 16)
 

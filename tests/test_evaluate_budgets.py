@@ -16,11 +16,11 @@ from PIL import Image
 import ftwt_jax as ftwt
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
-from ftwt_jax.benchmark import trained_subject
-from ftwt_jax.budget_curve import any_budget, parse_budgets
-from ftwt_jax.command_line import parse
-from ftwt_jax.estimate import SWEEP
-from ftwt_jax.run import GATED, STAGES, make_run
+from ftwt_jax.benchmark.inference import trained_subject
+from ftwt_jax.commands.estimate import SWEEP
+from ftwt_jax.commands.evaluate.budgets import any_budget, parse_budgets
+from ftwt_jax.commands.parse import parse
+from ftwt_jax.training.run import GATED, STAGES, make_run
 from tests.conftest import fails, random_like
 from tests.test_budget import NEAR, SMALL, assert_measured
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ftwt_jax import workdir as workdirs
-from ftwt_jax.corruption_sweep import applied, sweep
+from ftwt_jax.commands.evaluate.corruptions import applied, sweep
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.build import Selection
 from ftwt_jax.data.corrupted_sets import open_corrupted
@@ -18,7 +18,7 @@ from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
-from ftwt_jax.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import BASELINE, GATED, make_run
 from tests.conftest import Program, fails
 from tests.processes import two_processes
 from tests.test_tfds import command_in, python

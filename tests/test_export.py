@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.optim import cooldown_step
-from ftwt_jax.run import BASELINE, GATED
+from ftwt_jax.training.optim import cooldown_step
+from ftwt_jax.training.run import BASELINE, GATED
 from ftwt_jax.workdir import load
 from tests import torch_imagenet as imagenet
 from tests import torch_networks as theirs

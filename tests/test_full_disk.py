@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ftwt_jax.intact import LIST
-from ftwt_jax.run import BASELINE
+from ftwt_jax.training.run import BASELINE
+from ftwt_jax.workdir.integrity import LIST
 from tests.conftest import TINY, fails, read_metrics
 from tests.processes import being_written, completed, wait_until, went_on
 from tests.test_train import reached

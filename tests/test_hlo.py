@@ -8,9 +8,11 @@ import sys
 import jax
 import pytest
 
-from ftwt_jax import collectives as c
-from ftwt_jax import create_model, hlo, work
-from ftwt_jax.gates import GateConfig
+from ftwt_jax import create_model
+from ftwt_jax.gating.gates import GateConfig
+from ftwt_jax.plan import collectives as c
+from ftwt_jax.plan import cost as work
+from ftwt_jax.plan import hlo
 from tests.conftest import ROOT, needs_libtpu
 from tests.hlo_programs import DEVICES, FILTERS, PARTS, TRIPS
 

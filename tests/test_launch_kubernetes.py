@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from ftwt_jax.command_line import parse
-from ftwt_jax.distributed import LOST, PREEMPTED
+from ftwt_jax.commands.parse import parse
+from ftwt_jax.parallel.processes import LOST, PREEMPTED
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "launch" / "kubernetes.yaml").read_text()

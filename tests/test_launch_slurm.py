@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from ftwt_jax.distributed import LOST, PREEMPTED
+from ftwt_jax.parallel.processes import LOST, PREEMPTED
 from tests.conftest import ROOT, TINY, read_metrics
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from ftwt_jax.distributed import LOST, PREEMPTED
-from ftwt_jax.run import BASELINE
+from ftwt_jax.parallel.processes import LOST, PREEMPTED
+from ftwt_jax.training.run import BASELINE
 from tests.conftest import TINY, read_metrics
 from tests.processes import evaluation, newest, two_processes, wait_until, went_on
 from tests.test_train import FLAG, reached

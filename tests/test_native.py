@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import ftwt_jax as ftwt
-from ftwt_jax import native
-from ftwt_jax.native import kernels
+from ftwt_jax.inference import native
+from ftwt_jax.inference.native import kernels
 
 pytestmark = pytest.mark.long
 

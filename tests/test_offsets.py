@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax.gates import HEAD_NAME
-from ftwt_jax.offsets import fix_gates, shift_gates
+from ftwt_jax.gating.gates import HEAD_NAME
+from ftwt_jax.gating.variables import fix_gates, shift_gates
 from tests.conftest import random_like
 
 PLAN = (9, "M", 12)

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from ftwt_jax.run import BASELINE
+from ftwt_jax.training.run import BASELINE
 from tests import torch_networks as theirs
 from tests.conftest import fails, read_metrics
 from tests.weight_files import TINY_PLAN, assert_same, contents, convert, kept, run, save, steps, tiny, variables

@@ -7,11 +7,11 @@ import json
 import jax
 import pytest
 
-from ftwt_jax.collectives import GRADIENTS, METRICS, STATISTICS
-from ftwt_jax.command_line import parse
-from ftwt_jax.plan import compile_step, planned_run
-from ftwt_jax.roofline import CHIPS, parse_slice
-from ftwt_jax.run import BASELINE, GATED
+from ftwt_jax.commands.parse import parse
+from ftwt_jax.plan.collectives import GRADIENTS, METRICS, STATISTICS
+from ftwt_jax.plan.compile import compile_step, planned_run
+from ftwt_jax.plan.roofline import CHIPS, parse_slice
+from ftwt_jax.training.run import BASELINE, GATED
 from tests.conftest import fails, needs_libtpu
 
 SMALL = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=128")
@@ -143,7 +143,7 @@ def test_what_cannot_be_planned_is_told_in_one_line(capsys, arguments, says):
 
 
 def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
-    from ftwt_jax.plan import slice_devices
+    from ftwt_jax.plan.compile import slice_devices
 
     slice_devices.cache_clear()
     there = importlib.util.find_spec

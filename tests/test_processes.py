@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from ftwt_jax import distributed, train
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
-from ftwt_jax.run import BASELINE, GATED, make_run
-from ftwt_jax.stages import make_stage
+from ftwt_jax.parallel import processes as distributed
+from ftwt_jax.training import loop as train
+from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.stage import make_stage
 from tests.conftest import TINY, Program, fails, read_metrics
 from tests.processes import two_processes
 from tests.ten_steps import STEPS, assert_close, named

@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ftwt_jax import workdir
-from ftwt_jax.command_line import parse
+from ftwt_jax.commands.parse import parse
 from ftwt_jax.report.reproduce import train_command
 from ftwt_jax.report.runs import read_runs
 from ftwt_jax.report.samples import look_at
 from ftwt_jax.report.together import fire_together, in_blocks
-from ftwt_jax.run import make_run
+from ftwt_jax.training.run import make_run
 from tests.conftest import fails
 from tests.reports import MOVED, STRANGE, change_json, copies
 

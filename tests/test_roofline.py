@@ -2,10 +2,10 @@
 
 import pytest
 
-from ftwt_jax.collectives import Collective
 from ftwt_jax.errors import UserError
-from ftwt_jax.hlo import arrays
-from ftwt_jax.roofline import CHIPS, HOP, bound, parse_slice, seconds_of, slices_up_to
+from ftwt_jax.plan.collectives import Collective
+from ftwt_jax.plan.hlo import arrays
+from ftwt_jax.plan.roofline import CHIPS, HOP, bound, parse_slice, seconds_of, slices_up_to
 
 
 def collective(kind="all-reduce", text="f32[1000000]", hidden=False, times=1):

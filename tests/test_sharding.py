@@ -14,12 +14,12 @@ import optax
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax import collectives, hlo
 from ftwt_jax.data.augment import make_augment
-from ftwt_jax.gates import GateControl
-from ftwt_jax.run import BASELINE, GATED
-from ftwt_jax.stages import make_stage
-from ftwt_jax.units import GatedUnit
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.units import GatedUnit
+from ftwt_jax.plan import collectives, hlo
+from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.stage import make_stage
 from tests.conftest import ROOT, fails
 from tests.ten_steps import (
     DEVICES,

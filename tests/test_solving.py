@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax.estimation import Calibrator
-from ftwt_jax.evaluation import Evaluation
-from ftwt_jax.solving import ROUNDS, TOLERANCE, Falling
+from ftwt_jax.budget.estimate import Calibrator
+from ftwt_jax.budget.search import ROUNDS, TOLERANCE, Falling
+from ftwt_jax.training.evaluator import Evaluation
 
 LOW, HIGH = -20.0, 20.0
 SAYS = "no value gives {budget}: between {least} and {most}"

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from ftwt_jax.distributed import PREEMPTED
-from ftwt_jax.run import BASELINE, GATED
+from ftwt_jax.parallel.processes import PREEMPTED
+from ftwt_jax.training.run import BASELINE, GATED
 from tests.conftest import TINY, TINY_STEPS
 from tests.processes import STAGES, assert_ends_like, being_written, figures, newest, wait_until, went_on
 from tests.test_train import reached

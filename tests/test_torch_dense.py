@@ -13,7 +13,7 @@ from ftwt_jax.errors import UserError
 from tests.conftest import random_like
 
 torch = pytest.importorskip("torch")
-from ftwt_jax.torch_dense import torch_network  # noqa: E402
+from ftwt_jax.benchmark.torch_dense import torch_network  # noqa: E402
 
 PLAN = (8, "M", 12, 16, "M")
 QUARTER = {"width": 0.25}

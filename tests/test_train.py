@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.digits import get_config
 from ftwt_jax import workdir as workdirs
-from ftwt_jax.intact import write_list
-from ftwt_jax.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.workdir.integrity import write_list
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
 pytestmark = pytest.mark.long

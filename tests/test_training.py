@@ -7,10 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import ftwt_jax as ftwt
-from ftwt_jax import optim
 from ftwt_jax.data.source import ArraySource, Dataset
-from ftwt_jax.sharding import data_mesh, put_batch, replicated
-from ftwt_jax.training import create_state, make_train_step, normalizer
+from ftwt_jax.parallel.sharding import data_mesh, put_batch, replicated
+from ftwt_jax.training import optim
+from ftwt_jax.training.step import create_state, make_train_step, normalizer
 
 EPOCHS, PER_EPOCH = 200, 10
 TOTAL = EPOCHS * PER_EPOCH

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax.activations import merge_layers
+from ftwt_jax.gating.activations import merge_layers
 from ftwt_jax.models.resnet import Block
 from tests.conftest import random_like
 

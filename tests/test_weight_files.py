@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from ftwt_jax.run import BASELINE, GATED
+from ftwt_jax.training.run import BASELINE, GATED
 from tests import torch_networks as theirs
 from tests.conftest import ROOT, fails
 from tests.weight_files import contents, convert, save, tensors, variables

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.checkpoints import Checkpoints
-from ftwt_jax.run import BASELINE
-from ftwt_jax.sharding import data_mesh, replicated
+from ftwt_jax.parallel.sharding import data_mesh, replicated
+from ftwt_jax.training.run import BASELINE
+from ftwt_jax.workdir.checkpoints import Checkpoints
 from tests import torch_networks as theirs
 
 # That of TINY.

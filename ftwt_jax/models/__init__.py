@@ -11,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.gates import GateConfig
+from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from ftwt_jax.models.resnet import ResNet
 from ftwt_jax.models.vgg import PLANS, POOL, VGG

@@ -2,9 +2,9 @@
 
 from jaxtyping import Array
 
-from ftwt_jax.activations import Activations, as_activations
 from ftwt_jax.errors import UserError
-from ftwt_jax.gates import GateControl
+from ftwt_jax.gating.activations import Activations, as_activations
+from ftwt_jax.gating.gates import GateControl
 
 
 def scaled(features: int, width: float) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from ftwt_jax.activations import Activations, residual_add
-from ftwt_jax.gates import GateConfig, GateControl
+from ftwt_jax.gating.activations import Activations, residual_add
+from ftwt_jax.gating.gates import GateConfig, GateControl
+from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.models.common import scaled, start
-from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 # (filters, stride) of each depthwise-separable pair.
 V1_PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ftwt_jax.activations import Activations, residual_add
-from ftwt_jax.gates import GateConfig, GateControl
+from ftwt_jax.gating.activations import Activations, residual_add
+from ftwt_jax.gating.gates import GateConfig, GateControl
+from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.models.common import scaled, start
-from ftwt_jax.units import Classifier, GatedUnit, Outputs, PlainConv
 
 
 def pooled_shortcut(x: Activations, features: int, strides: int) -> Activations:

@@ -5,9 +5,9 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from ftwt_jax.gates import GateConfig, GateControl
+from ftwt_jax.gating.gates import GateConfig, GateControl
+from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs
 from ftwt_jax.models.common import scaled, start
-from ftwt_jax.units import Classifier, GatedUnit, Outputs
 
 Plan = tuple[int | str, ...]
 POOL = "M"

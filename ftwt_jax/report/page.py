@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 
 from ftwt_jax.files import written_whole
-from ftwt_jax.plotting import save_png, to_svg
-from ftwt_jax.report.figures import Plot, color_of
-from ftwt_jax.report.pictures import count
+from ftwt_jax.report.mask_plots import count
+from ftwt_jax.report.plotting import save_png, to_svg
+from ftwt_jax.report.run_plots import Plot, color_of
 from ftwt_jax.report.runs import RecordedRun, is_number
 from ftwt_jax.report.samples import Thumbnail
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from ftwt_jax.command_line import REPOSITORY, parse
-from ftwt_jax.corruption_sweep import APPLIED
+from ftwt_jax.commands.evaluate.corruptions import APPLIED
+from ftwt_jax.commands.parse import REPOSITORY, parse
 from ftwt_jax.errors import UserError
 from ftwt_jax.report.runs import RecordedRun
 from ftwt_jax.workdir import as_dict

@@ -10,12 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftwt_jax import workdir
-from ftwt_jax.budget_curve import CURVE
-from ftwt_jax.corruption_sweep import FILE as CORRUPTIONS
-from ftwt_jax.environment import Environment, recorded_environments
+from ftwt_jax.commands.evaluate.budgets import CURVE
+from ftwt_jax.commands.evaluate.corruptions import FILE as CORRUPTIONS
+from ftwt_jax.commands.evaluate.held_out import EVALUATION
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.evaluate import EVALUATION
-from ftwt_jax.logs import METRICS
+from ftwt_jax.training.progress import METRICS
+from ftwt_jax.workdir.environment import Environment, recorded_environments
 
 Row = dict[str, Any]
 # Fields that must be numbers, and those that are null where there is no gated network.

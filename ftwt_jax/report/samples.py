@@ -13,10 +13,10 @@ from PIL import Image
 from ftwt_jax.data.build import Selection
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
-from ftwt_jax.gates import GateControl
-from ftwt_jax.macs import dense_macs, macs
-from ftwt_jax.run import GATED, Run
-from ftwt_jax.sharding import jit_on, put_batch, replicated, split
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.macs import dense_macs, macs
+from ftwt_jax.parallel.sharding import jit_on, put_batch, replicated, split
+from ftwt_jax.training.run import GATED, Run
 
 # Longest side of a picture on the page, in pixels, and its number of colours.
 SIDE, PALETTE = 96, 64

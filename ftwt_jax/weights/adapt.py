@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ftwt_jax.gates import HEAD_NAME
-from ftwt_jax.units import Classifier
+from ftwt_jax.gating.gates import HEAD_NAME
+from ftwt_jax.gating.units import Classifier
 from ftwt_jax.weights.entries import Path, Shape, Shapes
 
 CLASSIFIER = ("params", "classifier", "dense")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from ftwt_jax.gates import HEAD_NAME
+from ftwt_jax.gating.gates import HEAD_NAME
 from ftwt_jax.weights.names import Layout
 
 Path = tuple[str, ...]

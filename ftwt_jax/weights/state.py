@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ftwt_jax.errors import UserError, WeightsWarning, unknown_name
-from ftwt_jax.gates import GateConfig, GateHead
+from ftwt_jax.gating.gates import GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
 from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis, has_fresh_classifier
 from ftwt_jax.weights.entries import Entry, Path, Shapes, entries, parameter_shapes

@@ -1,0 +1,86 @@
+"""Gates that nobody trained: random heads of a wanted MACs reduction whose masks differ from sample to sample."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from ftwt_jax.errors import UserError
+from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, gate_pool, normalized
+from ftwt_jax.gating.macs import dense_macs, macs
+from ftwt_jax.ops.batch_norm import MOMENTUM
+from ftwt_jax.ops.compiling import compiler_options
+
+_LARGEST_OFFSET, _ROUNDS = 6.0, 12
+
+
+def random_gates(
+    model: nn.Module, variables: Any, images: Float[Array, "N H W channels"], budget: float, seed: int = 0
+) -> tuple[Any, float]:
+    """Sets every gate head at random, such that the network saves the share `budget` of its MACs on these images.
+
+    Batch norm is given the statistics of these images, without which the layers of a random network hardly tell one
+    picture from another.
+
+    Each gate logit is a random projection of the pooled input, brought to deviation 1 over the images, plus one offset
+    that all filters of the network share. So every filter of a unit is on equally often, hardly two samples have a mask
+    in common, and no filter is ever off or on for good: the worst case for whatever is learnt from calibration.
+
+    Args:
+      model: a gated network, of any architecture.
+      variables: its parameters and batch statistics; the heads' values do not matter.
+      images: 32 or more, as the network will be given them.
+
+    Returns:
+      Variables with the new heads and statistics, and the exact MACs reduction that they reach.
+
+    Raises:
+      UserError: the network has no gates, or cannot save that much.
+    """
+    control = GateControl(targets=False)
+
+    def forward(variables: Any, images: Array, offset: Array) -> tuple[Array, dict[str, Any]]:
+        heads: dict[str, dict[str, Array]] = {}
+
+        def draw(call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+            if not isinstance(context.module, GateHead) or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            head = context.module
+            key = jax.random.fold_in(jax.random.key(seed), len(heads))
+            settings = GateConfig(pool=head.pool, softmax=head.softmax, norm=head.norm)
+            summary = normalized(gate_pool(head.pool)(args[0].astype(jnp.float32)), settings.normalization)
+            kernel = jax.random.normal(key, (1 if head.own else summary.shape[-1], head.features))
+            logits = summary * kernel if head.own else summary @ kernel
+            scale = 1 / jnp.maximum(jnp.std(logits, axis=0), 1e-6)
+            bias = offset - jnp.mean(logits, axis=0) * scale
+            heads["/".join((*head.path, "dense"))] = {"kernel": kernel * scale, "bias": bias}
+            return logits * scale + bias
+
+        with nn.intercept_methods(draw):
+            outputs, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
+        reduction = jnp.mean(1 - macs(outputs) / dense_macs(outputs))
+        return reduction, {"heads": heads, "batch_stats": updates["batch_stats"]}
+
+    if not jax.eval_shape(forward, variables, images, jnp.float32(0))[1]["heads"]:
+        raise UserError("this network has no gates to set: create it with gates=GateConfig()")
+    compiled = jax.jit(forward, compiler_options=compiler_options())
+    low, high = -_LARGEST_OFFSET, _LARGEST_OFFSET
+    most, least = (float(compiled(variables, images, jnp.float32(end))[0]) for end in (low, high))
+    if not least <= budget <= most:
+        raise UserError(f"no masks of this network save {budget:g} of its MACs; it can be cut by up to {most:.2f}")
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        reduction, made = compiled(variables, images, jnp.float32(middle))
+        low, high = (middle, high) if reduction > budget else (low, middle)
+    params = flatten_dict(variables["params"], sep="/")
+    for name, leaves in made["heads"].items():
+        params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
+    # The statistics of this batch, out of the step that was made towards them.
+    batch_stats = jax.tree.map(
+        lambda old, new: (new - MOMENTUM * old) / (1 - MOMENTUM), variables["batch_stats"], made["batch_stats"]
+    )
+    return {"params": unflatten_dict(params, sep="/"), "batch_stats": batch_stats}, float(reduction)

@@ -1,0 +1,55 @@
+"""What a gated training step costs beside a dense one, for the command `benchmark --train`."""
+
+import statistics
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftwt_jax.models.vgg import VGG
+from ftwt_jax.parallel.sharding import data_mesh, put_batch
+from ftwt_jax.training.step import create_state, make_train_step
+
+_ROUNDS = 7
+
+
+def time_steps(dense: nn.Module, gated: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Median times of both training steps, in turns on the same random batch of 64 (VGG) or 128 pictures.
+
+    Args:
+      image_shape: (H, W, channels).
+    """
+    batch = 64 if isinstance(dense, VGG) else 128
+    mesh = data_mesh()
+    keys = jax.random.split(jax.random.key(0), 3)
+    pictures = {
+        "image": jax.random.randint(keys[0], (batch, *image_shape), 0, 256, jnp.uint8),
+        "label": jnp.arange(batch) % 10,
+        "position": jnp.arange(batch),
+    }
+    data = put_batch(pictures, mesh)
+    optimizer = optax.sgd(1e-3, momentum=0.9, nesterov=False)
+    steps, states = [], []
+    for model, weight in ((dense, None), (gated, optax.constant_schedule(1.0))):
+        variables = jax.jit(model.init)(keys[1], jnp.zeros((1, *image_shape)))
+        states.append(create_state(variables, optimizer))
+        steps.append(make_train_step(model, optimizer, lambda images: images / 128.0 - 1, mesh, weight))
+    r = jnp.float32(0.9)
+    seconds: list[list[float]] = [[], []]
+    for turn in range(_ROUNDS + 1):
+        for index, step in enumerate(steps):
+            start = time.perf_counter()
+            states[index], metrics = step(states[index], data, r)
+            jax.block_until_ready((states[index], metrics))
+            if turn:  # The first compiles.
+                seconds[index].append(time.perf_counter() - start)
+    plain, with_gates = (statistics.median(times) for times in seconds)
+    return {
+        "train_batch": batch,
+        "train_dense_images_per_second": batch / plain,
+        "train_gated_images_per_second": batch / with_gates,
+        "train_overhead": statistics.median(after / before for before, after in zip(*seconds, strict=True)),
+    }

@@ -1,0 +1,49 @@
+"""Statistics of batch norm measured anew, for masks that were not those of training (Yu and Huang 2019, 1903.05134)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.ops.batch_norm import MOMENTUM
+from ftwt_jax.parallel.processes import together
+from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
+from ftwt_jax.training.step import Normalize
+
+
+class BatchStatistics:
+    """Measures a gated network's batch statistics under the masks of its own heads; compiled once."""
+
+    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh):
+        def step(variables: Any, images: Array) -> Any:
+            control = GateControl(targets=False)
+            images = normalize(images)
+            _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
+            running = variables["batch_stats"]
+            # What the batch has added to the running mean.
+            return jax.tree.map(
+                lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), updates["batch_stats"], running
+            )
+
+        whole = replicated(mesh)
+        self._mesh = mesh
+        self._step: Callable[..., Any] = jit_on(mesh, step, in_shardings=(whole, split(mesh)), out_shardings=whole)
+
+    def renewed(self, variables: dict[str, Any], batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The variables with mean and variance averaged over these batches, the full ones if there are any.
+
+        Args:
+          batches: training pictures, as `eval_batches` gives them.
+        """
+        # A batch that is full here may not be so on another process; all have to leave out the same.
+        partial = together([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
+        full = [batch for index, batch in enumerate(batches) if str(index) not in partial] or list(batches)
+        images = (put_batch({"image": batch["image"]}, self._mesh)["image"] for batch in full)
+        found = [in_order(self._mesh, self._step(variables, batch)) for batch in images]
+        mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *jax.device_get(found))
+        return {**variables, "batch_stats": put_whole(mean, replicated(self._mesh))}

@@ -1,0 +1,275 @@
+"""The command `convert`: a workdir from a PyTorch checkpoint."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.data import absolute_paths, load_dataset
+from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
+from ftwt_jax.data.source import Dataset
+from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.gating.gates import HEAD_NAME, GateConfig
+from ftwt_jax.models import options_of
+from ftwt_jax.models.mobilenet import MobileNetV1
+from ftwt_jax.parallel.sharding import data_mesh
+from ftwt_jax.printing import say
+from ftwt_jax.training.run import BASELINE, GATED, arch_options, check_settings, gate_config
+from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
+from ftwt_jax.weights.conversion import Conversion
+from ftwt_jax.weights.entries import Shapes, parameter_shapes
+from ftwt_jax.weights.files import own_metadata, read_checkpoint
+from ftwt_jax.weights.names import CLASSIFIERS
+from ftwt_jax.weights.source import Source, read_state
+from ftwt_jax.weights.state import Imported, Variables, import_state, width_of
+from ftwt_jax.workdir.checkpoints import Checkpoints
+
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+# Mean and deviation of RGB that the published code gives its networks, and timm its MobileNetV1.
+CIFAR: Statistics = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+HALF: Statistics = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# The config whose data networks with so many classes were most likely trained on.
+USUAL_CONFIGS = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+# Bytes on disk besides the arrays, more than enough.
+SPARE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a conversion is asked for.
+
+    Attributes:
+      checkpoint, out: file to read, and folder to write.
+      arch: the network by its name in `ftwt_jax.models`; None: the config's.
+      config: of the data that the network is for; None: of those that it was most likely trained on.
+      usual_config: loads the config of a name in `USUAL_CONFIGS` for this network.
+      explicit: fields of the config that were asked for, such as `gates.pool`; nothing in the checkpoint changes them.
+      statistics: mean and deviation of the pictures that it was trained on; None: the usual ones of its layout.
+    """
+
+    checkpoint: str
+    out: str
+    arch: str | None
+    config: ConfigDict | None
+    usual_config: Callable[[str], ConfigDict]
+    explicit: frozenset[str] = frozenset()
+    statistics: Statistics | None = None
+
+
+def convert(wanted: Wanted, console: Console) -> pathlib.Path:
+    """Writes a workdir with the network of a checkpoint as its baseline, and as its gated network if it has gates.
+
+    If a config is given, its data are loaded, and the network is fitted to their classes and channels. Otherwise they
+    need not be there before they are used.
+
+    Raises:
+      UserError: the checkpoint cannot be read or is of another network, or the folder is there; nothing is written.
+    """
+    path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: choose another folder with --out")
+    if wanted.config is not None:
+        _check(wanted.config, wanted.arch)
+    state, metadata = read_checkpoint(path)
+    try:
+        said = _own_words(own_metadata(metadata))
+        source = read_state(state)
+        config, dataset = _config(wanted, source)
+        imported = _imported(wanted, source, config, dataset, said)
+        shapes = _shapes(imported, config, dataset)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from None
+    with _appearing(folder) as partial:
+        statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
+        _write(partial, config, imported, dataset, shapes, statistics, console)
+    _report(folder, config, imported, console)
+    return folder
+
+
+def _imported(wanted: Wanted, source: Source, config: ConfigDict, dataset: Dataset | None, said: "_Said") -> Imported:
+    """The network of a state dict; sets in the config what the state dict tells of it."""
+    classes = dataset.num_classes if dataset else _class_count(source)
+    # Heads that were trained beside another classifier are trained anew with it.
+    is_gated = source.is_gated and classes == _class_count(source)
+    if is_gated:
+        _set_gates(config, said.gates, wanted.explicit)
+    gates = gate_config(config.gates)
+    options = arch_options(config.model)
+    name = options.pop("name")
+    if wanted.config is None:
+        if "model.stem" not in wanted.explicit:
+            options.pop("stem", None)  # Read off the names.
+        if "model.width" not in wanted.explicit and "width" in options_of(name):
+            options["width"] = config.model.width = width_of(name, source)
+    imported = import_state(name, source, classes, gates if is_gated else None, **options)
+    if "stem" in options_of(name):
+        config.model.stem = imported.model.stem
+    return imported
+
+
+def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> Shapes:
+    """The shapes that a network must have for its data; raises `UserError` if it cannot be brought to them."""
+    channels = dataset.image_shape[-1] if dataset else RGB
+    shapes = parameter_shapes(imported.model, channels)
+    for path, array in flatten_dict(imported.variables).items():
+        if array.shape != shapes[path] and not can_adapt(path, array.shape, shapes[path]):
+            raise UserError(f"it is for other pictures than those of {config.data.name}, of {channels} channels")
+    return shapes
+
+
+def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, console: Console) -> None:
+    """Says what was found, and what can be done with it."""
+    name, gates = config.model.name, imported.model.gates
+    kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.normalization}, r={gates.r:g})"
+    classes = _class_count(imported.source)
+    say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
+    usual = {"stem": None, "width": 1.0}
+    model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
+    say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
+    say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
+
+
+def _check(config: ConfigDict, arch: str | None) -> None:
+    """Raises `UserError` for a config that no other command would take, or that is another network's."""
+    check_settings(config, data_mesh())
+    if arch not in (None, config.model.name):
+        raise UserError(f"--arch={arch} is not the config's network: give --config=FILE:{arch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What one of our own exports says of its network; each None where a checkpoint says nothing."""
+
+    gates: dict[str, Any] | None
+    statistics: Statistics | None
+
+
+def _own_words(metadata: dict[str, Any]) -> _Said:
+    """Reads the metadata of an export; raises `UserError` if they are not such as we write."""
+    gates, statistics = metadata.get("gates"), None
+    try:
+        if gates is not None:
+            GateConfig(**gates)
+        if "mean" in metadata or "std" in metadata:
+            mean, std = (np.asarray(metadata[name], np.float64) for name in ("mean", "std"))
+            whole = mean.shape == std.shape and mean.shape in ((1,), (RGB,))
+            if not (whole and np.isfinite([mean, std]).all() and std.min() > 0):
+                raise UserError(f"mean {mean} and std {std} are not those of pictures")
+            statistics = mean.tolist(), std.tolist()
+    except (UserError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
+    return _Said(gates, statistics)
+
+
+def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]:
+    """The config of the workdir, and its data if they were asked for."""
+    if wanted.config is not None:
+        wanted.config.data.update(absolute_paths(wanted.config.data))
+        return wanted.config, load_dataset(**wanted.config.data)
+    classes = _class_count(source)
+    if classes not in USUAL_CONFIGS:
+        raise UserError(f"{classes} classes are of no data set known here: name the data with --config=configs/FILE.py")
+    config = wanted.usual_config(USUAL_CONFIGS[classes])
+    config.data.update(absolute_paths(config.data))
+    _check(config, wanted.arch)
+    return config, None
+
+
+def _class_count(source: Source) -> int:
+    for name in CLASSIFIERS:
+        weight = source.arrays.get(f"{name}.weight")
+        if weight is not None and weight.ndim == 2:
+            return len(weight)
+    raise UserError(f"no classifier is in it: none of {', '.join(f'{name}.weight' for name in CLASSIFIERS)}")
+
+
+def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
+    """Sets how the heads in a checkpoint are to be run: as our own export says, else as the published code does."""
+    # Older files of ours do not name the last two.
+    gates = {"pool": "mean", "norm": "softmax", "depthwise": "full"} | (said or {})
+    config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
+
+
+def _usual_statistics(imported: Imported) -> Statistics:
+    if imported.layout.name == "published":
+        return CIFAR
+    if imported.layout.name == "timm" and isinstance(imported.model, MobileNetV1):
+        return HALF
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+@contextlib.contextmanager
+def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, which becomes `folder` once all is written."""
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    folder: pathlib.Path,
+    config: ConfigDict,
+    imported: Imported,
+    dataset: Dataset | None,
+    shapes: Shapes,
+    statistics: Statistics,
+    console: Console,
+) -> None:
+    """Writes config, checkpoints and what is left over of the state dict."""
+    variables, notes = imported.variables, list(imported.notes)
+    channels = dataset.image_shape[-1] if dataset else RGB
+    finished = not imported.fresh_classifier
+    if dataset:
+        variables, changes = adapt(variables, shapes)
+        notes += changes
+    mean, std = (list(for_channels(values, channels)) for values in statistics)
+    description = {"class_names": list(dataset.class_names) if dataset else [], "mean": mean, "std": std}
+    workdir.prepare(folder, config)
+    networks = {BASELINE: _without_heads(variables)}
+    if imported.model.gates is not None:
+        networks[GATED] = variables
+    _check_room(folder, networks)
+    for stage, network in networks.items():
+        with contextlib.closing(Checkpoints(folder, stage, description, create=True)) as checkpoints:
+            checkpoints.save_network(network, finished)
+    Conversion.of(imported).save(folder)
+    for note in notes:
+        say(console, f"note: {note}")
+    rounded = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+    say(console, f"pictures are given to it less {rounded[0]}, over {rounded[1]}")
+
+
+def _check_room(folder: pathlib.Path, networks: dict[str, Variables]) -> None:
+    """Raises `UserError` if the disk is too full; Orbax would say so in the middle of its work, and at length."""
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(networks)) * np.float32().itemsize
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size + SPARE:
+        raise UserError(
+            f"cannot write to {folder.parent}: {free >> 20} MiB are free, and it takes {(2 * size + SPARE) >> 20}"
+        )
+
+
+def _without_heads(variables: Variables) -> Variables:
+    flat = flatten_dict(variables)
+    return unflatten_dict({path: np.asarray(value) for path, value in flat.items() if HEAD_NAME not in path})

@@ -1,0 +1,180 @@
+"""`evaluate --corruptions`: what noise, blur, contrast, brightness and JPEG do to accuracy and density."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftwt_jax import workdir
+from ftwt_jax.commands.estimate import known_estimate
+from ftwt_jax.commands.evaluate.held_out import evaluate_run
+from ftwt_jax.data.corrupted_sets import CorruptedSet, open_corrupted
+from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
+from ftwt_jax.data.pipeline import Batch, eval_batches
+from ftwt_jax.data.source import ArraySource
+from ftwt_jax.printing import say
+from ftwt_jax.training.evaluator import Evaluation
+from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.workdir.checkpoints import has_checkpoint
+
+FILE = "corruptions.json"
+APPLIED, CLEAN, ALL = "applied", "clean", "all corruptions"
+FIGURES = ("dense_accuracy", "accuracy", "density", "macs_reduction", "macs_reduction_published")
+
+Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """A corruption at one severity, and how to get its batches, as `eval_batches` gives them."""
+
+    corruption: str
+    severity: int
+    batches: Callable[[], Iterable[Batch]]
+
+
+def evaluate_corruptions(folder: str, best: bool, source: str | None, console: Console) -> dict[str, Any]:
+    """The ordinary evaluation of a workdir, then that on corrupted pictures.
+
+    Args:
+      best: the checkpoint of highest accuracy, not the newest.
+      source: None: the held-out split is corrupted here; else a set of TFDS's that is, such as
+        `tfds:cifar10_corrupted`.
+
+    Raises:
+      UserError: `source` is no such set, or its pictures or classes are not the network's.
+    """
+    path, config = workdir.load(folder)
+    run = make_run(config, path)
+    settings = applied(run) if source is None else prepared(run, source)
+    evaluate_run(run, console, best)
+    return sweep(run, settings, source or APPLIED, console, best)
+
+
+def applied(run: Run) -> list[Setting]:
+    """Every corruption at every severity, applied to the held-out split."""
+
+    def setting(corruption: str, severity: int) -> Setting:
+        return Setting(corruption, severity, lambda: corrupted_batches(run, corruption, severity))
+
+    return list(itertools.starmap(setting, itertools.product(CORRUPTIONS, SEVERITIES)))
+
+
+def prepared(run: Run, source: str) -> list[Setting]:
+    """What is prepared of a TFDS set of corrupted pictures."""
+    # They are of the network's size already, and nothing is cut off them.
+    whole = dataclasses.replace(run.dataset, resized_crop=False)
+
+    def setting(one: CorruptedSet) -> Setting:
+        return Setting(*one[:2], lambda: eval_batches(whole, one.load(whole), run.eval_batch_size))
+
+    return [setting(one) for one in open_corrupted(source, run.config.data.get("data_dir"), run.dataset)]
+
+
+def corrupted_batches(run: Run, corruption: str, severity: int) -> Iterator[Batch]:
+    """The held-out split, this process's share of it, corrupted; see `eval_batches`."""
+    for number, batch in enumerate(run.test_batches()):
+        share = len(batch["label"])
+        # A picture's place in the whole split, whoever reads it.
+        places = (number * jax.process_count() + jax.process_index()) * share + np.arange(share)
+        yield batch | {"image": corrupt_batch(batch["image"], corruption, severity, run.config.seed, places)}
+
+
+def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, best: bool = False) -> dict[str, Any]:
+    """Evaluates the dense and the gated network on clean pictures and in every setting.
+
+    Prints a table and writes `corruptions.json`. Without a gated network, `accuracy` is the baseline's and `density`
+    null, as in `evaluation.json`. In a mean, every corruption counts the same.
+    """
+    r = known_estimate(run)["r"]
+    gated = run.trained(GATED, best) if has_checkpoint(run.workdir, GATED) else None
+    baseline = run.trained(BASELINE, best and gated is None)
+    in_memory = source != APPLIED or isinstance(run.dataset.test, ArraySource)
+
+    def row(setting: Setting) -> Row:
+        # Both networks are given the same pictures, which are corrupted only once where they are few and small.
+        kept = list(setting.batches()) if in_memory else None
+
+        def evaluation(stage: str, variables: Any) -> Evaluation:
+            return run.evaluator(stage).run(variables, setting.batches() if kept is None else kept, r)
+
+        dense = evaluation(BASELINE, baseline)
+        found = dense if gated is None else evaluation(GATED, gated)
+        return {"corruption": setting.corruption, "severity": setting.severity, **figures(dense, found)}
+
+    clean = row(Setting(CLEAN, 0, run.test_batches))
+    rows = []
+    for number, setting in enumerate(settings, 1):
+        rows.append(row(setting))
+        say(console, f"corruption {number} of {len(settings)}: {_told(rows[-1])}")
+    means = {name: _mean(list(part)) for name, part in itertools.groupby(rows, lambda one: one["corruption"])}
+    result = {
+        "source": source,
+        "samples": clean["samples"],
+        "checkpoint": "best" if best else "newest",
+        "rows": [clean, *rows],
+        "mean": _mean(list(means.values())),
+        "mean_by_corruption": means,
+    }
+    workdir.write_json(run.workdir / FILE, result)
+    console.print(table(result, run))
+    return result
+
+
+def figures(dense: Evaluation, found: Evaluation) -> Row:
+    """What is said of one setting; `density` is the share of filters on, over all filters."""
+    density = None
+    if found.gates is not None:
+        channels = {work.layer.name: work.layer.out_features for work in found.layers}
+        weights = [channels[name] for name in found.gate_names]
+        density = float(np.average(found.gates.density, weights=weights))
+    return {
+        "samples": found.samples,
+        "dense_accuracy": dense.accuracy,
+        "accuracy": found.accuracy,
+        "density": density,
+        "macs_reduction": found.macs_reduction,
+        "macs_reduction_published": found.macs_reduction_published,
+    }
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    return {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in FIGURES}
+
+
+def _told(row: Row) -> str:
+    gated = "" if row["density"] is None else f", {row['accuracy']:.4f} gated"
+    return f"{row['corruption']}, severity {row['severity']}: accuracy {row['dense_accuracy']:.4f} dense{gated}"
+
+
+def table(result: dict[str, Any], run: Run) -> Table:
+    """A row per corruption and severity, and their means."""
+    what = run.config.data.name if result["source"] == APPLIED else result["source"]
+    best = ", best checkpoint" if result["checkpoint"] == "best" else ""
+    title = f"{run.config.model.name} on corrupted pictures, {what}, {result['samples']} held-out pictures{best}"
+    found = Table(title=escape(title))
+    is_gated = result["rows"][0]["density"] is not None
+    gates = ("accuracy\ngated", "density", "MACs\nreduction") if is_gated else ()
+    found.add_column("corruption")
+    for heading in ("severity", "accuracy\ndense", *gates):
+        found.add_column(heading, justify="right")
+
+    def add(name: str, severity: str, row: Row) -> None:
+        shown = [f"{row['dense_accuracy']:.4f}"]
+        if is_gated:
+            shown += [f"{row['accuracy']:.4f}", f"{row['density']:.3f}", f"{row['macs_reduction']:.3f}"]
+        found.add_row(escape(name), severity, *shown)
+
+    for name, rows in itertools.groupby(result["rows"], lambda one: one["corruption"]):
+        for row in rows:
+            add(name, str(row["severity"]), row)
+        if name != CLEAN:
+            add(name, "mean", result["mean_by_corruption"][name])
+        found.add_section()
+    add(ALL, "mean", result["mean"])
+    return found

@@ -1,0 +1,121 @@
+"""The command `evaluate`: accuracy, work and gates on the held-out split, as a table and as `evaluation.json`."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ftwt_jax import workdir
+from ftwt_jax.commands.estimate import known_estimate
+from ftwt_jax.commands.evaluate.budgets import any_budget
+from ftwt_jax.parallel.processes import together
+from ftwt_jax.printing import say
+from ftwt_jax.training.evaluator import Evaluation
+from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.workdir.checkpoints import has_checkpoint
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate(folder: str, best: bool, console: Console) -> dict[str, Any]:
+    """Evaluates the newest (or best) gated network of a workdir beside its baseline, or the baseline alone."""
+    path, config = workdir.load(folder)
+    return evaluate_run(make_run(config, path), console, best)
+
+
+def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, Any]:
+    """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`.
+
+    Without a gated network, what is said of gates is null, and the accuracy that of the baseline.
+    """
+    estimate = known_estimate(run)
+    gated = run.trained(GATED, best) if has_checkpoint(run.workdir, GATED) else None
+    baseline = run.trained(BASELINE, best and gated is None)
+    dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
+    found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    count_skipped(run)
+    gates = found.gates
+    static = None
+    if gated is not None and 0 < found.macs_reduction < 1:
+        static = any_budget(run, gated, estimate["r"]).fixed().evaluate(found.macs_reduction)
+    result = {
+        "accuracy": found.accuracy,
+        "dense_accuracy": dense.accuracy,
+        "macs_reduction": found.macs_reduction,
+        "macs_reduction_published": found.macs_reduction_published,
+        "predicted_macs_reduction": None if gates is None else estimate["macs_reduction"],
+        "gate_accuracy": gates and gates.gate_accuracy,
+        "static_gate_accuracy": gates and gates.static_gate_accuracy,
+        "dynamic_filters": gates and gates.dynamic_filters,
+        "static_accuracy": static and static.accuracy,
+        "static_macs_reduction": static and static.macs_reduction,
+        "units": list(found.gate_names),
+        "density": list(gates.density) if gates else [],
+        "samples": found.samples,
+        "skipped": list(run.dataset.skipped.names),
+        "r": estimate["r"] if gates else None,
+        "checkpoint": "best" if best else "newest",
+    }
+    workdir.write_json(run.workdir / EVALUATION, result)
+    if gated is None:
+        say(console, "there is no gated network yet: this is the baseline alone")
+    console.print(unit_table(found))
+    console.print(summary_table(result, run))
+    if run.dataset.skipped.names:
+        say(console, run.dataset.skipped.summary())
+    return result
+
+
+def count_skipped(run: Run) -> None:
+    """Tells every process which pictures the others have skipped."""
+    run.dataset.skipped.merge(together(run.dataset.skipped.names))
+
+
+def _count(macs: float) -> str:
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if macs >= size:
+            return f"{macs / size:.2f} {sign}"
+    return f"{macs:.0f}"
+
+
+def unit_table(found: Evaluation) -> Table:
+    """A row per layer: name, channels, density, MACs before and after, reduction."""
+    table = Table(title="MACs per picture, exact convention")
+    table.add_column("unit")
+    for heading in ("channels", "density", "MACs before", "MACs after", "reduction"):
+        table.add_column(heading, justify="right")
+    density = dict(zip(found.gate_names, found.gates.density if found.gates else (), strict=True))
+    for work in found.layers:
+        name = work.layer.name
+        share = f"{density[name]:.2f}" if name in density else ""
+        cut = f"{round(1 - work.measured / work.dense, 2) + 0.0:.2f}"  # No "-0.00" where only a head was added.
+        table.add_row(name, str(work.layer.out_features), share, _count(work.dense), _count(work.measured), cut)
+    before, after = (sum(getattr(work, kind) for work in found.layers) for kind in ("dense", "measured"))
+    table.add_section()
+    table.add_row("all", "", "", _count(before), _count(after), f"{1 - after / before:.2f}")
+    return table
+
+
+def summary_table(result: dict[str, Any], run: Run) -> Table:
+    """What was saved, and what it cost."""
+    best = ", best checkpoint" if result["checkpoint"] == "best" else ""
+    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures{best}"
+    table = Table(title=escape(title))
+    is_gated = result["gate_accuracy"] is not None
+    for heading in ("", "dense", "gated") if is_gated else ("", "dense"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    if not is_gated:
+        table.add_row("accuracy", f"{result['dense_accuracy']:.4f}")
+        return table
+    predicted = result["predicted_macs_reduction"]
+    table.add_row("accuracy", f"{result['dense_accuracy']:.4f}", f"{result['accuracy']:.4f}")
+    if result["static_accuracy"] is not None:
+        table.add_row("  of fixed masks with the same MACs", "", f"{result['static_accuracy']:.4f}")
+    table.add_row("MACs reduction, exact", "", f"{result['macs_reduction']:.3f}")
+    table.add_row("  predicted before gate training", "", "unknown" if predicted is None else f"{predicted:.3f}")
+    table.add_row("MACs reduction, published", "", f"{result['macs_reduction_published']:.3f}")
+    table.add_row("gate accuracy", "", f"{result['gate_accuracy']:.3f}")
+    table.add_row("  of the best fixed mask", "", f"{result['static_gate_accuracy']:.3f}")
+    table.add_row("dynamic filters", "", f"{result['dynamic_filters']:.2f}")
+    return table

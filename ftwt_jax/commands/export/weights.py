@@ -1,0 +1,87 @@
+"""The command `export`: a workdir's network in a file that other programs read."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.commands.estimate import ESTIMATE, read_estimate
+from ftwt_jax.errors import UserError
+from ftwt_jax.models import create_model
+from ftwt_jax.parallel.sharding import data_mesh, replicated
+from ftwt_jax.printing import say
+from ftwt_jax.training.run import BASELINE, GATED, arch_options, gate_config
+from ftwt_jax.version import __version__
+from ftwt_jax.weights.adapt import CLASSIFIER
+from ftwt_jax.weights.conversion import Conversion
+from ftwt_jax.weights.files import OWN, SAFETENSORS, write_safetensors
+from ftwt_jax.weights.names import default_layout
+from ftwt_jax.weights.state import export_state, layout_called
+from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint
+
+
+def export_weights(
+    folder: str, out: str, console: Console, layout: str | None = None, baseline: bool = False, best: bool = False
+) -> pathlib.Path:
+    """Writes the newest (or best) network of a workdir as safetensors, under PyTorch names.
+
+    A network that was converted and not trained since leaves under the names that it came with, bit for bit; what was
+    in half or double precision leaves as float32.
+
+    Args:
+      layout: names to use, as in `ftwt_jax.weights.names`; None: those that it came with, else its usual ones.
+      baseline: the dense baseline instead of the gated network.
+
+    Raises:
+      UserError: there is no such network, or the file is there already or cannot be written.
+    """
+    path, config = workdir.load(folder)
+    target = workdir.absolute(out)
+    if target.suffix != SAFETENSORS:
+        raise UserError(f"--out names a file that ends in {SAFETENSORS}; got {out}")
+    if target.exists():
+        raise UserError(f"{target} is there already: choose another file with --out")
+    stage = BASELINE if baseline or not has_checkpoint(path, GATED) else GATED
+    variables, step, kept = _network(path, stage, best)
+    gates = gate_config(config.gates) if stage == GATED else None
+    if gates is not None and (path / ESTIMATE).exists():
+        gates = dataclasses.replace(gates, r=read_estimate(path)["r"])
+    classes = flatten_dict(variables)[(*CLASSIFIER, "kernel")].shape[1]
+    model = create_model(num_classes=classes, gates=gates, **arch_options(config.model))
+    conversion = Conversion.load(path) if step == 0 else None
+    if conversion and conversion.holds_heads == (gates is not None) and layout in (None, conversion.layout):
+        arrays, names = conversion.restore(model, variables), conversion.layout
+    else:
+        names = layout or default_layout(model)
+        arrays = export_state(model, variables, layout_called(model, names, gates is not None))
+    write_safetensors(target, arrays, {OWN: json.dumps(_description(config, classes, gates, kept))})
+    kind = "dense" if gates is None else "gated"
+    what = f"{config.model.name}, {kind}, step {step}, {len(arrays)} tensors under {names} names"
+    say(console, f"{what}: now in {target}")
+    return target
+
+
+def _network(path: pathlib.Path, stage: str, best: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """A network as it was saved, its step, and what was kept of its data."""
+    with contextlib.closing(Checkpoints(path, stage, {"class_names": []})) as checkpoints:
+        variables = checkpoints.restore_network(checkpoints.network_shapes(best), replicated(data_mesh()), best)
+        return jax.tree.map(np.asarray, variables), checkpoints.step(best) or 0, checkpoints.kept_dataset()
+
+
+def _description(config: ConfigDict, classes: int, gates: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    """What a reader must know of the network besides its tensors."""
+    return {
+        "version": __version__,
+        "model": {name: value for name, value in workdir.as_dict(config.model).items() if value is not None},
+        "num_classes": classes,
+        "gates": None if gates is None else dataclasses.asdict(gates),
+        **{name: kept[name] for name in ("class_names", "mean", "std") if name in kept},
+    }

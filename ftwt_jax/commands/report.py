@@ -1,0 +1,128 @@
+"""The command `report`: reads workdirs, runs their networks over the held-out split once, writes the page."""
+
+import datetime
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.errors import UserError
+from ftwt_jax.printing import say
+from ftwt_jax.report import mask_plots as pictures
+from ftwt_jax.report import run_plots as figures
+from ftwt_jax.report.page import Section, Seen, render, write
+from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
+from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
+from ftwt_jax.report.samples import extremes, look_at
+from ftwt_jax.report.together import fire_together
+from ftwt_jax.training.run import GATED, make_run
+from ftwt_jax.workdir import as_dict
+from ftwt_jax.workdir.checkpoints import has_checkpoint
+from ftwt_jax.workdir.environment import environment
+
+FOLDER = "report"
+# So many runs are looked at picture by picture; of more, the first.
+MOST_SEEN = 6
+# Pictures shown of each kind.
+SHOWN = 6
+# How far what is measured may lie from `evaluation.json`: gates within rounding of zero fall on either side.
+CLOSE = 0.005
+
+
+def report(folders: Sequence[str], out: str | None, unit: str | None, console: Console) -> pathlib.Path:
+    """Writes the report of these workdirs; returns the path of its page.
+
+    Args:
+      out: folder to write; None: `report/` in the first workdir.
+      unit: whose filters are shown firing together; None, and for networks without it: the one with most dynamic
+        filters.
+
+    Raises:
+      UserError: a folder is no workdir or was not evaluated, no network has such a unit, or `out` cannot be written.
+    """
+    runs = read_runs(folders)
+    check_unit(runs, unit)
+    folder = workdir.absolute(out) if out else runs[0].path / FOLDER
+    _make(folder)
+    sections = []
+    for run in runs:
+        start = time.perf_counter()
+        seen = _see(run, unit)
+        sections.append(_section(run, seen))
+        what = seen.note or f"looked at its held-out pictures in {time.perf_counter() - start:.0f} s"
+        say(console, f"{run.label}: {what}")
+    shared = [figures.accuracy_plot(runs), *figures.density_plots(runs)]
+    page = render(
+        sections,
+        accuracy=shared[0],
+        densities=shared[1:],
+        environment=environment(),
+        report_command=report_command(runs, folder, unit),
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    path = write(folder, page, [*shared, *(plot for section in sections for plot in section.plots)])
+    say(console, f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB, and its plots as PNG beside it")
+    return path
+
+
+def _make(folder: pathlib.Path) -> None:
+    """Makes the folder, and sees whether it can be written, before the long part."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write the report to {folder}: {reason}; choose another with --out") from None
+
+
+def _section(run: RecordedRun, seen: Seen) -> Section:
+    return Section(
+        run=run,
+        seen=seen,
+        training=figures.training_plots(run),
+        corruptions=figures.corruption_plot(run) if run.corruptions else None,
+        train_command=train_command(run),
+        evaluate_commands=evaluate_commands(run),
+        config=json.dumps(as_dict(run.config), indent=2),
+    )
+
+
+def _see(run: RecordedRun, unit: str | None) -> Seen:
+    """Runs the gated network of a run; without one, or where data or checkpoint are not here, a note says so."""
+    if not run.gated:
+        return Seen(note="there is no gated network yet: this is the baseline alone")
+    if run.number > MOST_SEEN:
+        return Seen(note=f"only the first {MOST_SEEN} runs are looked at picture by picture")
+    if not has_checkpoint(run.path, GATED):
+        return Seen(note=f"its pictures were not looked at: there is no {GATED} checkpoint in {run.path}")
+    try:
+        made = make_run(ConfigDict(run.config), run.path)
+        samples = look_at(made, best=run.evaluation.get("checkpoint") == "best")
+    except UserError as error:
+        return Seen(note=f"its pictures were not looked at: {error}")
+    note = ""
+    reduction = 1 - samples.macs.mean() / samples.dense_macs
+    if abs(reduction - run.evaluation["macs_reduction"]) > CLOSE:
+        note = (
+            f"evaluation.json gives a MACs reduction of {run.evaluation['macs_reduction']:.3f}, and the network that "
+            f"is here now {reduction:.3f}: run `python -m ftwt_jax evaluate --workdir={run.path}` again"
+        )
+    chosen = unit if unit in samples.units else samples.most_dynamic
+    found = fire_together(samples.masks(chosen), samples.labels, len(samples.class_names), pictures.MOST_CLASSES)
+    cheapest, dearest = extremes(samples, made.dataset, SHOWN)
+    return Seen(
+        macs=pictures.macs_plot(run, samples),
+        cheapest=cheapest,
+        dearest=dearest,
+        dense_macs=samples.dense_macs,
+        unit=chosen,
+        units=[(name, width, samples.dynamic(name)) for name, width in zip(samples.units, samples.widths, strict=True)],
+        together=pictures.unit_plots(run, samples, chosen, found),
+        note=note,
+    )

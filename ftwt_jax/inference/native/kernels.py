@@ -1,0 +1,104 @@
+"""A gated unit run by a kernel of our own: float32, on a CPU, for inference; see `available`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from ftwt_jax.gating.gates import NORMS, GateConfig
+
+# The name under which XLA knows the kernel.
+TARGET = "ftwt_gated_unit"
+# Filters of a block of a kernel, and what they are a multiple of: the widest vectors.
+_BLOCK, _LEAST = 64, 16
+
+
+@struct.dataclass
+class BlockedKernel:
+    """The kernel of a convolution in blocks of filters, each of which is read from front to end.
+
+    Attributes:
+      blocks: [blocks, kh * kw, C, filters of a block]; the last one is filled up with zeros.
+    """
+
+    blocks: Float[Array | np.ndarray, "B T C F"]
+
+
+def blocked(kernel: Float[np.ndarray, "kh kw C K"]) -> BlockedKernel:
+    """A kernel as `gated_unit` takes it."""
+    height, width, channels, filters = kernel.shape
+    block = min(_BLOCK, -(-filters // _LEAST) * _LEAST)
+    filled = np.pad(kernel.reshape(height * width, channels, filters), ((0, 0), (0, 0), (0, -filters % block)))
+    blocks = filled.reshape(height * width, channels, -1, block).transpose(2, 0, 1, 3)
+    return BlockedKernel(np.ascontiguousarray(blocks))
+
+
+@struct.dataclass
+class UnitWeights:
+    """What a gated unit computes with.
+
+    Attributes:
+      kernel: of a convolution in blocks, or of a depthwise one [kh * kw, K].
+      bias: [K].
+      head_kernel: the gate head's rows for the input channels that are here, [C, F].
+      head_sum: the sum of all its rows, also of those that are not, [F].
+      head_bias: [F].
+      head_place: int32 [C], the gate that each input channel alone speaks for, head_kernel being [C, 1]; or empty.
+      kept: int32 [K], which of the F filters are computed where they are on, ascending.
+      source: int32 [K], the input channel of each filter of a depthwise convolution; -1 where that one is not here.
+    """
+
+    kernel: BlockedKernel | Float[Array | np.ndarray, "T K"]
+    bias: Float[Array | np.ndarray, " K"]
+    head_kernel: Float[Array | np.ndarray, "C F"]
+    head_sum: Float[Array | np.ndarray, " F"]
+    head_bias: Float[Array | np.ndarray, " F"]
+    head_place: Int[Array | np.ndarray, " P"]
+    kept: Int[Array | np.ndarray, " K"]
+    source: Int[Array | np.ndarray, " K"]
+
+
+def gated_unit(
+    x: Float[Array, "N H W C"],
+    weights: UnitWeights,
+    window: tuple[int, int],
+    gates: GateConfig,
+    strides: int = 1,
+    pad: int = 0,
+    shortcut: Float[Array, "N H2 W2 K"] | None = None,
+    relu: bool = False,
+    left_out: int = 0,
+) -> tuple[Float[Array, "N H2 W2 K"], Float[Array, "N F"]]:
+    """[relu](conv(x) + bias [+ shortcut]) where a filter's gate logit is above zero, zero elsewhere; and the logits.
+
+    Each sample computes its own filters alone, and from those input channels alone that are not zero in its whole map.
+    Nothing is prepared and nothing is gathered: rows and columns of kernel and head are left out as they are read.
+
+    Args:
+      pad: rows of zeros on every side.
+      left_out: input channels that are not here, since they are zero in every map.
+    """
+    height, width = (
+        (side + 2 * pad - length) // strides + 1 for side, length in zip(x.shape[1:3], window, strict=True)
+    )
+    depthwise = not isinstance(weights.kernel, BlockedKernel)
+    shapes = ((x.shape[0], height, width, weights.bias.shape[0]), (x.shape[0], weights.head_bias.shape[0]))
+    call = jax.ffi.ffi_call(
+        TARGET, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], vmap_method="sequential"
+    )
+    y, logits = call(
+        x,
+        *jax.tree.leaves(weights),
+        *(() if shortcut is None else (shortcut,)),
+        kernel_height=window[0],
+        kernel_width=window[1],
+        stride=strides,
+        pad=pad,
+        relu=relu,
+        depthwise=depthwise,
+        left_out=left_out,
+        max_pool=gates.pool == "max",
+        norm=(*NORMS, "none").index(gates.normalization),
+    )
+    return y, logits

@@ -1,0 +1,115 @@
+"""Accuracy, work and gates of a network over a data set."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ftwt_jax.gating.activations import LayerRecord
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.macs import Convention, dense_macs, layer_dense_macs, layer_macs
+from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
+from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
+from ftwt_jax.training.step import Normalize
+
+Sums = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWork:
+    """Work of one layer under the exact convention, in MACs per sample: of the dense network, and measured."""
+
+    layer: LayerRecord
+    dense: float
+    measured: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures of a network over a data set; reductions and accuracies are fractions.
+
+    Attributes:
+      macs_reduction, macs_reduction_published: 1 - (mean MACs of a sample) / (dense MACs), under either convention.
+      gates: None for a dense network.
+      layers: every layer's work.
+    """
+
+    samples: int
+    accuracy: float
+    macs_reduction: float
+    macs_reduction_published: float
+    gates: GateReport | None
+    gate_names: tuple[str, ...]
+    layers: tuple[LayerWork, ...]
+
+
+class Evaluator:
+    """A network made ready to be evaluated: compiled once, for any variables, r and data of one picture size."""
+
+    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh, masks: str = "heads"):
+        self._mesh = mesh
+        self._layers: tuple[LayerRecord, ...] = ()
+        self._gate_names: tuple[str, ...] = ()
+
+        def step(variables: Any, batch: dict[str, Array], r: Array, offset: Array) -> Sums:
+            control = GateControl(r=r, masks=masks, offset=offset)
+            outputs: Any = model.apply(variables, normalize(batch["image"]), train=False, control=control)
+            # What is known of the layers without running them is noted while tracing.
+            self._layers = tuple(x.replace(active_in=None, active_out=None, gate=None) for x in outputs.layers)
+            self._gate_names = outputs.gate_names
+            weight = batch["weight"]
+            hits = jnp.argmax(outputs.logits, axis=-1) == batch["label"]
+
+            def work(convention: Convention) -> list[Array]:
+                # As shares of the dense total: sums of numbers below 1 stay exact enough in float32.
+                total = dense_macs(outputs, convention)
+                costs = layer_macs(outputs.layers, convention)
+                return [jnp.sum(jnp.broadcast_to(cost / total, weight.shape) * weight) for cost in costs]
+
+            return {
+                "samples": jnp.sum(weight),
+                "correct": jnp.sum(hits * weight),
+                "exact": work("exact"),
+                "published": work("published"),
+                "gates": count_gates(outputs.gates, weight),
+            }
+
+        whole = replicated(mesh)
+        shardings = whole, split(mesh), whole, whole
+        self._step: Callable[..., Sums] = jit_on(mesh, step, in_shardings=shardings, out_shardings=whole)
+
+    def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float, offset: float = 0.0) -> Evaluation:
+        """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`.
+
+        Args:
+          offset: added to all gate logits.
+        """
+        controls = (put_whole(np.float32(value), replicated(self._mesh)) for value in (r, offset))
+        threshold, added = controls
+        parts = [
+            in_order(self._mesh, self._step(variables, put_batch(batch, self._mesh), threshold, added))
+            for batch in batches
+        ]
+        sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
+        samples = round(float(sums["samples"]))
+        exact, published = (np.asarray(sums[convention]) / samples for convention in ("exact", "published"))
+        dense = [layer_dense_macs(layer) for layer in self._layers]
+        gated = bool(self._gate_names)
+        return Evaluation(
+            samples=samples,
+            accuracy=float(sums["correct"] / samples),
+            macs_reduction=float(1 - exact.sum()) if gated else 0.0,
+            macs_reduction_published=float(1 - published.sum()) if gated else 0.0,
+            gates=summarize_gates(sums["gates"], samples) if gated else None,
+            gate_names=self._gate_names,
+            layers=tuple(
+                LayerWork(layer, float(before), float(part * sum(dense)))
+                for layer, before, part in zip(self._layers, dense, exact, strict=True)
+            ),
+        )

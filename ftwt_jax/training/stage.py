@@ -1,0 +1,90 @@
+"""One stage of training, baseline or gated, as its config and the devices make it; nothing of it has run yet."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftwt_jax.data.augment import make_augment
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.parallel.sharding import replicated, split
+from ftwt_jax.training import optim
+from ftwt_jax.training.run import GATED, STAGES, Run
+from ftwt_jax.training.step import TrainState, create_state, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What it takes to train one stage.
+
+    Attributes:
+      name: "baseline" or "gated".
+      total: number of steps.
+      seed: of the order of the pictures and of what is done to them.
+      rate: the backbone's learning rate at a step.
+      step: the jitted step, (state, batch, control) -> (state, metrics); compiled when first called.
+      state, batch, control: shapes, dtypes and shardings of what the step takes: of `batch`, over all processes.
+    """
+
+    name: str
+    total: int
+    seed: int
+    optimizer: optax.GradientTransformation
+    rate: Callable[[int], Any]
+    step: Callable[..., tuple[TrainState, dict[str, Any]]]
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    control: GateControl
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each array of the state lives."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def make_stage(run: Run, name: str) -> Stage:
+    """Builds a stage of a run for the devices of its mesh."""
+    config, settings, mesh, gated = run.config, run.settings(name), run.mesh, name == GATED
+    epoch = len(run.dataset.train) / config.batch_size
+    total = math.ceil(settings.epochs * epoch)
+    optimizer, rate = optim.make_optimizer(settings, epoch, total)
+    seed = config.seed + STAGES.index(name)
+
+    shapes = jax.eval_shape(lambda v: create_state(v, optimizer), run.abstract_variables(name))
+    shardings = state_shardings(shapes, mesh, config.shard_optimizer)
+    step = make_train_step(
+        run.models[name],
+        optimizer,
+        run.normalize,
+        mesh,
+        optim.gate_weight(settings, total) if gated else None,
+        settings.loss_reduction if gated else "mean",
+        make_augment(run.dataset, seed),
+        config.accumulate,
+        shardings,
+    )
+
+    def example(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split(mesh))
+
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    return Stage(
+        name=name,
+        total=total,
+        seed=seed,
+        optimizer=optimizer,
+        rate=rate,
+        step=step,
+        state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
+        batch={
+            "image": example(run.dataset.image_shape, jnp.uint8),
+            "label": example((), jnp.int32),
+            "index": example((), jnp.int32),
+            "position": example((), jnp.uint32),
+        },
+        control=GateControl(r=scalar, offset=scalar),
+    )

@@ -1,0 +1,155 @@
+"""One training step, and the state it carries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from ftwt_jax.data.augment import Augment
+from ftwt_jax.data.source import Dataset
+from ftwt_jax.gating.gates import GateControl, GateOutput
+from ftwt_jax.gating.losses import gate_loss
+from ftwt_jax.parallel.sharding import jit_on, replicated, split, split_largest
+
+Normalize = Callable[[Array], Array]
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes; restored from a checkpoint, training goes on exactly where it stopped."""
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; a copy, since steps donate it and `variables` may be wanted again."""
+    params, batch_stats = (jax.tree.map(jnp.copy, variables[kind]) for kind in ("params", "batch_stats"))
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+
+
+def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False) -> TrainState:
+    """Where each array of a state lives: whole on every device, but for the optimizer's if it is sharded.
+
+    Args:
+      state: arrays, or shapes and dtypes.
+      shard_optimizer: divide each array of the optimizer (momenta) over the devices. A step then gathers the changes
+        that each device makes to its part of the parameters.
+    """
+    whole = replicated(mesh)
+    shardings = jax.tree.map(lambda _: whole, state)
+    if not shard_optimizer:
+        return shardings
+    return shardings.replace(opt_state=jax.tree.map(lambda x: split_largest(x.shape, mesh), state.opt_state))
+
+
+def normalizer(dataset: Dataset) -> Normalize:
+    """uint8 pictures [N, H, W, channels] -> float32 of mean 0 and deviation 1 over the training set, per channel."""
+    mean, std = jnp.asarray(dataset.mean), jnp.asarray(dataset.std)
+    return lambda images: (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def gate_metrics(gates: tuple[GateOutput, ...]) -> Metrics:
+    """Gate accuracy (mean over units) and density (share of all filters on) of one batch."""
+    agreement = jnp.stack([jnp.mean(gate.mask == gate.target) for gate in gates])
+    masks = jnp.concatenate([gate.mask for gate in gates], axis=-1)
+    return {"gate_accuracy": jnp.mean(agreement), "density": jnp.mean(masks)}
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    normalize: Normalize,
+    mesh: Mesh,
+    gate_weight: optax.Schedule | None = None,
+    gate_reduction: str = "mean",
+    augment: Augment | None = None,
+    accumulate: int = 1,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[TrainState, Metrics]]:
+    """Builds the jit-compiled step: (state, batch, control) -> (state, metrics of this batch).
+
+    `control` is a `GateControl` with r and offset, or r alone; both are traced.
+
+    The state is donated; the batch is split over the mesh, batch norm and losses run over the whole of it, or of each
+    of its parts.
+
+    Args:
+      gate_weight: weight of the gate loss at a step; None for a dense network.
+      gate_reduction: see `gate_loss`.
+      augment: what is done to the batch's pictures first, by the batch's positions.
+      accumulate: parts that a batch is dealt with in, one after the other, where all of it does not fit. Gradients and
+        metrics are the means over the parts; each has its own batch statistics. Example i is in part i % accumulate,
+        on however many devices.
+      shardings: see `state_shardings`; None: all on every device.
+    """
+
+    def loss_and_grads(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
+        images = augment(batch["image"], batch["position"]) if augment else batch["image"]
+
+        def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
+            outputs, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                normalize(images),
+                train=True,
+                control=control,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+            loss = jnp.mean(losses)
+            hits = jnp.mean(jnp.argmax(outputs.logits, axis=-1) == batch["label"])
+            metrics = {"loss": loss, "accuracy": hits}
+            if gate_weight is not None:
+                gates = gate_loss(outputs.gates, gate_reduction)
+                loss = loss + gate_weight(state.step) * gates
+                metrics |= {"gate_loss": gates, **gate_metrics(outputs.gates)}
+            return loss, (updates["batch_stats"], metrics)
+
+        grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+        return grads, batch_stats, metrics
+
+    def in_parts(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
+        def part(x: Array) -> Array:
+            # The parts are the minor axis, so that every device finds its share of each among its own examples.
+            x = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+            return lax.with_sharding_constraint(x, split(mesh, axis=1))
+
+        def body(carry: tuple[Any, Any], batch: dict[str, Array]) -> tuple[tuple[Any, Any], Metrics]:
+            sums, batch_stats = carry
+            grads, batch_stats, metrics = loss_and_grads(state.replace(batch_stats=batch_stats), batch, control)
+            return (jax.tree.map(jnp.add, sums, grads), batch_stats), metrics
+
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (sums, batch_stats), metrics = lax.scan(body, start, jax.tree.map(part, batch))
+        means = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+        return jax.tree.map(lambda x: x / accumulate, sums), batch_stats, means
+
+    whole, parts = replicated(mesh), split(mesh)
+
+    def step(state: TrainState, batch: dict[str, Array], control: GateControl | Array) -> tuple[TrainState, Metrics]:
+        control = control if isinstance(control, GateControl) else GateControl(r=control)
+        grads, batch_stats, metrics = (loss_and_grads if accumulate == 1 else in_parts)(state, batch, control)
+        # However the optimizer's state is divided, the backward pass is none of its business.
+        grads, batch_stats = lax.with_sharding_constraint((grads, batch_stats), whole)
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, changes)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    kept = whole if shardings is None else shardings
+    return jit_on(mesh, step, donate_argnums=0, in_shardings=(kept, parts, whole), out_shardings=(kept, whole))

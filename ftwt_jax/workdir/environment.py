@@ -1,0 +1,80 @@
+"""What a process runs on, and what a run was trained on."""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+from ftwt_jax.commands.parse import REPOSITORY
+from ftwt_jax.data.build import threads
+from ftwt_jax.errors import UserError
+from ftwt_jax.version import __version__
+from ftwt_jax.workdir import read_json, write_json
+
+FILE = "environment.json"
+Environment = dict[str, str]
+
+
+def environment() -> Environment:
+    """What this process runs on, by name."""
+    devices = jax.devices()
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    commit = _commit()
+    return {
+        "Python": platform.python_version(),
+        **versions,
+        "ftwt_jax": __version__,
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processor": f"{_processor()}, {threads()} cores",
+        "system": f"{platform.system()} {platform.machine()}",
+        **({"git commit": commit} if commit else {}),
+    }
+
+
+def record_environment(folder: pathlib.Path) -> None:
+    """Adds what this process runs on to the workdir's list, unless the last one that trained there ran on the same."""
+    found, here = recorded_environments(folder), environment()
+    if found[-1:] != [here]:
+        write_json(folder / FILE, [*found, here])
+
+
+def recorded_environments(folder: pathlib.Path) -> list[Environment]:
+    """What a workdir's run was trained on, first to last; empty if that was not recorded.
+
+    Raises:
+      UserError: the file is broken.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    found = read_json(path, "list of environments")
+    if not (isinstance(found, list) and all(isinstance(entry, dict) for entry in found)):
+        raise UserError(f"{path} must hold a list of what the run was trained on: delete it")
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the code, if it lies in a git checkout, and whether files were changed since."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}, and changes since" if changed else commit
