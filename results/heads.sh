@@ -9,13 +9,13 @@ seed=$1
 chosen=("${@:2}")
 . "$(dirname -- "${BASH_SOURCE[0]}")/runs.sh"
 
-heads() { # NAME [FLAG of tests/head_study.py…] -- [FLAG of train…]
+heads() { # NAME [FLAG of studies/head_study.py…] -- [FLAG of train…]
     local name=$1 run=mobilenet_v1_head_$1_seed$seed design=()
     shift
     while [ "$1" != -- ]; do design+=("$1"); shift; done
     shift
     if ! wanted "$name" "$run"; then return; fi
-    "$python" -m tests.head_study "${design[@]}" train --config=configs/fashion_mnist.py:mobilenet_v1 \
+    "$python" -m studies.head_study "${design[@]}" train --config=configs/fashion_mnist.py:mobilenet_v1 \
         --config.seed="$seed" --config.model.width=0.25 --config.init_from="$runs/mobilenet_v1_dense_seed$seed" \
         --config.gates.budget=0.6 --config.gates.epochs=1 --config.gates.lr=0.02 --config.gates.cooldown=0.8 \
         --config.checkpoint_every=1000 --workdir="$runs/$run" "$@"

@@ -1,0 +1,269 @@
+"""Pictures of every kind come upright, as uint8 of the wanted channels; damaged ones are refused by one exception."""
+
+import contextlib
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ftwt_jax.data.pictures import REDUCTIONS, BrokenPictureError, Picture
+from ftwt_jax.data.views import random_view
+from tests.helpers.pictures import (
+    ORIENTATIONS,
+    PROPERTIES,
+    assert_close,
+    decoded,
+    encoded,
+    grey,
+    noise,
+    pillow_upright,
+    smooth,
+)
+
+
+def palette_picture() -> tuple[Image.Image, np.ndarray]:
+    """A picture of 5 colours, and its colours pixel by pixel."""
+    colours, indices = noise(1, 5)[0], np.random.default_rng(1).integers(0, 5, (7, 11), np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(colours.tobytes())
+    return image, colours[indices]
+
+
+def lossless_files() -> dict[str, tuple[bytes, np.ndarray]]:
+    """Files of every kind that keeps its values, beside the colours that they must give."""
+    colour, shades = noise(7, 11), noise(7, 11, seed=1)[..., 0]
+    alpha = noise(7, 11, seed=2)[..., :1]
+    deep = np.random.default_rng(3).integers(0, 2**16, (7, 11), np.uint16)
+    deep_colour = np.random.default_rng(4).integers(0, 2**16, (7, 11, 3), np.uint16)
+    bits = shades > 127
+    palette, palette_colours = palette_picture()
+
+    def three(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values.astype(np.uint8)[..., None], 3, axis=-1)
+
+    rgba, la = np.concatenate([colour, alpha], -1), np.concatenate([shades[..., None], alpha], -1)
+    return {
+        "png": (encoded(colour, "PNG"), colour),
+        "png, grey": (encoded(shades, "PNG"), three(shades)),
+        "png, 16-bit grey": (encoded(deep, "PNG"), three(deep >> 8)),
+        "png, 16-bit colour": (
+            cv2.imencode(".png", deep_colour[..., ::-1])[1].tobytes(),
+            (deep_colour >> 8).astype(np.uint8),
+        ),
+        "png, palette": (encoded(palette, "PNG"), palette_colours),
+        "png, palette, one colour clear": (encoded(palette, "PNG", transparency=2), palette_colours),
+        "png, palette, colours half clear": (encoded(palette, "PNG", transparency=b"\0\x50\xff"), palette_colours),
+        "png, with alpha": (encoded(rgba, "PNG"), colour),
+        "png, grey with alpha": (encoded(la, "PNG"), three(shades)),
+        "png, 1 bit": (encoded(Image.fromarray(bits), "PNG"), three(bits * 255)),
+        "webp": (encoded(colour, "WEBP", lossless=True), colour),
+        # Else the encoder is free to change the colours of what nobody sees.
+        "webp, with alpha": (encoded(rgba, "WEBP", lossless=True, exact=True), colour),
+    }
+
+
+LOSSLESS = lossless_files()
+# Small files to be damaged.
+WHOLE = {
+    "jpeg": encoded(smooth(37, 53), "JPEG", orientation=6),
+    "progressive": encoded(smooth(37, 53), "JPEG", progressive=True),
+    "grey": encoded(smooth(37, 53)[..., 0], "JPEG"),
+    "cmyk": encoded(Image.fromarray(smooth(37, 53)).convert("CMYK"), "JPEG"),
+    "png": encoded(noise(13, 17), "PNG", orientation=6),
+    "palette": encoded(Image.fromarray(noise(24, 31)).quantize(16), "PNG"),
+    "webp": encoded(noise(13, 17), "WEBP", orientation=6),
+    "webp, lossless": encoded(noise(13, 17), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_a_lossless_file_gives_its_own_values(kind, channels):
+    data, colours = LOSSLESS[kind]
+    # Equal shares of grey are that grey again, so that one rule holds for both.
+    np.testing.assert_array_equal(decoded(data, channels), colours if channels == 3 else grey(colours))
+
+
+def test_deep_greys_are_scaled_not_clipped_to_white():
+    values = np.array([[0, 255, 256, 300, 32768, 65535]], np.uint16)
+    assert decoded(encoded(values, "PNG"), 1).ravel().tolist() == [0, 0, 1, 1, 128, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:0", "optimize": True}],
+    ids=["baseline", "progressive", "full colour", "halved colour"],
+)
+def test_a_jpeg_gives_nearly_its_own_values(options, channels):
+    wanted = smooth(41, 67)
+    found = decoded(encoded(wanted, "JPEG", quality=95, **options), channels)
+    assert_close(found, wanted if channels == 3 else grey(wanted), most=16, on_average=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grey_jpeg_is_the_same_grey_in_every_channel(channels):
+    wanted = smooth(41, 67)[..., :1]
+    found = decoded(encoded(wanted[..., 0], "JPEG", quality=95), channels)
+    assert_close(found, np.repeat(wanted, channels, axis=-1), most=6, on_average=1)
+    assert (found == found[..., :1]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_of_printing_colours_keeps_them(channels):
+    colours = np.array([[[200, 30, 40], [20, 180, 60]], [[30, 60, 210], [240, 230, 220]]], np.uint8)
+    wanted = colours.repeat(24, axis=0).repeat(24, axis=1)
+    found = decoded(encoded(Image.fromarray(wanted).convert("CMYK"), "JPEG", quality=95), channels)
+    wanted = wanted if channels == 3 else grey(wanted)
+    for rows in (slice(4, 20), slice(28, 44)):
+        for columns in (slice(4, 20), slice(28, 44)):
+            means = (pixels[rows, columns].mean((0, 1)) for pixels in (found, wanted))
+            np.testing.assert_allclose(*means, atol=6)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_comes_upright(kind, orientation):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(smooth(34, 53), kind, orientation, **options)
+    wanted = np.asarray(pillow_upright(data))
+    assert Picture(data, 3).size == wanted.shape[:2]
+    most = 4 if kind == "JPEG" else 0
+    assert_close(decoded(data), wanted, most, most)
+    # Greys of a JPEG are those it holds, not those of its rounded colours.
+    assert_close(decoded(data, 1), grey(wanted), most, most)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_reduced_picture_comes_upright_and_its_size_stays_that_of_the_whole(orientation):
+    data = encoded(smooth(34, 53), "JPEG", orientation, quality=95)
+    wanted = pillow_upright(data)
+    picture = Picture(data, 3)
+    found = picture.pixels(2)
+    assert picture.size == (wanted.height, wanted.width)
+    assert found.shape == (-(-wanted.height // 2), -(-wanted.width // 2), 3)
+    assert_close(found, np.asarray(wanted.reduce(2)), most=16, on_average=3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_note_on_the_orientation_spoils_no_picture(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(smooth(34, 53), kind, exif=b"Exif\0\0no directory", **options)
+    np.testing.assert_array_equal(decoded(data), decoded(encoded(smooth(34, 53), kind, **options)))
+
+
+def test_an_array_is_taken_as_it_is():
+    pixels = noise(5, 9)
+    for reduction in (1, *REDUCTIONS):
+        np.testing.assert_array_equal(decoded(pixels, reduction=reduction), pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_jpeg_that_only_a_strict_decoder_refuses_is_decoded(orientation, channels):
+    data = encoded(smooth(34, 53), "JPEG", orientation)
+    before, mark, after = data.partition(b"\xff\xdb")
+    odd = before + b"\0\0\0" + mark + after
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(odd)
+    assert Picture(odd, channels).size == Picture(data, channels).size
+    assert_close(decoded(odd, channels), decoded(data, channels), most=4, on_average=1)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"This is no picture.\n" * 40, b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]
+)
+def test_what_is_no_picture_is_refused(data):
+    with pytest.raises(BrokenPictureError) as caught:
+        decoded(data)
+    assert str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def claiming(data: bytes, height: int, width: int) -> bytes:
+    """A PNG or JPEG with another size in its header."""
+    if data.startswith(b"\x89PNG"):
+        header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+        return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    place = data.index(b"\xff\xc0") + 5
+    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_file_that_claims_to_be_vast_is_refused_before_memory_is_taken(kind):
+    data = encoded(smooth(9, 13), kind)
+    assert claiming(data, 9, 13) == data
+    with pytest.raises(BrokenPictureError, match="exceeds limit"):
+        decoded(claiming(data, 60_000, 60_000))
+
+
+def test_a_png_with_a_broken_part_is_refused():
+    data = encoded(noise(90, 120), "PNG")
+    start = data.rindex(b"IDAT")
+    with pytest.raises(BrokenPictureError):
+        decoded(data[:start] + b"\1\2\3\4" + data[start + 4 :])
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_file_cut_off_is_refused(kind, share):
+    data = WHOLE[kind]
+    for channels in (1, 3):
+        with pytest.raises(BrokenPictureError):
+            decoded(data[: int(share * len(data))], channels)
+
+
+def test_a_file_cut_off_is_refused_at_every_scale():
+    data = encoded(noise(90, 120), "JPEG")
+    for reduction in (1, *REDUCTIONS):
+        with pytest.raises(BrokenPictureError):
+            Picture(data[: len(data) * 3 // 4], 3).pixels(reduction)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_garbage_in_the_middle_gives_a_picture_or_the_one_exception(kind):
+    data = bytearray(WHOLE[kind])
+    data[len(data) // 2 : len(data) // 2 + 20] = b"\xa5" * 20
+    with contextlib.suppress(BrokenPictureError):
+        assert decoded(bytes(data)).shape == decoded(WHOLE[kind]).shape
+
+
+@PROPERTIES
+@given(
+    kind=st.sampled_from(sorted(WHOLE)),
+    length=st.none() | st.floats(0, 1),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=6),
+    channels=st.sampled_from([1, 3]),
+    reduction=st.sampled_from([1, *REDUCTIONS]),
+)
+def test_no_damage_gives_anything_but_a_picture_or_the_one_exception(kind, length, flips, channels, reduction):
+    data = bytearray(WHOLE[kind])
+    for place, change in flips:
+        data[int(place * len(data))] ^= change
+    if length is not None:
+        data = data[: int(length * len(data))]
+    with contextlib.suppress(BrokenPictureError):
+        decoded(bytes(data), channels, reduction)
+        picture = Picture(bytes(data), channels)
+        assert random_view(picture, 8, True, np.random.default_rng(0)).shape == (8, 8, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(501, 377), (377, 501), (9, 64), (1, 17), (1, 1)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_reduced_jpeg_has_the_side_divided_and_rounded_up(shape, reduction, channels):
+    found = decoded(encoded(smooth(*shape), "JPEG"), channels, reduction)
+    assert found.shape == (-(-shape[0] // reduction), -(-shape[1] // reduction), channels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_what_is_no_jpeg_comes_whole_at_every_scale(kind):
+    data = encoded(smooth(33, 47), kind)
+    for reduction in REDUCTIONS:
+        np.testing.assert_array_equal(decoded(data, reduction=reduction), decoded(data))

@@ -1,0 +1,238 @@
+"""One run of two processes with four devices each: it does what one process does, each with half of the pictures."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ftwt_jax import workdir as workdirs
+from ftwt_jax.__main__ import main
+from ftwt_jax.parallel import processes as distributed
+from ftwt_jax.training import loop as train
+from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.stage import make_stage
+from tests.conftest import TINY, Program, fails, read_metrics
+from tests.helpers.processes import two_processes
+from tests.helpers.ten_steps import STEPS, assert_close, named
+
+pytestmark = pytest.mark.long
+
+STAGES = BASELINE, GATED
+BATCH, HELD_OUT = 136, 450
+# Ten steps a stage. Heads learn fast enough for some gates to shut; the rest as slowly as in helpers/ten_steps.py.
+RUN = (
+    *("train", *TINY, f"--config.batch_size={BATCH}", "--config.log_every=1", "--config.checkpoint_every=5"),
+    *("--config.baseline.epochs=1", "--config.gates.epochs=1"),
+    *("--config.baseline.lr=0.01", "--config.gates.lr=0.01", "--config.gates.head_lr=0.3"),
+)
+DIVIDED = (*RUN, "--config.gates.epochs=0", "--config.shard_optimizer=True")
+
+# Runs two commands, one after the other, and notes in FOLDER which examples each process is given.
+RECORDING = """
+import json, os, sys
+from ftwt_jax import train
+from ftwt_jax.__main__ import main
+folder, *commands = map(json.loads, sys.argv[1:])
+put_batch, log = train.put_batch, open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a")
+def recording(batch, mesh):
+    print(json.dumps(batch["index"].tolist()), file=log, flush=True)
+    return put_batch(batch, mesh)
+train.put_batch = recording
+sys.exit(max([main(command) for command in commands]))
+"""
+
+
+class Recording(Program):
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", RECORDING, *arguments]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run that is over.
+
+    Attributes:
+      printed: by each process.
+      examples: int [steps, share] of each process, of both stages.
+    """
+
+    workdir: pathlib.Path
+    printed: list[str]
+    examples: list[np.ndarray]
+
+    @property
+    def evaluation(self) -> dict:
+        return json.loads((self.workdir / "evaluation.json").read_text())
+
+    def state(self, stage: str) -> dict[str, np.ndarray]:
+        """Every array of the newest checkpoint: network, optimizer and step."""
+        path, config = workdirs.load(str(self.workdir))
+        run = make_run(config, path)
+        with contextlib.closing(run.checkpoints(stage)) as checkpoints:
+            return named(checkpoints.restore(make_stage(run, stage).state))
+
+
+@pytest.fixture(scope="module")
+def together(program, tmp_path_factory):
+    """A run of two processes, which then train a baseline with a divided optimizer in `divided` beside its workdir."""
+    folder = tmp_path_factory.mktemp("together")
+    settings = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    commands = [[*RUN, f"--workdir={folder / 'run'}"], [*DIVIDED, f"--workdir={folder / 'divided'}"]]
+    recording = Recording(program.cwd, program.environment | settings)
+    with two_processes(recording, *map(json.dumps, [str(folder), *commands])) as processes:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    rows = [[json.loads(row) for row in (folder / str(index)).read_text().splitlines()] for index in range(2)]
+    examples = [np.array(log[: len(STAGES) * STEPS]) for log in rows]
+    return Trained(folder / "run", [printed for printed, _ in outputs], examples)
+
+
+@pytest.fixture(scope="module")
+def alone(quick_compilation, tmp_path_factory):
+    """The same run by this process, with one device."""
+    assert jax.device_count() == 1
+    workdir, given, printed = tmp_path_factory.mktemp("alone") / "run", [], io.StringIO()
+
+    def recording(batch, mesh, put_batch=train.put_batch):
+        given.append(batch["index"])
+        return put_batch(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(train, "put_batch", recording)
+        assert main([*RUN, f"--workdir={workdir}"]) == 0
+    return Trained(workdir, [printed.getvalue()], [np.array(given)])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_end_with_the_parameters_of_one(together, alone, stage):
+    assert_close(together.state(stage), alone.state(stage), 1e-5)
+
+
+def test_two_processes_report_the_figures_of_one_and_every_step_once(together, alone):
+    both, one = read_metrics(together.workdir), read_metrics(alone.workdir)
+    assert [(m["stage"], m["step"]) for m in both] == [(stage, n + 1) for stage in STAGES for n in range(STEPS)]
+    timed = {"stage", "images_per_second", "input_wait"}
+    for ours, theirs in zip(both, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - timed:
+            # A reduction of almost nothing is the small difference of two large numbers.
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (ours["stage"], ours["step"], name)
+    assert both[-1]["density"] < 0.99, "some gates have shut"
+
+
+def test_held_out_pictures_that_fill_no_batch_are_counted_once(together, alone):
+    both, one = together.evaluation, alone.evaluation
+    assert HELD_OUT % 128
+    assert both["samples"] == one["samples"] == HELD_OUT
+    for name in ("accuracy", "dense_accuracy"):
+        assert both[name] == one[name]
+    assert both.keys() == one.keys()
+    for name, value in one.items():
+        assert both[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
+
+
+def test_each_process_reads_half_of_each_batch(together, alone):
+    (whole,) = alone.examples
+    assert whole.shape == (len(STAGES) * STEPS, BATCH)
+    assert [share.shape for share in together.examples] == [(len(whole), BATCH // 2)] * 2
+    np.testing.assert_array_equal(np.concatenate(together.examples, axis=1), whole)
+
+
+def test_one_process_writes(together, alone):
+    def files(workdir: pathlib.Path) -> collections.Counter:
+        """Files and checkpoints; of a TensorBoard file, whose name holds the time, what it begins with."""
+        found = [*workdir.iterdir(), *workdir.glob("checkpoints/*/*")]
+        return collections.Counter(str(path.relative_to(workdir)).partition("tfevents")[0] for path in found)
+
+    assert files(together.workdir) == files(alone.workdir)
+
+
+# What the library that connects CPUs prints, from several threads at once.
+GLOO = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
+
+
+def test_one_process_prints(together):
+    first, second = together.printed
+    assert first.count(f"gated {STEPS}/{STEPS} ") == 1
+    ours, gloos = (set(re.findall(r"[A-Za-z]+", text)) for text in (second, GLOO))
+    assert ours <= gloos
+
+
+def test_one_process_goes_on_from_a_divided_optimizer_of_two(together, alone, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(together.workdir.parent / "divided", workdir)
+    divided = Trained(workdir, [], [])
+    assert_close(divided.state(BASELINE), alone.state(BASELINE), 1e-5)
+    # As if it had been stopped half-way.
+    shutil.rmtree(workdir / "checkpoints" / BASELINE / str(STEPS))
+    assert main([*DIVIDED, f"--workdir={workdir}"]) == 0
+    assert f"baseline: going on from step 5 of {STEPS}" in capsys.readouterr().out
+    assert_close(divided.state(BASELINE), alone.state(BASELINE), 1e-5)
+
+
+COMPLETE = {distributed.ADDRESS: "localhost:1", distributed.COUNT: "2", distributed.INDEX: "1"}
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """Sets these variables and no others that say of several processes; the list is of attempts to join them."""
+    attempts = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: attempts.append(given))
+
+    def surround(**given: str) -> list[dict]:
+        for name in (*COMPLETE, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        return attempts
+
+    return surround
+
+
+def test_a_process_joins_those_that_its_variables_name(surroundings):
+    attempts = surroundings(**COMPLETE)
+    distributed.join()
+    (given,) = attempts
+    assert (given["coordinator_address"], given["num_processes"], given["process_id"]) == ("localhost:1", 2, 1)
+
+
+@pytest.mark.parametrize("missing", [distributed.ADDRESS, distributed.COUNT, distributed.INDEX])
+def test_a_missing_variable_is_named(surroundings, capsys, tmp_path, missing):
+    attempts = surroundings(**{name: value for name, value in COMPLETE.items() if name != missing})
+    error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}")
+    assert missing in error
+    assert "must be set too" in error
+    assert not [name for name in COMPLETE if name != missing and name in error]
+    assert attempts == []
+
+
+@pytest.mark.parametrize("index", ["2", "-1", "first"])
+def test_an_index_out_of_range_is_refused(surroundings, capsys, tmp_path, index):
+    attempts = surroundings(**COMPLETE | {distributed.INDEX: index})
+    error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}")
+    assert distributed.INDEX in error
+    assert repr(index) in error
+    assert attempts == []
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"), [({}, ()), (COMPLETE, ("--nodistributed",)), ({distributed.COUNT: "2"}, ("--nodistributed",))]
+)
+def test_a_process_that_is_alone_or_wants_to_be_joins_none(surroundings, capsys, tmp_path, given, flags):
+    attempts = surroundings(**given)
+    error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}", *flags)
+    assert "no such workdir" in error
+    assert attempts == []

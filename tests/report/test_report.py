@@ -1,0 +1,244 @@
+"""`report`: what stands on the page, that it needs nothing else, and what is said when it cannot be written."""
+
+import base64
+import html.parser
+import json
+import re
+import shlex
+import shutil
+import xml.etree.ElementTree
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ftwt_jax import workdir
+from ftwt_jax.commands.parse import parse
+from ftwt_jax.report.reproduce import train_command
+from ftwt_jax.report.runs import read_runs
+from ftwt_jax.report.samples import look_at
+from ftwt_jax.report.together import fire_together, in_blocks
+from ftwt_jax.training.run import make_run
+from tests.conftest import fails
+from tests.helpers.reports import MOVED, STRANGE, change_json, copies
+
+
+class Page(html.parser.HTMLParser):
+    """The text of a page, its tags with their attributes, and its preformatted blocks."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.tags, self.blocks, self._inside = "", [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "pre":
+            self.blocks.append("")
+            self._inside = True
+
+    def handle_endtag(self, tag):
+        self._inside = self._inside and tag != "pre"
+
+    def handle_data(self, data):
+        self.text += data
+        if self._inside:
+            self.blocks[-1] += data
+
+    def attributes(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(program, tiny_run, tmp_path_factory):
+    """The workdirs, the folder of their report, its page and what was printed."""
+    folder = tmp_path_factory.mktemp("reports")
+    runs = copies(tiny_run[0], folder)
+    printed = program.run("report", *runs)
+    out = runs[0] / "report"
+    return runs, out, Page((out / "index.html").read_text()), printed
+
+
+def test_where_each_run_was_trained_is_on_the_page(report):
+    runs, _, page, _ = report
+    (recorded,) = json.loads((runs[0] / "environment.json").read_text())
+    for place in (recorded, *MOVED):
+        assert all(value in page.text for value in place.values())
+    assert page.text.index("TPU v5 lite") < page.text.index("<H100>")
+
+
+def test_figures_of_every_evaluation_are_on_the_page(report):
+    runs, _, page, _ = report
+    for run in runs[:2]:
+        found = json.loads((run / "evaluation.json").read_text())
+        for name in ("accuracy", "dense_accuracy"):
+            assert f"{found[name]:.4f}" in page.text
+        for name in ("macs_reduction", "macs_reduction_published", "gate_accuracy", "static_gate_accuracy"):
+            assert f"{found[name]:.3f}" in page.text
+        assert all(unit in page.text for unit in found["units"])
+    assert "decoupled" in page.text
+    assert "0.8765" not in page.text  # Only drawn.
+    assert "fog" in page.text
+
+
+def test_the_page_needs_nothing_else(report):
+    _, out, page, _ = report
+    for _, attributes in page.tags:
+        for name in ("src", "href", "data", "poster", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+    assert not page.attributes("script")
+    assert "@import" not in page.text
+    assert "url(" not in page.text
+    assert (out / "index.html").stat().st_size < 3_000_000
+
+
+def test_every_picture_has_a_text_and_every_plot_lies_beside_the_page(report):
+    _, out, page, _ = report
+    images = page.attributes("img")
+    assert all(image["alt"] for image in images)
+    kinds = [image["src"].partition(";")[0] for image in images]
+    # Six cheapest and six dearest of each run that could be looked at.
+    assert kinds.count("data:image/png") == 24
+    plots = sorted(path.name for path in out.glob("*.png"))
+    assert len(plots) == kinds.count("data:image/svg+xml")
+    assert {"accuracy.png", "density.png", "run1_macs.png", "run1_rates.png", "run2_corruptions.png"} <= set(plots)
+    for name in plots:
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+            picture.verify()
+    for image in images:
+        if image["src"].startswith("data:image/svg"):
+            xml.etree.ElementTree.fromstring(base64.b64decode(image["src"].partition(",")[2]))
+
+
+def test_names_are_escaped(report):
+    _, out, page, _ = report
+    raw = (out / "index.html").read_text()
+    assert "<b>&" not in raw
+    assert "&lt;b&gt;&amp;" in raw
+    assert f"2 {STRANGE}" in page.text
+    accuracy = next(image for image in page.attributes("img") if image["alt"].startswith("Accuracy against MACs"))
+    drawn = xml.etree.ElementTree.fromstring(base64.b64decode(accuracy["src"].partition(",")[2]))
+    assert f"2 {STRANGE}" in "".join(drawn.itertext())
+
+
+def test_what_is_not_there_is_said(report):
+    _, _, page, printed = report
+    assert "3 dense: there is no gated network yet" in printed
+    assert "4 gone: its pictures were not looked at" in printed
+    assert "its pictures were not looked at" in page.text
+    assert "There is no metrics.jsonl" in page.text
+    # The networks that are there are those of the evaluations.
+    assert "again`" not in printed
+    assert "evaluation.json gives" not in page.text
+
+
+def test_the_command_on_the_page_has_the_config_of_the_run(report):
+    runs, _, page, _ = report
+    commands = [block for block in page.blocks if block.startswith("python -m ftwt_jax train")]
+    assert len(commands) == len(runs)
+    for run, command in zip(runs, commands, strict=True):
+        words = shlex.split(command.replace("\\\n", ""))
+        assert words[:4] == ["python", "-m", "ftwt_jax", "train"]
+        assert words[-1] == f"--workdir={run}"
+        config = parse("train", words[4:]).config
+        assert workdir.as_dict(config) == json.loads((run / "config.json").read_text())
+    assert any("--corruptions" in block for block in page.blocks)
+    assert any("--budgets=0.6,0.3" in block for block in page.blocks)
+    assert f"jax{jax.__version__}" in re.sub(r"\s", "", page.text)
+
+
+def test_a_config_that_no_file_leads_to_is_shown_whole(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    change_json(run / "config.json", wishes="many")
+    assert train_command(read_runs([str(run)])[0]) is None
+
+
+def test_the_work_and_the_masks_of_single_pictures_add_up_to_the_evaluation(tiny_run):
+    folder = tiny_run[0]
+    found = json.loads((folder / "evaluation.json").read_text())
+    _, config = workdir.load(str(folder))
+    run = make_run(ConfigDict(config), folder)
+    samples = look_at(run, best=False)
+    assert len(samples.macs) == found["samples"] == 450
+    assert 1 - samples.macs.mean() / samples.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)
+    assert np.mean(samples.labels == samples.predicted) == pytest.approx(found["accuracy"])
+    densities = [samples.masks(unit).mean() for unit in found["units"]]
+    np.testing.assert_allclose(densities, found["density"], atol=1e-6)
+    dynamic, filters = (sum(xs) for xs in (map(samples.dynamic, samples.units), samples.widths))
+    assert dynamic / filters == pytest.approx(found["dynamic_filters"])
+    np.testing.assert_array_equal(samples.labels, run.dataset.test.labels[samples.indices])
+
+
+def test_filters_that_fire_together_become_neighbours():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    of_class, of_picture = labels < 2, rng.random(400) < 0.5
+    # 0 and 3 follow the class, 1 and 4 the picture; 2 is always off, 5 always on.
+    always = np.ones(400, bool)
+    masks = np.stack([of_class, of_picture, ~always, of_class, ~of_picture, always], axis=1)
+    found = fire_together(masks, labels, classes=5, most_classes=2)
+    order = found.order.tolist()
+    assert order[0] == 5
+    assert order[-1] == 2
+    assert abs(order.index(0) - order.index(3)) == 1
+    assert found.dynamic.tolist() == [False, True, True, True, True, False]
+    place = [number for number in order if number not in (2, 5)]
+    one, two, three, four = (place.index(number) for number in (0, 3, 1, 4))
+    assert found.correlation[one, two] == pytest.approx(1)
+    assert found.correlation[three, four] == pytest.approx(-1)
+    # The class says all of the first two, and nothing of the others.
+    assert found.within[one, two] == 0
+    assert found.within[three, four] == pytest.approx(-1)
+    assert 0.45 < found.explained < 0.55
+    assert found.rates[0, order.index(0)] == 1
+    assert found.rates[3, order.index(0)] == 0
+    assert np.isnan(found.rates[4]).all()
+    assert found.both[:, one, two].tolist() == [1, 1]
+
+
+def test_large_maps_are_means_of_blocks():
+    cells, side = in_blocks(np.arange(25.0).reshape(5, 5), most=3)
+    assert side == 2
+    np.testing.assert_allclose(cells, [[3, 5, 6.5], [13, 15, 16.5], [20.5, 22.5, 24]])
+
+
+def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
+    folders = [shutil.copytree(tiny_run[0], tmp_path / parent / "run") for parent in ("a", "b")]
+    names = [run.name for run in read_runs([str(folders[0]), str(folders[1]), f"{folders[0]}/."])]
+    assert names == ["a/run", "b/run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ((lambda run: (run / "evaluation.json").unlink()), "run `python -m ftwt_jax evaluate --workdir="),
+        ((lambda run: (run / "evaluation.json").write_text('{"acc')), "evaluation.json cannot be read"),
+        ((lambda run: (run / "evaluation.json").write_text("[]")), "it lacks accuracy, dense_accuracy"),
+        ((lambda run: change_json(run / "evaluation.json", density=[0.5])), "it lacks units and density"),
+        ((lambda run: change_json(run / "evaluation.json", dynamic_filters="many")), "it lacks dynamic_filters"),
+        ((lambda run: (run / "budgets.json").write_text('{"rows": [{"budget": 1}]}')), "make it again by `evaluate"),
+        ((lambda run: (run / "corruptions.json").write_text("x")), "corruptions.json cannot be read"),
+        ((lambda run: (run / "config.json").unlink()), "no run's config at"),
+    ],
+)
+def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):
+    run = shutil.copytree(tiny_run[0], tmp_path / "run")
+    change(run)
+    assert says in fails(capsys, "report", str(run))
+    assert not (run / "report").exists()
+
+
+def test_misuse(capsys, tiny_run, tmp_path):
+    run = str(tiny_run[0])
+    assert "report takes one dir or more, such as workdirs/digits; got none" in fails(capsys, "report")
+    assert "no such workdir" in fails(capsys, "report", str(tmp_path / "missing"))
+    unit = json.loads((tiny_run[0] / "evaluation.json").read_text())["units"][1]
+    assert f"did you mean {unit!r}" in fails(capsys, "report", run, f"--unit={unit}x", f"--out={tmp_path / 'r'}")
+    (tmp_path / "file").write_text("")
+    error = fails(capsys, "report", run, f"--out={tmp_path / 'file' / 'r'}")
+    assert "cannot write the report to" in error
+    assert "choose another with --out" in error
+    assert "got tfds:a tfds:b" in fails(capsys, "prepare", "tfds:a", "tfds:b")
