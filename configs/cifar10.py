@@ -1,4 +1,4 @@
-"""CIFAR-10, 50,000 pictures of 32x32 pixels to train on, 10,000 held out.
+"""CIFAR-10, 50,000 images of 32x32 pixels to train on, 10,000 held out.
 
 python -m ftwt_jax prepare tfds:cifar10          # once; needs the extra [prepare] and a network
 python -m ftwt_jax train --config=configs/cifar10.py:resnet56 --workdir=workdirs/cifar10_resnet56

@@ -1,4 +1,4 @@
-"""CIFAR-100, 50,000 pictures of 32x32 pixels in 100 classes to train on, 10,000 held out.
+"""CIFAR-100, 50,000 images of 32x32 pixels in 100 classes to train on, 10,000 held out.
 
 python -m ftwt_jax prepare tfds:cifar100         # once; needs the extra [prepare] and a network
 python -m ftwt_jax train --config=configs/cifar100.py:resnet56 --workdir=workdirs/cifar100_resnet56

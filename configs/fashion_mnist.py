@@ -1,4 +1,4 @@
-"""Fashion-MNIST, 60,000 grey pictures of clothes to train on, 10,000 held out, padded to 32x32 pixels.
+"""Fashion-MNIST, 60,000 grey images of clothes to train on, 10,000 held out, padded to 32x32 pixels.
 
 apt-get install dataset-fashion-mnist            # once; or python -m ftwt_jax prepare tfds:fashion_mnist
 python -m ftwt_jax train --config=configs/fashion_mnist.py:resnet20 --workdir=workdirs/fashion_resnet20

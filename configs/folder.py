@@ -1,11 +1,11 @@
-"""A folder of your own pictures: PATH/train/CLASS/*.jpg with PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg.
+"""A folder of your own images: PATH/train/CLASS/*.jpg with PATH/val/CLASS/*.jpg, or PATH/CLASS/*.jpg.
 
 python -m ftwt_jax train --config=configs/folder.py:resnet18 --config.data.name=folder:PATH --workdir=workdirs/mine
 
 At 224x224 pixels, with random regions resized. Of one tree a tenth is held out (--config.data.test_fraction). For small
-pictures: --config.data.augment=crop --config.data.image_size=32 --config.model.stem=cifar, which holds them in memory.
+images: --config.data.augment=crop --config.data.image_size=32 --config.model.stem=cifar, which holds them in memory.
 How long it takes depends on how many there are: `python -m ftwt_jax benchmark --input` with the same flags tells how
-fast they can be read. ResNet-18 at 224x224 trains on a GPU; 2 CPU cores do a few pictures a second.
+fast they can be read. ResNet-18 at 224x224 trains on a GPU; 2 CPU cores do a few images a second.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012), 1,281,167 pictures to train on, 50,000 held out, at 224x224 pixels.
+"""ImageNet (ILSVRC 2012), 1,281,167 images to train on, 50,000 held out, at 224x224 pixels.
 
 python -m ftwt_jax prepare tfds:imagenet2012     # once; TFDS says which two archives you have to download yourself
 python -m ftwt_jax train --config=configs/imagenet.py:resnet34 --workdir=workdirs/imagenet_resnet34
@@ -13,7 +13,7 @@ accuracy of the dense network, then of the gated one with its reduction of MACs,
     mobilenet_v1  69.57   r = 1: 69.66, 41.07 %
 
 No run of this config has been measured here; it is meant for several GPUs or a TPU slice. The learning rate is for a
-batch of 256 and must grow with it. A folder of pictures in train/ and val/ does as well:
+batch of 256 and must grow with it. A folder of images in train/ and val/ does as well:
 --config.data.name=folder:PATH --config.data.test_split=val
 """
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from ftwt_jax.commands import COMMANDS
 from ftwt_jax.commands.parse import parse, usage
-from ftwt_jax.errors import SkippedPictureWarning, UserError, one_line
+from ftwt_jax.errors import SkippedImageWarning, UserError, one_line
 
 INTERRUPTED = 130
 _show_warning = warnings.showwarning
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
-    if issubclass(category, SkippedPictureWarning):
+    if issubclass(category, SkippedImageWarning):
         print(f"ftwt: warning: {message}", file=sys.stderr)
     else:
         _show_warning(message, category, *rest, **options)

@@ -25,7 +25,7 @@ def default_config(arch: str, stem: str) -> ConfigDict:
 
     Args:
       arch: the network by its name in `ftwt_jax.models`.
-      stem: `cifar` for small pictures, `imagenet` for large ones; for the networks that have both.
+      stem: `cifar` for small images, `imagenet` for large ones; for the networks that have both.
     """
     return ConfigDict(
         {
@@ -35,11 +35,11 @@ def default_config(arch: str, stem: str) -> ConfigDict:
             "data": {
                 # digits, fashion_mnist, tfds:NAME or folder:PATH.
                 "name": "",
-                # Side of the pictures that the network is given. This and the rest: None leaves it to the data set.
+                # Side of the images that the network is given. This and the rest: None leaves it to the data set.
                 "image_size": placeholder(int),
-                # crop (small pictures, held in memory), resized_crop (large ones, read as needed) or none.
+                # crop (small images, held in memory), resized_crop (large ones, read as needed) or none.
                 "augment": placeholder(str),
-                # Whether training pictures are mirrored at random.
+                # Whether training images are mirrored at random.
                 "flip": placeholder(bool),
                 # Split expressions of TFDS, or the names of a folder's two parts.
                 "train_split": placeholder(str),

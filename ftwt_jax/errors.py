@@ -11,8 +11,8 @@ class UserError(ValueError):
     """
 
 
-class SkippedPictureWarning(UserWarning):
-    """A picture was left out; the message, on one line, says which and why."""
+class SkippedImageWarning(UserWarning):
+    """An image was left out; the message, on one line, says which and why."""
 
 
 class WeightsWarning(UserWarning):

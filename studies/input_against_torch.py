@@ -1,9 +1,9 @@
-"""Images/s of this project's input and of a PyTorch `DataLoader` with Pillow, in turns, on the same pictures and cores.
+"""Images/s of this project's input and of a PyTorch `DataLoader` with Pillow, in turns, on the same images and cores.
 
-python -m studies.input_against_torch [--pictures=FOLDER] [--batch=64] [--seconds=4] [--rounds=5]     needs PyTorch
+python -m studies.input_against_torch [--images=FOLDER] [--batch=64] [--seconds=4] [--rounds=5]     needs PyTorch
 
 Both read the files, take a random region by the same rule, resize it to 224x224 and give batches of uint8; converting
-to float, which the `DataLoader` of a usual program does on the CPU as well, is left out. Without --pictures: 200 JPEGs
+to float, which the `DataLoader` of a usual program does on the CPU as well, is left out. Without --images: 200 JPEGs
 of 500x375 pixels, cut out of the photographs that scikit-learn brings.
 """
 
@@ -27,14 +27,14 @@ from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.views import random_region
 
 SIDE = 224
-PICTURES = flags.DEFINE_string("pictures", "", "folder with train/ and val/")
-BATCH = flags.DEFINE_integer("batch", 64, "pictures per batch")
+PICTURES = flags.DEFINE_string("images", "", "folder with train/ and val/")
+BATCH = flags.DEFINE_integer("batch", 64, "images per batch")
 SECONDS = flags.DEFINE_float("seconds", 4.0, "length of a turn")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each")
 
 
 def write_photographs(folder: pathlib.Path, count: int = 200) -> None:
-    """Cuts pictures of about the size and weight of ImageNet's out of two photographs."""
+    """Cuts images of about the size and weight of ImageNet's out of two photographs."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for index in range(count):

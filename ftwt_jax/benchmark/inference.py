@@ -24,9 +24,9 @@ from ftwt_jax.printing import say
 from ftwt_jax.workdir.checkpoints import has_checkpoint
 
 BENCHMARK = "benchmark.json"
-# Pictures from which compact execution learns, and those that it is timed and compared on; never the same.
+# Images from which compact execution learns, and those that it is timed and compared on; never the same.
 CALIBRATION, HELD_OUT = 256, 128
-# Synthetic heads are made on so many pictures, fewer of large ones: on few, a deep network misses its budget on others.
+# Synthetic heads are made on so many images, fewer of large ones: on few, a deep network misses its budget on others.
 _HEAD_IMAGES, _LARGE_HEAD_IMAGES = CALIBRATION, 64
 # Each network runs so many batches before the next one's turn: in use it would find its own weights in the caches too.
 _BLOCK, _ROUNDS = 16, 3
@@ -40,8 +40,8 @@ class Subject:
       gates: "trained", or "synthetic": random heads on random weights.
       dense, gated: the two networks.
       dense_variables, gated_variables: theirs.
-      calibration, held_out: pictures as the networks are given them, [S, H, W, channels].
-      normalize: makes such pictures from those of the data set, uint8.
+      calibration, held_out: images as the networks are given them, [S, H, W, channels].
+      normalize: makes such images from those of the data set, uint8.
     """
 
     arch: str
@@ -56,7 +56,7 @@ class Subject:
 
 
 def trained_subject(folder: str, best: bool = False, budget: float | None = None) -> Subject:
-    """The newest (or best) networks of a workdir, on its data: training pictures to calibrate, held-out to measure.
+    """The newest (or best) networks of a workdir, on its data: training images to calibrate, held-out to measure.
 
     Args:
       budget: MACs reduction to bring the gates to; None: as they were trained.
@@ -74,7 +74,7 @@ def trained_subject(folder: str, best: bool = False, budget: float | None = None
     if budget is not None:
         gated = any_budget(run, gated, known_estimate(run)["r"]).at(budget)
 
-    def pictures(split: Any, most: int) -> jax.Array:
+    def first_images(split: Any, most: int) -> jax.Array:
         batches = eval_batches(run.dataset, split, config.eval_batch_size, limit=most)
         found = [run.normalize(jnp.asarray(batch["image"][batch["weight"] > 0])) for batch in batches]
         return jnp.concatenate(found)[:most]
@@ -86,8 +86,8 @@ def trained_subject(folder: str, best: bool = False, budget: float | None = None
         run.models[GATED],
         run.trained(BASELINE),
         gated,
-        pictures(run.dataset.train, CALIBRATION),
-        pictures(run.dataset.test, HELD_OUT),
+        first_images(run.dataset.train, CALIBRATION),
+        first_images(run.dataset.test, HELD_OUT),
         run.normalize,
     )
 
@@ -96,7 +96,7 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     """A network of random weights whose gates are random too and save the share `budget` of its MACs.
 
     Args:
-      size: side of the pictures; None: 224 for networks that have ImageNet's stem by themselves, otherwise 32.
+      size: side of the images; None: 224 for networks that have ImageNet's stem by themselves, otherwise 32.
     """
     if not 0 < budget < 1:
         raise UserError(f"--budget is the MACs reduction of the gates to make, between 0 and 1; got {budget}")
@@ -107,7 +107,7 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     dense = create_model(arch, classes, **stem)
     gated = create_model(arch, classes, gates=GateConfig(norm="layer", depthwise="own"), **stem)
     keys = jax.random.split(jax.random.key(seed), 3)
-    # Large blobs of colour, so that pictures differ by more than their noise.
+    # Large blobs of colour, so that images differ by more than their noise.
     blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
     images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
     images += 0.3 * jax.random.normal(keys[2], images.shape)
@@ -130,19 +130,19 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
 def benchmark(
     subject: Subject, batch: int, console: Console, torch: bool = False, train: bool = False, out: str | None = None
 ) -> dict[str, Any]:
-    """Times the dense, the masked and the compact network in alternating blocks of the same pictures; prints a table.
+    """Times the dense, the masked and the compact network in alternating blocks of the same images; prints a table.
 
-    Every time is the median over pictures that compact execution has not seen, each blocked until its logits are ready.
+    Every time is the median over images that compact execution has not seen, each blocked until its logits are ready.
     The dense network is our own at its fastest: batch norm folded in, compiled.
 
     Args:
-      batch: pictures at once; 1 is what latency is about.
+      batch: images at once; 1 is what latency is about.
       torch: time the dense network in eager PyTorch too.
       train: time a training step of the dense and of the gated network too.
       out: workdir to write `benchmark.json` into.
     """
     if batch < 1 or batch > len(subject.held_out):
-        raise UserError(f"--batch lies between 1 and the {len(subject.held_out)} held-out pictures; got {batch}")
+        raise UserError(f"--batch lies between 1 and the {len(subject.held_out)} held-out images; got {batch}")
     start = time.perf_counter()
     quick = compact(subject.gated, subject.gated_variables, subject.calibration)
     ready = time.perf_counter() - start

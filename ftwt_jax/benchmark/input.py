@@ -1,4 +1,4 @@
-"""The command `benchmark --input`: how many pictures a second the input of training gives, without a network."""
+"""The command `benchmark --input`: how many images a second the input of training gives, without a network."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ ROUNDS = 5
 def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dict[str, Any]:
     """Reads training batches for a while and prints images/s, the median of several rounds.
 
-    What small pictures are put through on the device is not part of it.
+    What small images are put through on the device is not part of it.
     """
     if not seconds > 0:
         raise UserError(f"--seconds is how long to measure and must be positive; got {seconds}")

@@ -24,7 +24,7 @@ def random_gates(
     """Sets every gate head at random, such that the network saves the share `budget` of its MACs on these images.
 
     Batch norm is given the statistics of these images, without which the layers of a random network hardly tell one
-    picture from another.
+    image from another.
 
     Each gate logit is a random projection of the pooled input, brought to deviation 1 over the images, plus one offset
     that all filters of the network share. So every filter of a unit is on equally often, hardly two samples have a mask

@@ -17,7 +17,7 @@ _ROUNDS = 7
 
 
 def time_steps(dense: nn.Module, gated: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Median times of both training steps, in turns on the same random batch of 64 (VGG) or 128 pictures.
+    """Median times of both training steps, in turns on the same random batch of 64 (VGG) or 128 images.
 
     Args:
       image_shape: (H, W, channels).
@@ -25,12 +25,12 @@ def time_steps(dense: nn.Module, gated: nn.Module, image_shape: tuple[int, ...])
     batch = 64 if isinstance(dense, VGG) else 128
     mesh = data_mesh()
     keys = jax.random.split(jax.random.key(0), 3)
-    pictures = {
+    example = {
         "image": jax.random.randint(keys[0], (batch, *image_shape), 0, 256, jnp.uint8),
         "label": jnp.arange(batch) % 10,
         "position": jnp.arange(batch),
     }
-    data = put_batch(pictures, mesh)
+    data = put_batch(example, mesh)
     optimizer = optax.sgd(1e-3, momentum=0.9, nesterov=False)
     steps, states = [], []
     for model, weight in ((dense, None), (gated, optax.constant_schedule(1.0))):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.ops.batch_norm import MOMENTUM
-from ftwt_jax.parallel.processes import together
+from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
 from ftwt_jax.training.step import Normalize
 
@@ -38,10 +38,10 @@ class BatchStatistics:
         """The variables with mean and variance averaged over these batches, the full ones if there are any.
 
         Args:
-          batches: training pictures, as `eval_batches` gives them.
+          batches: training images, as `eval_batches` gives them.
         """
         # A batch that is full here may not be so on another process; all have to leave out the same.
-        partial = together([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
+        partial = all_gather([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
         full = [batch for index, batch in enumerate(batches) if str(index) not in partial] or list(batches)
         images = (put_batch({"image": batch["image"]}, self._mesh)["image"] for batch in full)
         found = [in_order(self._mesh, self._step(variables, batch)) for batch in images]

@@ -1,7 +1,7 @@
 """Gates at a budget, and batch statistics under the masks that this gives: each depends on the other.
 
 Moved gates need statistics of their own, under which heads are given other maps, and have moved a little. One more
-move without measuring again will not do: where one filter is off for every picture that was on for every picture,
+move without measuring again will not do: where one filter is off for every image that was on for every image,
 all statistics after it are those of another network (ResNet-20 on Fashion-MNIST: 0.882 in place of 0.912).
 """
 
@@ -12,7 +12,7 @@ from ftwt_jax.parallel.sharding import put_whole, replicated
 from ftwt_jax.training.run import Run
 
 ROUNDS = 3
-# Nearer to the budget than one set of pictures is to another; more rounds would be for nothing.
+# Nearer to the budget than one set of images is to another; more rounds would be for nothing.
 NEAR = 3e-3
 
 
@@ -21,8 +21,8 @@ def settle(run: Run, variables: dict[str, Any], r: float, budget: float, fixed: 
 
     Args:
       r: mass threshold of the targets that gates are compared with.
-      budget: exact MACs reduction on the calibration pictures.
-      fixed: masks do not depend on the picture.
+      budget: exact MACs reduction on the calibration images.
+      fixed: masks do not depend on the image.
 
     Returns:
       The variables nearest to the budget; their statistics are always those of their masks.

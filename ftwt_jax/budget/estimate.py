@@ -26,7 +26,7 @@ class Estimator:
     Args:
       evaluator: of the gated network, with `masks="targets"`.
       variables: of the dense network.
-      batches: training pictures without augmentation, as `eval_batches` gives them.
+      batches: training images without augmentation, as `eval_batches` gives them.
     """
 
     def __init__(self, evaluator: Evaluator, variables: Any, batches: Batches):
@@ -55,7 +55,7 @@ class Calibrator:
     Args:
       evaluator: of the gated network, with the masks of its heads.
       variables: of the gated network.
-      batches: training pictures without augmentation, as `eval_batches` gives them.
+      batches: training images without augmentation, as `eval_batches` gives them.
       r: mass threshold of the targets that gates are compared with.
     """
 
@@ -66,11 +66,11 @@ class Calibrator:
         )
 
     def measure(self, offset: float = 0.0) -> Evaluation:
-        """The figures with this offset, on the calibration pictures."""
+        """The figures with this offset, on the calibration images."""
         return self._curve.at(offset)
 
     def rates(self) -> dict[str, tuple[float, ...]]:
-        """For each gated unit by name, the share of the calibration pictures for which each filter is on."""
+        """For each gated unit by name, the share of the calibration images for which each filter is on."""
         found = self.measure()
         assert found.gates is not None
         return dict(zip(found.gate_names, found.gates.rates, strict=True))

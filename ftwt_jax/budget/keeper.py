@@ -12,7 +12,7 @@ from ftwt_jax.budget.calibrate import settle
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.variables import fix_gates, shift_gates
-from ftwt_jax.parallel.processes import meet
+from ftwt_jax.parallel.processes import barrier
 from ftwt_jax.parallel.sharding import put_whole, replicated
 from ftwt_jax.training.optim import cooldown_step
 from ftwt_jax.training.run import GATED, Run, budget_range
@@ -91,7 +91,7 @@ class BudgetKeeper:
             offsets = [calibrator.solve(budget)[0] - offset for budget in budgets]
             self._table = {"budgets": budgets, "offsets": offsets}
             workdir.write_json(self._run.workdir / OFFSETS, self._table)
-            meet("offsets written")
+            barrier("offsets written")
         added = put_whole(np.float32(offset), replicated(self._run.mesh))
         return state.replace(**{**variables, "params": self._shift(variables["params"], added)})
 

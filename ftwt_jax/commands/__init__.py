@@ -60,7 +60,7 @@ def _evaluate(values: flags.FlagValues, console: Console) -> None:
 
     folder = _workdir(values)
     if values.corruptions_from is not None and not values.corruptions:
-        raise UserError("--corruptions_from says which pictures --corruptions is to take: give both")
+        raise UserError("--corruptions_from says which images --corruptions is to take: give both")
     if values.corruptions and values.budgets is not None:
         raise UserError("give --budgets or --corruptions, not both")
     if values.corruptions:
@@ -177,7 +177,7 @@ COMMANDS = {
     "estimate": Command("predict the MACs reduction from a trained baseline", flags_of.define_estimate, _estimate),
     "evaluate": Command("accuracy, work and gates on the held-out split", flags_of.define_evaluate, _evaluate),
     "report": Command(
-        "a page of what runs have reached, with plots, pictures and the commands to have it again",
+        "a page of what runs have reached, with plots, images and the commands to have it again",
         flags_of.define_report,
         _report,
         Operand("dir", "workdirs/digits", several=True),

@@ -53,7 +53,7 @@ def define_evaluate(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_string(
         "corruptions_from",
         None,
-        "with --corruptions: pictures that are corrupted already, tfds:cifar10_corrupted",
+        "with --corruptions: images that are corrupted already, tfds:cifar10_corrupted",
         flag_values=values,
     )
     _distributed(values)
@@ -70,9 +70,9 @@ def define_benchmark(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_string("arch", None, "a network with synthetic gates, in place of a trained one", flag_values=values)
     flags.DEFINE_float("budget", None, "MACs reduction to bring the gates to; --arch needs one", flag_values=values)
     flags.DEFINE_integer(
-        "image_size", None, "with --arch: side of the pictures; 32 or 224", lower_bound=1, flag_values=values
+        "image_size", None, "with --arch: side of the images; 32 or 224", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_integer("batch", 1, "pictures at once", flag_values=values)
+    flags.DEFINE_integer("batch", 1, "images at once", flag_values=values)
     flags.DEFINE_bool("torch", False, "time PyTorch's dense network too", flag_values=values)
     flags.DEFINE_bool("train", False, "time a dense and a gated training step too", flag_values=values)
     _config(values, arguments)
@@ -84,7 +84,7 @@ def define_convert(values: flags.FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_string("arch", None, "the network, such as resnet34", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "file to read: .safetensors, or what torch.save wrote", flag_values=values)
     flags.DEFINE_string("out", None, "folder to write", flag_values=values)
-    flags.DEFINE_list("mean", None, "mean of the pictures it was trained on, such as 0.5,0.5,0.5", flag_values=values)
+    flags.DEFINE_list("mean", None, "mean of the images it was trained on, such as 0.5,0.5,0.5", flag_values=values)
     flags.DEFINE_list("std", None, "their standard deviation", flag_values=values)
     # Without --config, which is then chosen by what the checkpoint holds, its fields are kept until it is.
     flags.DEFINE_multi_string(FIELD, [], "a field of the config, as FIELD=VALUE", flag_values=values)
@@ -101,7 +101,7 @@ def define_export(values: flags.FlagValues, arguments: list[str]) -> None:
         "weights for PyTorch, or a program that runs without this package; by itself what --out ends in",
         flag_values=values,
     )
-    flags.DEFINE_bool("compact", False, "of a program: filters left out, one picture at a time", flag_values=values)
+    flags.DEFINE_bool("compact", False, "of a program: filters left out, one image at a time", flag_values=values)
     flags.DEFINE_float("budget", None, "of a program: MACs reduction to bring the gates to", flag_values=values)
     flags.DEFINE_string(
         "layout", None, "names: published, torchvision, huggingface or timm; if not as it came", flag_values=values

@@ -56,7 +56,7 @@ class Wanted:
       config: of the data that the network is for; None: of those that it was most likely trained on.
       usual_config: loads the config of a name in `USUAL_CONFIGS` for this network.
       explicit: fields of the config that were asked for, such as `gates.pool`; nothing in the checkpoint changes them.
-      statistics: mean and deviation of the pictures that it was trained on; None: the usual ones of its layout.
+      statistics: mean and deviation of the images that it was trained on; None: the usual ones of its layout.
     """
 
     checkpoint: str
@@ -125,7 +125,7 @@ def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> 
     shapes = parameter_shapes(imported.model, channels)
     for path, array in flatten_dict(imported.variables).items():
         if array.shape != shapes[path] and not can_adapt(path, array.shape, shapes[path]):
-            raise UserError(f"it is for other pictures than those of {config.data.name}, of {channels} channels")
+            raise UserError(f"it is for other images than those of {config.data.name}, of {channels} channels")
     return shapes
 
 
@@ -166,7 +166,7 @@ def _own_words(metadata: dict[str, Any]) -> _Said:
             mean, std = (np.asarray(metadata[name], np.float64) for name in ("mean", "std"))
             whole = mean.shape == std.shape and mean.shape in ((1,), (RGB,))
             if not (whole and np.isfinite([mean, std]).all() and std.min() > 0):
-                raise UserError(f"mean {mean} and std {std} are not those of pictures")
+                raise UserError(f"mean {mean} and std {std} are not those of images")
             statistics = mean.tolist(), std.tolist()
     except (UserError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
@@ -257,7 +257,7 @@ def _write(
     for note in notes:
         say(console, f"note: {note}")
     rounded = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
-    say(console, f"pictures are given to it less {rounded[0]}, over {rounded[1]}")
+    say(console, f"images are given to it less {rounded[0]}, over {rounded[1]}")
 
 
 def _check_room(folder: pathlib.Path, networks: dict[str, Variables]) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from ftwt_jax import workdir
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import check_r
-from ftwt_jax.parallel.processes import as_first_says, is_first, meet
+from ftwt_jax.parallel.processes import barrier, broadcast, is_first
 from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
@@ -39,13 +39,13 @@ def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
     """
     path = run.workdir / ESTIMATE
     budget, r = run.config.gates.budget, run.config.gates.r
-    if as_first_says(path.exists()):
+    if broadcast(path.exists()):
         entry = read_estimate(run.workdir)
     else:
         estimator = run.estimator(baseline)
         entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
         workdir.write_json(path, entry)
-        meet("estimate written")
+        barrier("estimate written")
     asked = "" if budget is None else f" for a budget of {budget:g}"
     say(
         console,

@@ -13,7 +13,7 @@ from rich.console import Console
 from ftwt_jax import workdir
 from ftwt_jax.errors import UserError
 from ftwt_jax.printing import say
-from ftwt_jax.report import mask_plots as pictures
+from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
@@ -26,9 +26,9 @@ from ftwt_jax.workdir.checkpoints import has_checkpoint
 from ftwt_jax.workdir.environment import environment
 
 FOLDER = "report"
-# So many runs are looked at picture by picture; of more, the first.
+# So many runs are looked at image by image; of more, the first.
 MOST_SEEN = 6
-# Pictures shown of each kind.
+# Images shown of each kind.
 SHOWN = 6
 # How far what is measured may lie from `evaluation.json`: gates within rounding of zero fall on either side.
 CLOSE = 0.005
@@ -54,7 +54,7 @@ def report(folders: Sequence[str], out: str | None, unit: str | None, console: C
         start = time.perf_counter()
         seen = _see(run, unit)
         sections.append(_section(run, seen))
-        what = seen.note or f"looked at its held-out pictures in {time.perf_counter() - start:.0f} s"
+        what = seen.note or f"looked at its held-out images in {time.perf_counter() - start:.0f} s"
         say(console, f"{run.label}: {what}")
     shared = [figures.accuracy_plot(runs), *figures.density_plots(runs)]
     page = render(
@@ -98,14 +98,14 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
     if not run.gated:
         return Seen(note="there is no gated network yet: this is the baseline alone")
     if run.number > MOST_SEEN:
-        return Seen(note=f"only the first {MOST_SEEN} runs are looked at picture by picture")
+        return Seen(note=f"only the first {MOST_SEEN} runs are looked at image by image")
     if not has_checkpoint(run.path, GATED):
-        return Seen(note=f"its pictures were not looked at: there is no {GATED} checkpoint in {run.path}")
+        return Seen(note=f"its images were not looked at: there is no {GATED} checkpoint in {run.path}")
     try:
         made = make_run(ConfigDict(run.config), run.path)
         samples = look_at(made, best=run.evaluation.get("checkpoint") == "best")
     except UserError as error:
-        return Seen(note=f"its pictures were not looked at: {error}")
+        return Seen(note=f"its images were not looked at: {error}")
     note = ""
     reduction = 1 - samples.macs.mean() / samples.dense_macs
     if abs(reduction - run.evaluation["macs_reduction"]) > CLOSE:
@@ -114,15 +114,15 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
             f"is here now {reduction:.3f}: run `python -m ftwt_jax evaluate --workdir={run.path}` again"
         )
     chosen = unit if unit in samples.units else samples.most_dynamic
-    found = fire_together(samples.masks(chosen), samples.labels, len(samples.class_names), pictures.MOST_CLASSES)
+    found = fire_together(samples.masks(chosen), samples.labels, len(samples.class_names), images.MOST_CLASSES)
     cheapest, dearest = extremes(samples, made.dataset, SHOWN)
     return Seen(
-        macs=pictures.macs_plot(run, samples),
+        macs=images.macs_plot(run, samples),
         cheapest=cheapest,
         dearest=dearest,
         dense_macs=samples.dense_macs,
         unit=chosen,
         units=[(name, width, samples.dynamic(name)) for name, width in zip(samples.units, samples.widths, strict=True)],
-        together=pictures.unit_plots(run, samples, chosen, found),
+        together=images.unit_plots(run, samples, chosen, found),
         note=note,
     )

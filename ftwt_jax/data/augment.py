@@ -1,4 +1,4 @@
-"""Augmentation of small pictures, inside the jit-compiled training step: a batch at a time, on the device."""
+"""Augmentation of small images, inside the jit-compiled training step: a batch at a time, on the device."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ Augment = Callable[[Images, UInt32[Array, " n"]], Images]
 
 
 def crop_and_flip(images: Images, positions: UInt32[Array, " n"], key: Array, padding: int, flip: bool) -> Images:
-    """Random crop of the zero-padded pictures, and random mirroring.
+    """Random crop of the zero-padded images, and random mirroring.
 
     Args:
       images: uint8 [n, H, W, channels].
-      positions: number of each picture in the stream of all epochs, uint32 [n]; it alone decides, with `key`, what is
-        done to a picture, so that neither the batch nor the device it comes to makes a difference.
+      positions: number of each image in the stream of all epochs, uint32 [n]; it alone decides, with `key`, what is
+        done to an image, so that neither the batch nor the device it comes to makes a difference.
       key: random key of the run.
       padding: zero pixels added on each side before the crop.
       flip: whether to mirror left to right, half the time.
@@ -37,7 +37,7 @@ def crop_and_flip(images: Images, positions: UInt32[Array, " n"], key: Array, pa
 
 
 def make_augment(dataset: Dataset, seed: int) -> Augment | None:
-    """What the training step does to its pictures; None if nothing, or if they arrive augmented."""
+    """What the training step does to its images; None if nothing, or if they arrive augmented."""
     if dataset.resized_crop or not (dataset.crop_padding or dataset.flip):
         return None
     key = jax.random.key(seed)

@@ -1,4 +1,4 @@
-"""From two sources to a data set: broken pictures set aside, small ones held in memory, their mean and deviation."""
+"""From two sources to a data set: broken images set aside, small ones held in memory, their mean and deviation."""
 
 import concurrent.futures
 import dataclasses
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ftwt_jax.data.pictures import BrokenPictureError, Picture
+from ftwt_jax.data.decoding import BrokenImageError, LazyImage
 from ftwt_jax.data.skipped import Skipped
 from ftwt_jax.data.source import ArraySource, Dataset, Example, Source
 from ftwt_jax.data.views import central_view
@@ -17,13 +17,13 @@ from ftwt_jax.errors import UserError, unknown_name
 AUGMENTS = ("crop", "resized_crop", "none")
 # Zero pixels on each side before the crop, as a share of the side: 4 of 32.
 PADDING_SHARE = 8
-# What networks trained on ImageNet were given, and by custom all that see pictures of many sizes.
+# What networks trained on ImageNet were given, and by custom all that see images of many sizes.
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 MEMORY_SHARE = 0.5
-# Pictures dealt with in one go.
+# Images dealt with in one go.
 CHUNK = 256
-# Up to so many large pictures are looked through before the start; of more, the broken ones turn up as they are read.
+# Up to so many large images are looked through before the start; of more, the broken ones turn up as they are read.
 MOST_CHECKED = 20_000
 
 
@@ -44,18 +44,18 @@ def build_dataset(
     """Makes a data set of two sources.
 
     Args:
-      train, test: pictures of any size, decoded or not; see `Example`.
+      train, test: images of any size, decoded or not; see `Example`.
       class_names: in the order of the labels.
       image_size: side in pixels of what the network is given.
-      augment: `crop`: small pictures, decoded once and held in memory at `image_size`; padded by an eighth of the side
+      augment: `crop`: small images, decoded once and held in memory at `image_size`; padded by an eighth of the side
         and cropped at random, normalised with the set's own mean and deviation. `none`: the same without the crop.
-        `resized_crop`: large pictures, decoded as they are read, random regions of them resized (see `random_view`),
+        `resized_crop`: large images, decoded as they are read, random regions of them resized (see `random_view`),
         normalised with ImageNet's mean and deviation.
-      flip: mirror training pictures at random.
+      flip: mirror training images at random.
       channels: 1 for grey, 3 for RGB.
 
     Raises:
-      UserError: an unknown `augment`, pictures that do not fit in memory, or too many that cannot be decoded.
+      UserError: an unknown `augment`, images that do not fit in memory, or too many that cannot be decoded.
     """
     if augment not in AUGMENTS:
         raise unknown_name("config.data.augment", augment, AUGMENTS)
@@ -87,7 +87,7 @@ def build_dataset(
 
 
 def for_channels(values: Sequence[float], channels: int) -> Sequence[float]:
-    """Means or deviations of pictures with so many channels: of grey ones, the average of those of RGB."""
+    """Means or deviations of images with so many channels: of grey ones, the average of those of RGB."""
     return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
@@ -106,14 +106,14 @@ def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def in_memory(source: Source, shape: tuple[int, int, int], classes: int, skipped: Skipped) -> ArraySource:
-    """Decodes a whole source once to pictures of one size; those that cannot be decoded are left out."""
+    """Decodes a whole source once to images of one size; those that cannot be decoded are left out."""
     if isinstance(source, ArraySource) and source.images.shape[1:] == shape:
         return source
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
-    def read(index: int, example: Example, picture: Picture) -> None:
-        images[index] = central_view(picture, shape[0], central=1)
+    def read(index: int, example: Example, lazy: LazyImage) -> None:
+        images[index] = central_view(lazy, shape[0], central=1)
         labels[index] = checked_label(example, classes)
 
     good = _each(source, shape[-1], skipped, read)
@@ -135,16 +135,16 @@ class Selection:
 
 
 def _without_broken(source: Source, channels: int, classes: int, skipped: Skipped) -> Source:
-    def look(index: int, example: Example, picture: Picture) -> None:
+    def look(index: int, example: Example, lazy: LazyImage) -> None:
         checked_label(example, classes)
-        picture.pixels(8)  # The coarsest scale is enough to see whether a file is whole.
+        lazy.pixels(8)  # The coarsest scale is enough to see whether a file is whole.
 
     good = _each(source, channels, skipped, look)
     return source if good.all() else Selection(source, np.flatnonzero(good))
 
 
-def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, Any, Picture], Any]) -> np.ndarray:
-    """Opens every picture, on all cores; bool [n]: which could be used."""
+def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, Any, LazyImage], Any]) -> np.ndarray:
+    """Opens every image, on all cores; bool [n]: which could be used."""
     good = np.ones(len(source), bool)
 
     def work(start: int) -> list[tuple[int, str, str]]:
@@ -152,9 +152,9 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
         for index in range(start, min(start + CHUNK, len(source))):
             example = source[index]
             try:
-                use(index, example, Picture(example["image"], channels))
-            except BrokenPictureError as error:
-                broken.append((index, example.get("name", f"picture {index}"), str(error)))
+                use(index, example, LazyImage(example["image"], channels))
+            except BrokenImageError as error:
+                broken.append((index, example.get("name", f"image {index}"), str(error)))
         return broken
 
     with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
@@ -174,7 +174,7 @@ def checked_label(example: Example, classes: int) -> int:
     label = int(example["label"])
     if not 0 <= label < classes:
         raise UserError(
-            f"{example.get('name', 'a picture')} has the label {label}, and there are {classes} classes: a split "
+            f"{example.get('name', 'an image')} has the label {label}, and there are {classes} classes: a split "
             "without labels is of no use; choose others with config.data.train_split and config.data.test_split"
         )
     return label
@@ -185,7 +185,7 @@ def check_memory(count: int, shape: tuple[int, int, int]) -> None:
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > MEMORY_SHARE * installed:
         raise UserError(
-            f"{count} pictures of {shape[0]}x{shape[1]} pixels take {needed / 2**30:.0f} GiB, too much to hold in the "
+            f"{count} images of {shape[0]}x{shape[1]} pixels take {needed / 2**30:.0f} GiB, too much to hold in the "
             f"{installed / 2**30:.0f} GiB of this machine: set config.data.augment=resized_crop, which reads them as "
             "they are needed, or a smaller config.data.image_size"
         )

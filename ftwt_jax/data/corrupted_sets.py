@@ -1,4 +1,4 @@
-"""Pictures that are corrupted already, as TFDS prepares them: a configuration for each corruption and severity."""
+"""Images that are corrupted already, as TFDS prepares them: a configuration for each corruption and severity."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from ftwt_jax.data.tfds_sets import (
     HELD_OUT,
     PREFIX,
     RecordSource,
+    image_and_label,
     open_builder,
-    picture_and_label,
     prepare_command,
 )
 from ftwt_jax.errors import UserError, one_line
@@ -24,7 +24,7 @@ CONFIGURATION = re.compile(r"(.+)_(\d+)")
 
 
 class CorruptedSet(NamedTuple):
-    """One configuration: what was done to its pictures, and the pictures, encoded."""
+    """One configuration: what was done to its images, and the images, encoded."""
 
     corruption: str
     severity: int
@@ -41,10 +41,10 @@ def open_corrupted(place: str, data_dir: str | None, dataset: Dataset) -> list[C
     Args:
       place: such as `tfds:cifar10_corrupted`.
       data_dir: where TFDS keeps its data; None: where it does by itself.
-      dataset: that of the network, whose classes and picture size these must be.
+      dataset: that of the network, whose classes and image size these must be.
 
     Raises:
-      UserError: unknown, nothing prepared, or pictures that the network is not for.
+      UserError: unknown, nothing prepared, or images that the network is not for.
     """
     name = place.removeprefix(PREFIX)
     if not place.startswith(PREFIX) or not name:
@@ -55,7 +55,7 @@ def open_corrupted(place: str, data_dir: str | None, dataset: Dataset) -> list[C
     os.environ.setdefault("EPATH_USE_TF", "false")
     any_builder = open_builder(name, data_dir)
     if any_builder.builder_config is None or not CONFIGURATION.fullmatch(any_builder.builder_config.name):
-        raise UserError(f"{place} is no set of corrupted pictures with severities; {FLAG} takes one as {EXAMPLE}")
+        raise UserError(f"{place} is no set of corrupted images with severities; {FLAG} takes one as {EXAMPLE}")
     _check_fits(any_builder, place, dataset)
     folder = any_builder.data_path.parent.parent
     found = []
@@ -77,7 +77,7 @@ def open_corrupted(place: str, data_dir: str | None, dataset: Dataset) -> list[C
 def _records(builder: Any, name: str) -> RecordSource:
     import tensorflow_datasets as tfds
 
-    image, label = picture_and_label(builder, name)
+    image, label = image_and_label(builder, name)
     split = next((split for split in HELD_OUT if split in builder.info.splits), None)
     if split is None:
         raise UserError(f"{PREFIX}{name} has neither of the splits {', '.join(HELD_OUT)}: it cannot be evaluated on")
@@ -90,15 +90,15 @@ def _records(builder: Any, name: str) -> RecordSource:
 
 
 def _check_fits(builder: Any, place: str, dataset: Dataset) -> None:
-    """Raises `UserError` for pictures of another size or other classes than the network's."""
-    image, label = picture_and_label(builder, place.removeprefix(PREFIX))
+    """Raises `UserError` for images of another size or other classes than the network's."""
+    image, label = image_and_label(builder, place.removeprefix(PREFIX))
     features = builder.info.features
     shape, own, classes = tuple(features[image].shape), tuple(dataset.image_shape), features[label].num_classes
     if shape != own:
         given, wanted = ("x".join("?" if side is None else str(side) for side in one) for one in (shape, own))
         raise UserError(
-            f"{place} has pictures of {given}, and this network is given {wanted}: --corruptions alone corrupts "
-            "pictures of its own"
+            f"{place} has images of {given}, and this network is given {wanted}: --corruptions alone corrupts "
+            "images of its own"
         )
     # Classes that are only numbers may be anybody's.
     numbered = tuple(map(str, range(classes)))
@@ -108,5 +108,5 @@ def _check_fits(builder: Any, place: str, dataset: Dataset) -> None:
     if classes != dataset.num_classes or len(named) > 1:
         raise UserError(
             f"{place} has {classes} classes, and they are not the {dataset.num_classes} of this network: "
-            "--corruptions alone corrupts pictures of its own"
+            "--corruptions alone corrupts images of its own"
         )

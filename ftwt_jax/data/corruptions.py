@@ -1,10 +1,10 @@
-"""Pictures made worse in five ways at five severities: noise, blur, contrast, brightness, JPEG.
+"""Images made worse in five ways at five severities: noise, blur, contrast, brightness, JPEG.
 
 After Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, ICLR
-2019 (arXiv 1903.12261). How severe a severity is says `SMALL`, the constants of their CIFAR-10-C, for pictures up to 64
+2019 (arXiv 1903.12261). How severe a severity is says `SMALL`, the constants of their CIFAR-10-C, for images up to 64
 pixels high and wide, and `LARGE`, those of their ImageNet-C, for others; either as in the code from which its authors
 made the set. Three things differ. Here a value is rounded where they cut its fraction off. Nothing is kept as a JPEG
-file, which in ImageNet-C compresses every picture once more. And the noise is drawn for each picture by itself.
+file, which in ImageNet-C compresses every image once more. And the noise is drawn for each image by itself.
 """
 
 import concurrent.futures
@@ -39,11 +39,11 @@ CORRUPTIONS = tuple(SMALL)
 REACH = 4
 
 
-def corrupt(picture: np.ndarray, corruption: str, severity: int, seed: int, index: int) -> np.ndarray:
-    """A picture made worse.
+def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int, index: int) -> np.ndarray:
+    """An image made worse.
 
     Args:
-      picture: uint8 [H, W, channels], grey or RGB.
+      image: uint8 [H, W, channels], grey or RGB.
       corruption: one of `CORRUPTIONS`.
       severity: 1 to 5.
       seed, index: what is random follows from them, the corruption and the severity, and from nothing else.
@@ -51,10 +51,10 @@ def corrupt(picture: np.ndarray, corruption: str, severity: int, seed: int, inde
     Returns:
       uint8 [H, W, channels].
     """
-    constant = (SMALL if max(picture.shape[:2]) <= SMALL_SIDE else LARGE)[corruption][severity - 1]
+    constant = (SMALL if max(image.shape[:2]) <= SMALL_SIDE else LARGE)[corruption][severity - 1]
     if corruption == "jpeg_compression":
-        return jpeg_compression(picture, int(constant))
-    values = picture.astype(np.float32) / 255
+        return jpeg_compression(image, int(constant))
+    values = image.astype(np.float32) / 255
     if corruption == "gaussian_noise":
         draw = np.random.default_rng([seed, zlib.crc32(corruption.encode()), severity, index])
         values = gaussian_noise(values, constant, draw)
@@ -105,11 +105,11 @@ def brightness(values: np.ndarray, added: float) -> np.ndarray:
     return np.where(before > 0, values * (after / np.where(before > 0, before, 1)), after)
 
 
-def jpeg_compression(picture: np.ndarray, quality: int) -> np.ndarray:
+def jpeg_compression(image: np.ndarray, quality: int) -> np.ndarray:
     """Uint8 [H, W, channels], stored as JPEG of this quality, colours at half the resolution, and read again."""
     # What OpenCV calls colour is BGR.
-    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)).reshape(picture.shape)[..., ::-1]
+    _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)).reshape(image.shape)[..., ::-1]
 
 
 _PLAIN: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {

@@ -1,4 +1,4 @@
-"""Data sets without their pictures: shapes and numbers that the config, TFDS or a folder's names tell."""
+"""Data sets without their images: shapes and numbers that the config, TFDS or a folder's names tell."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ UNKNOWN_EXAMPLES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class NoPictures:
+class NoImages:
     """A source of known length of which nothing can be read."""
 
     length: int
@@ -31,11 +31,11 @@ class NoPictures:
         return self.length
 
     def __getitem__(self, index: int) -> Example:
-        raise UserError(f"picture {index} was asked of a data set that is only described")
+        raise UserError(f"image {index} was asked of a data set that is only described")
 
 
 def describe_dataset(name: str, num_classes: int | None = None, **options: Any) -> Dataset:
-    """A data set as `load_dataset` would load it, but for its pictures, their mean and deviation. Downloads nothing.
+    """A data set as `load_dataset` would load it, but for its images, their mean and deviation. Downloads nothing.
 
     Args:
       name: see `load_dataset`; the data need not be there.
@@ -76,14 +76,14 @@ def _described(load: Callable[..., Dataset], given: dict[str, Any], find: Callab
     blank = ArraySource(np.zeros((1, max(size, 1), max(size, 1), channels), np.uint8), np.zeros(1, np.int32))
     names = [str(index) for index in range(classes)]
     made = build_dataset(blank, blank, names, size, options["augment"], options["flip"], channels)
-    return dataclasses.replace(made, train=NoPictures(examples), test=NoPictures(examples))
+    return dataclasses.replace(made, train=NoImages(examples), test=NoImages(examples))
 
 
 def _tfds(name: str, given: dict[str, Any], num_classes: int | None) -> Facts:
     """What TFDS knows of a data set, prepared or not; of a bucket, only what its own code says."""
     place = given.get("data_dir")
     builder = tfds_sets.open_builder(name, None if place and "://" in place else place)
-    image, label = tfds_sets.picture_and_label(builder, name)
+    image, label = tfds_sets.image_and_label(builder, name)
     classes = num_classes or builder.info.features[label].num_classes
     if not classes:
         raise UserError(f"TFDS does not say how many classes {tfds_sets.PREFIX}{name} has: give --num_classes")
@@ -98,7 +98,7 @@ def _tfds(name: str, given: dict[str, Any], num_classes: int | None) -> Facts:
 
 
 def _folder(place: str, given: dict[str, Any]) -> int:
-    """Number of classes of a folder of pictures, by the names in it."""
+    """Number of classes of a folder of images, by the names in it."""
     root = pathlib.Path(place).expanduser()
     if given.get("train_split") or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
         root /= given.get("train_split") or TRAIN
@@ -107,5 +107,5 @@ def _folder(place: str, given: dict[str, Any]) -> int:
     except OSError:
         names = []
     if len(names) < 2 or {name.lower() for name in names} <= SPLIT_NAMES:
-        raise UserError(f"no folder with classes of pictures at {root}: give --num_classes to plan without it")
+        raise UserError(f"no folder with classes of images at {root}: give --num_classes to plan without it")
     return len(names)

@@ -1,4 +1,4 @@
-"""Scikit-learn's bundled scans of handwritten digits: 1,797 pictures of 8x8 grey pixels. Needs no network."""
+"""Scikit-learn's bundled scans of handwritten digits: 1,797 images of 8x8 grey pixels. Needs no network."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
 
 SIDE = 8
-TEST_SHARE = 4  # every fourth picture of the shuffled set is held out
+TEST_SHARE = 4  # every fourth image of the shuffled set is held out
 
 
 def load_digits(image_size: int = SIDE) -> Dataset:

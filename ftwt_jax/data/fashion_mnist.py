@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 grey pictures of clothes to train on, 10,000 held out (Xiao et al. 2017)."""
+"""Fashion-MNIST: 60,000 grey images of clothes to train on, 10,000 held out (Xiao et al. 2017)."""
 
 import gzip
 import os
@@ -27,7 +27,7 @@ def load_fashion_mnist(
     """Loads Fashion-MNIST from the files of Debian's package, else from TFDS's prepared copy.
 
     Args:
-      image_size: side in pixels; the pictures have 28 and are padded with zeros to more.
+      image_size: side in pixels; the images have 28 and are padded with zeros to more.
       augment, flip: see `build_dataset`.
       data_dir: folder of the four `*-ubyte.gz` files, or of prepared TFDS data sets.
 
@@ -79,7 +79,7 @@ def _read_split(folder: pathlib.Path, split: str) -> ArraySource:
         or labels.max() >= len(CLASSES)
     ):
         raise UserError(
-            f"{folder} does not hold Fashion-MNIST: {split} has {images.shape} pictures {labels.shape} labels"
+            f"{folder} does not hold Fashion-MNIST: {split} has {images.shape} images {labels.shape} labels"
         )
     return ArraySource(images[..., None], labels.astype(np.int32))
 

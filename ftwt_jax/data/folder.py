@@ -1,4 +1,4 @@
-"""Folders of pictures: `PATH/train/CLASS/*` with `PATH/val/` or `PATH/test/`, or one tree `PATH/CLASS/*`."""
+"""Folders of images: `PATH/train/CLASS/*` with `PATH/val/` or `PATH/test/`, or one tree `PATH/CLASS/*`."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Encoded pictures, read from their files as they are asked for."""
+    """Encoded images, read from their files as they are asked for."""
 
     entries: tuple[Entry, ...]
 
@@ -49,18 +49,18 @@ def load_folder(
     """Loads `folder:PATH`; classes are the names of the folders.
 
     Args:
-      place: the path. It holds `train/` and `val/` or `test/`, with a folder of pictures per class in each; or the
-        classes themselves, and then `test_fraction` of each is held out, always the same pictures.
+      place: the path. It holds `train/` and `val/` or `test/`, with a folder of images per class in each; or the
+        classes themselves, and then `test_fraction` of each is held out, always the same images.
       image_size, augment, flip: see `build_dataset`.
       train_split, test_split: names of the two folders if they are others.
       test_fraction: share held out of one tree.
 
     Raises:
-      UserError: no such folder, no pictures, fewer than two classes, or other classes in one split than in the other.
+      UserError: no such folder, no images, fewer than two classes, or other classes in one split than in the other.
     """
     root = pathlib.Path(os.path.expanduser(place))
     if not place or not root.is_dir():
-        raise UserError(f"no folder of pictures at {place!r}: config.data.name=folder:PATH names one")
+        raise UserError(f"no folder of images at {place!r}: config.data.name=folder:PATH names one")
     root = root.absolute()
     if train_split or test_split or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
         splits = [_split_folder(root, train_split, (TRAIN,)), _split_folder(root, test_split, HELD_OUT)]
@@ -97,7 +97,7 @@ def _class_names(folder: pathlib.Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if len(names) < 2:
         found = f"only one class, {names[0]!r}," if names else "no class"
-        raise UserError(f"{found} in {folder}: it must hold a folder of pictures for each class, and at least two")
+        raise UserError(f"{found} in {folder}: it must hold a folder of images for each class, and at least two")
     return names
 
 
@@ -114,7 +114,7 @@ def _common_classes(train: pathlib.Path, test: pathlib.Path) -> list[str]:
 
 
 def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
-    """All pictures below the class folders, in the order of their paths."""
+    """All images below the class folders, in the order of their paths."""
     entries: list[Entry] = []
     for label, name in enumerate(names):
         before = len(entries)
@@ -125,16 +125,16 @@ def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
                 continue
             seen.add(os.path.realpath(parent))
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
-            pictures = (f for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
-            entries += [Entry(os.path.join(parent, file), label) for file in pictures]
+            images = (f for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+            entries += [Entry(os.path.join(parent, file), label) for file in images]
         if len(entries) == before:
             kinds = ", ".join(kind[1:] for kind in EXTENSIONS)
-            raise UserError(f"no pictures in {folder / name}: a class folder holds files of {kinds}")
+            raise UserError(f"no images in {folder / name}: a class folder holds files of {kinds}")
     return tuple(entries)
 
 
 def _divide(entries: tuple[Entry, ...], fraction: float) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Holds out the same share of every class, at least one picture of each."""
+    """Holds out the same share of every class, at least one image of each."""
     if not 0 < fraction < 1:
         raise UserError(f"config.data.test_fraction is the share held out, between 0 and 1; got {fraction}")
     labels = np.asarray([entry.label for entry in entries])
@@ -143,7 +143,7 @@ def _divide(entries: tuple[Entry, ...], fraction: float) -> tuple[tuple[Entry, .
     for label in np.unique(labels):
         mine = rng.permutation(np.flatnonzero(labels == label))
         if len(mine) < 2:
-            raise UserError(f"{pathlib.Path(entries[mine[0]].path).parent} has one picture; both splits need one")
+            raise UserError(f"{pathlib.Path(entries[mine[0]].path).parent} has one image; both splits need one")
         held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
     parts = (np.flatnonzero(chosen) for chosen in (~held_out, held_out))
     train, test = (tuple(entries[i] for i in part) for part in parts)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ftwt_jax.data.build import checked_label, threads
-from ftwt_jax.data.pictures import BrokenPictureError, Picture
+from ftwt_jax.data.decoding import BrokenImageError, LazyImage
 from ftwt_jax.data.source import ArraySource, Dataset, Source
 from ftwt_jax.data.views import central_view, random_view
 
@@ -24,8 +24,8 @@ def train_batches(
     """Shuffled batches for the steps `start` to `stop` of training, as many epochs as that takes.
 
     Every epoch has an order of its own. Step s is given the positions s * batch_size to (s + 1) * batch_size of the
-    stream of all epochs, and what is done to a picture follows from its position, hence from (seed, epoch, index)
-    alone: here for `resized_crop`, in the step for small pictures (see `make_augment`). So a step's batch is the same
+    stream of all epochs, and what is done to an image follows from its position, hence from (seed, epoch, index)
+    alone: here for `resized_crop`, in the step for small images (see `make_augment`). So a step's batch is the same
     whenever training was interrupted, and on however many processes.
 
     Args:
@@ -41,8 +41,8 @@ def train_batches(
     numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
     size, flip = dataset.image_shape[0], dataset.flip
 
-    def view(picture: Picture, position: int) -> np.ndarray:
-        return random_view(picture, size, flip, np.random.Generator(np.random.Philox(key=[seed, position])))
+    def view(lazy: LazyImage, position: int) -> np.ndarray:
+        return random_view(lazy, size, flip, np.random.Generator(np.random.Philox(key=[seed, position])))
 
     read = _reader(dataset, dataset.train, view)
 
@@ -51,7 +51,7 @@ def train_batches(
         indices = np.array([numbers[int(position)] for position in positions], np.int64)
         batch, missing = read(indices, positions)
         while missing.any():
-            # In the place of a picture that cannot be decoded stands the next one that can.
+            # In the place of an image that cannot be decoded stands the next one that can.
             places = np.flatnonzero(missing)
             indices[places] = (indices[places] + 1) % len(dataset.train)
             others, missing[places] = read(indices[places], positions[places])
@@ -67,7 +67,7 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
     """The source once, in order, in batches of one size; the last is filled up with examples of weight 0.
 
     Args:
-      dataset: whose pictures these are.
+      dataset: whose images these are.
       source: its `test` or `train`.
       batch_size: examples a batch over all processes; each process reads its share.
       limit: read so many examples only, spread evenly over the source.
@@ -77,7 +77,7 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
     """
     count = len(source) if limit is None else min(limit, len(source))
     first, share = _part(batch_size)
-    read = _reader(dataset, source, lambda picture, position: central_view(picture, dataset.image_shape[0]))
+    read = _reader(dataset, source, lambda lazy, position: central_view(lazy, dataset.image_shape[0]))
 
     def gather(start: int) -> Batch:
         places = np.arange(start + first, start + first + share)
@@ -95,9 +95,9 @@ def _part(batch_size: int) -> tuple[int, int]:
 
 
 def _reader(
-    dataset: Dataset, source: Source, view: Callable[[Picture, int], np.ndarray]
+    dataset: Dataset, source: Source, view: Callable[[LazyImage, int], np.ndarray]
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Batch, np.ndarray]]:
-    """A function from indices and positions, int64 [B], to a batch and bool [B]: which pictures cannot be decoded."""
+    """A function from indices and positions, int64 [B], to a batch and bool [B]: which images cannot be decoded."""
     if isinstance(source, ArraySource) and not dataset.resized_crop:
         return lambda indices, positions: (
             {"image": source.images[indices], "label": source.labels[indices].astype(np.int32)},
@@ -117,10 +117,10 @@ def _reader(
                 example = source[int(indices[place])]
                 labels[place] = checked_label(example, dataset.num_classes)
                 try:
-                    images[place] = view(Picture(example["image"], dataset.image_shape[-1]), int(positions[place]))
-                except BrokenPictureError as error:
+                    images[place] = view(LazyImage(example["image"], dataset.image_shape[-1]), int(positions[place]))
+                except BrokenImageError as error:
                     missing[place] = True
-                    dataset.skipped.add(example.get("name", f"picture {indices[place]}"), str(error))
+                    dataset.skipped.add(example.get("name", f"image {indices[place]}"), str(error))
 
         for done in [pool.submit(work, part) for part in range(workers)]:
             done.result()

@@ -1,19 +1,19 @@
-"""Pictures that cannot be decoded: each is named once and counted, and too many of them stop the run."""
+"""Images that cannot be decoded: each is named once and counted, and too many of them stop the run."""
 
 import threading
 import warnings
 from collections.abc import Iterable
 
-from ftwt_jax.errors import SkippedPictureWarning, UserError
+from ftwt_jax.errors import SkippedImageWarning, UserError
 
 MOST_SKIPPED = 0.01
 
 
 class Skipped:
-    """The pictures of one data set that could not be decoded.
+    """The images of one data set that could not be decoded.
 
     Args:
-      total: number of pictures of all splits; more than 1 % of them skipped is a `UserError`.
+      total: number of images of all splits; more than 1 % of them skipped is a `UserError`.
     """
 
     def __init__(self, total: int = 0):
@@ -27,19 +27,19 @@ class Skipped:
 
     def summary(self) -> str:
         """How many there are, on one line."""
-        return f"{len(self._names)} of {self._total} pictures cannot be decoded and were skipped"
+        return f"{len(self._names)} of {self._total} images cannot be decoded and were skipped"
 
     def merge(self, names: Iterable[str]) -> None:
-        """Counts pictures that others have met, and warned of, as well."""
+        """Counts images that others have met, and warned of, as well."""
         with self._lock:
             for name in names:
                 self._names.setdefault(name, "")
 
     def add(self, name: str, reason: str) -> None:
-        """Counts a picture, and warns of it unless it was met before.
+        """Counts an image, and warns of it unless it was met before.
 
         Raises:
-          UserError: more than 1 % of all pictures cannot be decoded.
+          UserError: more than 1 % of all images cannot be decoded.
         """
         name = "\\n".join(name.splitlines())
         with self._lock:
@@ -47,9 +47,9 @@ class Skipped:
                 return
             self._names[name] = reason
             count = len(self._names)
-        warnings.warn(f"{name} cannot be decoded and is skipped: {reason}", SkippedPictureWarning, stacklevel=2)
+        warnings.warn(f"{name} cannot be decoded and is skipped: {reason}", SkippedImageWarning, stacklevel=2)
         if count > MOST_SKIPPED * self._total:
             raise UserError(
-                f"{count} of {self._total} pictures cannot be decoded, more than {MOST_SKIPPED:.0%}: "
+                f"{count} of {self._total} images cannot be decoded, more than {MOST_SKIPPED:.0%}: "
                 f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''}; mend or delete them"
             )

@@ -11,10 +11,10 @@ from ftwt_jax.data.skipped import Skipped
 
 
 class Example(TypedDict):
-    """One picture and its class.
+    """One image and its class.
 
     `image` is uint8 [H, W, channels], or a JPEG, PNG or WebP file, as its bytes or its path; `label` counts classes
-    from 0; `name` is what a warning calls the picture.
+    from 0; `name` is what a warning calls the image.
     """
 
     image: np.ndarray | bytes | pathlib.Path
@@ -51,14 +51,14 @@ class Dataset:
     Attributes:
       train, test: the sources; `test` is the held-out split on which accuracy is reported.
       num_classes: number of classes.
-      image_shape: (H, W, channels) of every picture that the network is given.
-      mean, std: per channel of the training pictures scaled to [0, 1]; the network sees (x / 255 - mean) / std.
-      crop_padding: training pictures are padded by so many zero pixels and cropped at random.
-      flip: training pictures are mirrored at random.
-      resized_crop: pictures come in sizes of their own: for training, a random region is resized to `image_shape`; for
+      image_shape: (H, W, channels) of every image that the network is given.
+      mean, std: per channel of the training images scaled to [0, 1]; the network sees (x / 255 - mean) / std.
+      crop_padding: training images are padded by so many zero pixels and cropped at random.
+      flip: training images are mirrored at random.
+      resized_crop: images come in sizes of their own: for training, a random region is resized to `image_shape`; for
         evaluation, the central one.
       class_names: in the order of the labels; empty where classes are only numbers.
-      skipped: pictures that could not be decoded.
+      skipped: images that could not be decoded.
     """
 
     train: Source

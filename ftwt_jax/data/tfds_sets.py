@@ -32,7 +32,7 @@ class Sources(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """Encoded pictures out of TFDS's records."""
+    """Encoded images out of TFDS's records."""
 
     records: Any
     image: str
@@ -47,7 +47,7 @@ class RecordSource:
             row = self.records[index]
         except (RuntimeError, ValueError) as error:
             raise _damaged(self.name, error) from None
-        return {"image": row[self.image], "label": row[self.label], "name": f"{self.name}, picture {index}"}
+        return {"image": row[self.image], "label": row[self.label], "name": f"{self.name}, image {index}"}
 
 
 def load_tfds(
@@ -63,13 +63,13 @@ def load_tfds(
 
     Args:
       place: name of the data set, with configuration and version if wanted: `cifar10`, `imagenet2012_subset/1pct`.
-      image_size: None: the side of the pictures themselves, or 224 for `resized_crop`.
+      image_size: None: the side of the images themselves, or 224 for `resized_crop`.
       augment, flip: see `build_dataset`.
       train_split, test_split: split expressions such as `train[:90%]`; by default `train` and `test` or `validation`.
       data_dir: where TFDS keeps its data, also `gs://BUCKET/FOLDER`; by default as TFDS has it.
 
     Raises:
-      UserError: unknown, not prepared, or no set of pictures with classes.
+      UserError: unknown, not prepared, or no set of images with classes.
     """
     sources = open_sources(place, train_split, test_split, data_dir)
     height, width, channels = sources.shape
@@ -100,7 +100,7 @@ def open_sources(
         raise UserError(
             f"{PREFIX}{name} is not prepared in {data_dir or builder.data_dir}: run `{prepare_command(name, data_dir)}`"
         )
-    image, label = picture_and_label(builder, name)
+    image, label = image_and_label(builder, name)
     if test_split is None:
         test_split = next((split for split in HELD_OUT if split in builder.info.splits), None)
     if test_split is None:
@@ -248,8 +248,8 @@ def _prepared(builder: Any) -> bool:
     return bool(builder.info.splits) and FORMAT in {form.value for form in builder.info.available_file_formats()}
 
 
-def picture_and_label(builder: Any, name: str) -> tuple[str, str]:
-    """Names of the picture and its class among the features."""
+def image_and_label(builder: Any, name: str) -> tuple[str, str]:
+    """Names of the image and its class among the features."""
     import tensorflow_datasets as tfds
 
     features, supervised = builder.info.features, builder.info.supervised_keys
@@ -257,7 +257,7 @@ def picture_and_label(builder: Any, name: str) -> tuple[str, str]:
     wanted = {image: tfds.features.Image, label: tfds.features.ClassLabel}
     fits = all(key in features and isinstance(features[key], kind) for key, kind in wanted.items())
     if not fits or features[image].np_dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{PREFIX}{name} is no set of pictures with classes: it has {', '.join(features)}")
+        raise UserError(f"{PREFIX}{name} is no set of images with classes: it has {', '.join(features)}")
     return image, label
 
 

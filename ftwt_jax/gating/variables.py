@@ -1,4 +1,4 @@
-"""Moving all gates of a trained network at once: to another budget, or to masks that no longer follow the picture."""
+"""Moving all gates of a trained network at once: to another budget, or to masks that no longer follow the image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

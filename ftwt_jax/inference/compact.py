@@ -23,7 +23,7 @@ from ftwt_jax.ops.compiling import compiler_options
 # Samples of a calibration batch; and the share of a batch that may be outside before all of it is computed again.
 _CALIBRATION_BATCH = 64
 _FEW = 8
-# Pictures on which ways to run are timed.
+# Images on which ways to run are timed.
 _TRIALS = 24
 
 
@@ -68,7 +68,7 @@ def compact(
       own to rounding; a gate logit within rounding of zero may fall on either side.
 
     Raises:
-      UserError: the network has no units, or the calibration no pictures.
+      UserError: the network has no units, or the calibration no images.
     """
     forward = _Forward(model, variables, options)
     per_sample = not portable and jax.default_backend() == "cpu" and native.available()
@@ -77,7 +77,7 @@ def compact(
     batches = [calibration] if hasattr(calibration, "shape") else calibration
     chunks = [chunk for batch in batches for chunk in _chunks(jnp.asarray(batch))]
     if not chunks:
-        raise UserError("calibration holds no pictures: pass some hundred like those that the network will meet")
+        raise UserError("calibration holds no images: pass some hundred like those that the network will meet")
     example = chunks[0]
     masked = forward.pack(EVERYTHING, example)
     see = jax.jit(
@@ -113,7 +113,7 @@ def fold(model: nn.Module, variables: Any, **options: Any) -> "CompactNetwork":
 
 
 def _fastest(networks: list["CompactNetwork"], images: list[Array]) -> "CompactNetwork":
-    """The network of the least median time, measured in turns on the same pictures."""
+    """The network of the least median time, measured in turns on the same images."""
     if len(networks) == 1:
         return networks[0]
     seconds: list[list[float]] = [[] for _ in networks]

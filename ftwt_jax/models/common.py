@@ -13,7 +13,7 @@ def scaled(features: int, width: float) -> int:
 
 
 def start(images: Array, control: GateControl | None, shrinks: int) -> Activations:
-    """Images [N, H, W, channels] as activations; refuses pictures that the network would shrink to nothing.
+    """Images [N, H, W, channels] as activations; refuses images that the network would shrink to nothing.
 
     Args:
       shrinks: the product of all strides of the network.
@@ -23,7 +23,7 @@ def start(images: Array, control: GateControl | None, shrinks: int) -> Activatio
     height, width = images.shape[1:3]
     if min(height, width) < shrinks:
         raise UserError(
-            f"pictures of {height}x{width} are too small: this network shrinks them {shrinks} times; "
+            f"images of {height}x{width} are too small: this network shrinks them {shrinks} times; "
             f"scale them to {shrinks}x{shrinks} or more, or choose a network with fewer strides"
         )
     x = as_activations(images)

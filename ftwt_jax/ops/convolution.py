@@ -64,7 +64,7 @@ def conv_general_dilated(
         return xla(lhs, rhs)
     strides = tuple(window_strides)
     fits = len(strides) == 2 and min(strides) > 0 and rhs.shape[2] * feature_group_count == lhs.shape[-1]
-    # The sides of a picture may be symbols in an export.
+    # The sides of an image may be symbols in an export.
     if not fits or not all(isinstance(length, int) for length in lhs.shape[1:]):
         return xla(lhs, rhs)
     if isinstance(padding, str):

@@ -96,18 +96,18 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
-def as_first_says(value: int) -> int:
+def broadcast(value: int) -> int:
     """The first process's number on every process, for what they would otherwise each look up at another moment."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
 
 
-def together(names: Sequence[str]) -> list[str]:
+def all_gather(names: Sequence[str]) -> list[str]:
     """What all processes name, each name once."""
     if jax.process_count() == 1:
         return list(names)

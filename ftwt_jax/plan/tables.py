@@ -99,7 +99,7 @@ def _print_notes(steps: dict[str, Any], where: Slice, console: Console) -> None:
     say(
         console,
         "Times are bounds from published peaks, not measurements: nothing has run. A step takes at least so long, and "
-        "usually longer, for no chip reaches its peaks; reading pictures is not counted.",
+        "usually longer, for no chip reaches its peaks; reading images is not counted.",
     )
     say(
         console,

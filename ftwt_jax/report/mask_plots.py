@@ -1,4 +1,4 @@
-"""The plots of what a gated network did with single pictures: their work, and the filters that fire together."""
+"""The plots of what a gated network did with single images: their work, and the filters that fire together."""
 
 import functools
 from typing import Any
@@ -31,11 +31,9 @@ def count(macs: float, dense: float) -> str:
 
 @look()
 def macs_plot(run: RecordedRun, samples: Samples) -> Plot:
-    """How many pictures took how many MACs."""
+    """How many images took how many MACs."""
     size, sign = scale_of(samples.dense_macs)
-    figure, axes = new_plot(
-        "exact MACs per picture" + (f" ({sign})" if sign else ""), "held-out pictures", WIDTH, HEIGHT
-    )
+    figure, axes = new_plot("exact MACs per image" + (f" ({sign})" if sign else ""), "held-out images", WIDTH, HEIGHT)
     values, dense = samples.macs / size, samples.dense_macs / size
     axes.hist(values, bins=min(40, max(8, round(len(values) ** 0.5) * 2)), color=color_of(run), alpha=0.85)
     mean = axes.axvline(values.mean(), color=INK, linestyle="--", linewidth=1, label=f"mean {values.mean():.3f}")
@@ -52,10 +50,10 @@ def macs_plot(run: RecordedRun, samples: Samples) -> Plot:
     told = functools.partial(count, dense=samples.dense_macs)
     low, middle, high = np.percentile(samples.macs, [0, 50, 100])
     text = (
-        f"{len(values):,} held-out pictures took {told(low)} to {told(high)}\u00a0MACs, half of them at most "
+        f"{len(values):,} held-out images took {told(low)} to {told(high)}\u00a0MACs, half of them at most "
         f"{told(middle)}; the dense network takes {told(samples.dense_macs)} for each."
     )
-    return Plot(f"run{run.number}_macs", figure, f"Histogram of exact MACs per picture. {text}", text)
+    return Plot(f"run{run.number}_macs", figure, f"Histogram of exact MACs per image. {text}", text)
 
 
 @look()
@@ -68,11 +66,11 @@ def rates_plot(run: RecordedRun, samples: Samples, unit: str, found: Together) -
     axes.grid(visible=False)
     axes.set_yticks(range(len(shown)), [plain(samples.class_names[c], 22) for c in shown], fontsize=8)
     _number_filters(axes, found.order)
-    figure.colorbar(image, label="share of pictures\nwith the filter on", pad=0.01)
+    figure.colorbar(image, label="share of images\nwith the filter on", pad=0.01)
     filters, dynamic = len(found.order), int(found.dynamic.sum())
     caption = (
-        f"Share of each class's held-out pictures in which a filter of {unit} is on. {dynamic} of its {filters} "
-        f"filters are dynamic; the class of a picture explains {100 * found.explained:.0f}\u00a0% of their variance."
+        f"Share of each class's held-out images in which a filter of {unit} is on. {dynamic} of its {filters} "
+        f"filters are dynamic; the class of an image explains {100 * found.explained:.0f}\u00a0% of their variance."
     )
     if dynamic < filters:
         caption += " Left of them lie those that are always on, right of them those that are always off."
@@ -84,7 +82,7 @@ def rates_plot(run: RecordedRun, samples: Samples, unit: str, found: Together) -
 
 
 def _telling_classes(found: Together) -> np.ndarray:
-    """The classes with pictures, in order; of many, those whose rates differ most from the mean."""
+    """The classes with images, in order; of many, those whose rates differ most from the mean."""
     there = np.flatnonzero(found.counts)
     if len(there) <= MOST_ROWS:
         return there
@@ -99,9 +97,9 @@ def _number_filters(axes: matplotlib.axes.Axes, order: np.ndarray) -> None:
 
 @look()
 def correlation_plot(run: RecordedRun, unit: str, found: Together) -> Plot:
-    """Filters against filters: correlation over all pictures, and what of it the class does not explain."""
+    """Filters against filters: correlation over all images, and what of it the class does not explain."""
     figure, grid = new_grid(2, 7.4, 3.7, 2)
-    titles = ("all pictures", "within a class (class means taken away)")
+    titles = ("all images", "within a class (class means taken away)")
     means = []
     for axes, matrix, title in zip(grid, (found.correlation, found.within), titles, strict=True):
         cells, side = in_blocks(matrix, MOST_CELLS)
@@ -113,8 +111,8 @@ def correlation_plot(run: RecordedRun, unit: str, found: Together) -> Plot:
     figure.colorbar(image, ax=grid, label="correlation of masks", shrink=0.85)
     caption = (
         f"Correlation of the masks of each two dynamic filters of {unit}: red fire together, blue in each other's "
-        f"place. Mean size {means[0]:.2f} over all pictures, {means[1]:.2f} within a class: what remains at the right "
-        "follows the picture, not its class."
+        f"place. Mean size {means[0]:.2f} over all images, {means[1]:.2f} within a class: what remains at the right "
+        "follows the image, not its class."
     )
     if side > 1:
         caption += f" A cell is the mean of {side} by {side} neighbours."
@@ -135,11 +133,11 @@ def classes_plot(run: RecordedRun, samples: Samples, unit: str, found: Together)
         cells, side = in_blocks(matrix, FEW_CELLS)
         image = axes.imshow(cells, cmap=SHARE, vmin=0, vmax=1, interpolation="none")
         _bare(axes, plain(samples.class_names[label], 16))
-    figure.colorbar(image, ax=grid, label="share of pictures\nwith both on", shrink=0.8)
-    caption = f"For each class, the share of its held-out pictures in which two dynamic filters of {unit} are both on; "
+    figure.colorbar(image, ax=grid, label="share of images\nwith both on", shrink=0.8)
+    caption = f"For each class, the share of its held-out images in which two dynamic filters of {unit} are both on; "
     caption += "filters in the same order as above."
     if len(chosen) < np.count_nonzero(found.counts):
-        caption += f" Shown are the {len(chosen)} classes with most pictures."
+        caption += f" Shown are the {len(chosen)} classes with most images."
     if side > 1:
         caption += f" A cell is the mean of {side} by {side} neighbours."
     alt = f"{len(chosen)} maps, one a class, of how often two dynamic filters of unit {unit} are both on."

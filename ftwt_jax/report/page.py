@@ -23,7 +23,7 @@ MANY = 7
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a run's network did with the held-out pictures: plots and pictures, the unit that was looked at, and notes.
+    """What a run's network did with the held-out images: plots and images, the unit that was looked at, and notes.
 
     `units`: name, filters and dynamic filters of each unit.
     """

@@ -149,7 +149,7 @@ def density_plots(runs: Sequence[RecordedRun]) -> list[Plot]:
                 f"density{number if len(kinds) > 1 else ''}",
                 figure,
                 f"Density per unit of {what}. {means}.",
-                f"Share of filters on in each unit of {what}, mean over held-out pictures, from the first unit to the "
+                f"Share of filters on in each unit of {what}, mean over held-out images, from the first unit to the "
                 "last.",
                 wide=width > 1.3 * WIDTH,
             )
@@ -268,6 +268,6 @@ def corruption_plot(run: RecordedRun) -> Plot:
         figure,
         f"Accuracy against severity of {len(groups)} corruptions; the dense network's lowest is "
         f"{worst['dense_accuracy']:.3f}, for {worst['corruption']} at severity {worst['severity']}.",
-        "Held-out accuracy on corrupted pictures against the severity of the corruption, dense and gated.",
+        "Held-out accuracy on corrupted images against the severity of the corruption, dense and gated.",
         wide=True,
     )

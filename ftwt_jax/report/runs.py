@@ -79,7 +79,7 @@ class RecordedRun:
 
     @property
     def corruptions(self) -> list[Row]:
-        """Both networks on corrupted pictures."""
+        """Both networks on corrupted images."""
         return self.sweep.get("rows", [])
 
     @property

@@ -1,4 +1,4 @@
-"""What a gated network did with each held-out picture: its work and its masks, from one pass over the split."""
+"""What a gated network did with each held-out image: its work and its masks, from one pass over the split."""
 
 import base64
 import dataclasses
@@ -18,13 +18,13 @@ from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.parallel.sharding import jit_on, put_batch, replicated, split
 from ftwt_jax.training.run import GATED, Run
 
-# Longest side of a picture on the page, in pixels, and its number of colours.
+# Longest side of an image on the page, in pixels, and its number of colours.
 SIDE, PALETTE = 96, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Figures of every held-out picture that could be decoded, n of them.
+    """Figures of every held-out image that could be decoded, n of them.
 
     Attributes:
       indices: int64 [n], its place in the split.
@@ -33,7 +33,7 @@ class Samples:
       dense_macs: those of the dense network.
       units: the names of the gated units.
       widths: their numbers of filters, C.
-      packed: the masks of each unit, uint8 [n, ceil(C / 8)]. A bit a picture and filter: 70 MB for the largest network
+      packed: the masks of each unit, uint8 [n, ceil(C / 8)]. A bit an image and filter: 70 MB for the largest network
         here on ImageNet.
       class_names: in the order of the labels.
     """
@@ -54,7 +54,7 @@ class Samples:
         return np.unpackbits(self.packed[place], axis=1, count=self.widths[place]).astype(bool)
 
     def dynamic(self, unit: str) -> int:
-        """How many filters of a unit are neither on for every picture nor off for every picture."""
+        """How many filters of a unit are neither on for every image nor off for every image."""
         on = self.masks(unit).sum(axis=0)
         return int(np.sum((on > 0) & (on < len(self.labels))))
 
@@ -108,7 +108,7 @@ def look_at(run: Run, best: bool) -> Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """A small picture: PNG as a data URI, its exact MACs, class, and what it was taken for where that is another."""
+    """A small image: PNG as a data URI, its exact MACs, class, and what it was taken for where that is another."""
 
     uri: str
     macs: float
@@ -117,7 +117,7 @@ class Thumbnail:
 
 
 def extremes(samples: Samples, dataset: Dataset, count: int) -> tuple[list[Thumbnail], list[Thumbnail]]:
-    """The cheapest pictures, from the cheapest on, and the dearest, from the dearest on; no picture is both."""
+    """The cheapest images, from the cheapest on, and the dearest, from the dearest on; no image is both."""
     count = min(count, len(samples.macs) // 2)
     order = np.argsort(samples.macs, kind="stable")
     return _thumbnails(samples, dataset, order[:count]), _thumbnails(samples, dataset, order[::-1][:count])
@@ -126,7 +126,7 @@ def extremes(samples: Samples, dataset: Dataset, count: int) -> tuple[list[Thumb
 def _thumbnails(samples: Samples, dataset: Dataset, places: np.ndarray) -> list[Thumbnail]:
     if not len(places):
         return []
-    images = _pictures(dataset, samples.indices[places])
+    images = _images(dataset, samples.indices[places])
     found = []
     for place, image in zip(places, images, strict=True):
         label, predicted = samples.labels[place], samples.predicted[place]
@@ -135,8 +135,8 @@ def _thumbnails(samples: Samples, dataset: Dataset, places: np.ndarray) -> list[
     return found
 
 
-def _pictures(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
-    """Held-out pictures as the network is given them, uint8 [k, H, W, channels]."""
+def _images(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
+    """Held-out images as the network is given them, uint8 [k, H, W, channels]."""
     source: Any = dataset.test
     if isinstance(source, ArraySource):
         chosen: Any = ArraySource(source.images[indices], source.labels[indices])
@@ -146,11 +146,11 @@ def _pictures(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
 
 
 def to_png(image: np.ndarray) -> str:
-    """A picture, uint8 [H, W, 1 or 3], as the data URI of a PNG of at most 96 pixels a side; small ones as they are."""
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    if picture.mode == "RGB":
-        picture = picture.quantize(PALETTE)
+    """An image, uint8 [H, W, 1 or 3], as the data URI of a PNG of at most 96 pixels a side; small ones as they are."""
+    thumbnail = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    thumbnail.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    if thumbnail.mode == "RGB":
+        thumbnail = thumbnail.quantize(PALETTE)
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    thumbnail.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -16,14 +16,14 @@ class Together:
 
     Attributes:
       order: int64 [C], the number of the filter in each place.
-      rates: float64 [classes, C], share of a class's pictures in which a filter is on; NaN for a class without any.
-      counts: int64 [classes], pictures of a class.
-      dynamic: bool [C], the filters that are neither on nor off for every picture, D of them.
-      correlation: float64 [D, D], of the masks of the dynamic filters over all pictures.
+      rates: float64 [classes, C], share of a class's images in which a filter is on; NaN for a class without any.
+      counts: int64 [classes], images of a class.
+      dynamic: bool [C], the filters that are neither on nor off for every image, D of them.
+      correlation: float64 [D, D], of the masks of the dynamic filters over all images.
       within: float64 [D, D], the same after each class's mean was taken away: what the class does not explain.
       explained: share of the dynamic filters' variance that the class explains; 0 where nothing varies.
-      largest: int64 [k], the classes with most pictures, by their labels.
-      both: float64 [k, D, D], share of their pictures in which two dynamic filters are both on.
+      largest: int64 [k], the classes with most images, by their labels.
+      both: float64 [k, D, D], share of their images in which two dynamic filters are both on.
     """
 
     order: np.ndarray
@@ -38,7 +38,7 @@ class Together:
 
 
 def fire_together(masks: np.ndarray, labels: np.ndarray, classes: int, most_classes: int) -> Together:
-    """Sums up masks, bool [n, C], of pictures with labels, int [n].
+    """Sums up masks, bool [n, C], of images with labels, int [n].
 
     Args:
       classes: how many there are.
@@ -71,7 +71,7 @@ def fire_together(masks: np.ndarray, labels: np.ndarray, classes: int, most_clas
 
 
 def _by_class(values: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Means by class, float64 [classes, C]; NaN for a class without pictures."""
+    """Means by class, float64 [classes, C]; NaN for a class without images."""
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, labels, values)
     with np.errstate(invalid="ignore"):
@@ -82,7 +82,7 @@ def _correlation(centred: np.ndarray) -> np.ndarray:
     """[D, D] of columns whose mean is 0; 0 where one of them does not vary."""
     product = (centred.T @ centred).astype(np.float64)
     scale = np.sqrt(np.diag(product))
-    scale[scale < 0.1] = np.inf  # One picture that differs from the others of its class makes 0.7.
+    scale[scale < 0.1] = np.inf  # One image that differs from the others of its class makes 0.7.
     return (product / scale[:, None] / scale).clip(-1, 1)
 
 

@@ -50,7 +50,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """A network made ready to be evaluated: compiled once, for any variables, r and data of one picture size."""
+    """A network made ready to be evaluated: compiled once, for any variables, r and data of one image size."""
 
     def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh, masks: str = "heads"):
         self._mesh = mesh

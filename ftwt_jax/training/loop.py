@@ -57,7 +57,7 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     data = run.dataset
     say(
         console,
-        f"{config.data.name}: {len(data.train):,} pictures to train on, {len(data.test):,} held out, "
+        f"{config.data.name}: {len(data.train):,} images to train on, {len(data.test):,} held out, "
         f"{data.num_classes} classes",
     )
     workdir.prepare(run.workdir, config)

@@ -35,7 +35,7 @@ BASELINE, GATED = STAGES = "baseline", "gated"
 SECTIONS = {BASELINE: "baseline", GATED: "gates"}
 DTYPES = ("float32", "bfloat16")
 MOST_SEED = 2**31
-# Training pictures that work is predicted and gates are calibrated on; more of them change the third digit.
+# Training images that work is predicted and gates are calibrated on; more of them change the third digit.
 ESTIMATE_SAMPLES = 2048
 
 # Fields that a config must have, by section.
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def example_images(self) -> jax.Array:
-        """One blank picture, for shapes."""
+        """One blank image, for shapes."""
         return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
 
     def key(self, stage: str) -> jax.Array:
@@ -171,7 +171,7 @@ class Run:
         """Offsets of the gates of a gated network with these variables.
 
         Args:
-          fixed: masks do not depend on the picture, so that a few of them tell the work.
+          fixed: masks do not depend on the image, so that a few of them tell the work.
         """
         return Calibrator(self.evaluator(GATED), variables, self.calibration_batches[: 1 if fixed else None], r)
 
@@ -182,7 +182,7 @@ class Run:
 
     @functools.cached_property
     def calibration_batches(self) -> list[dict[str, Any]]:
-        """Training pictures without augmentation, to predict work from and to calibrate gates on."""
+        """Training images without augmentation, to predict work from and to calibrate gates on."""
         return list(eval_batches(self.dataset, self.dataset.train, self.eval_batch_size, limit=ESTIMATE_SAMPLES))
 
 
@@ -210,7 +210,7 @@ def make_run(
         for stage, setting in ((BASELINE, None), (GATED, gates))
     }
     run = Run(config, workdir, dataset, mesh, normalizer(dataset), models)
-    run.abstract_variables(BASELINE)  # Refuses pictures that the network cannot take, before anything is written.
+    run.abstract_variables(BASELINE)  # Refuses images that the network cannot take, before anything is written.
     return run
 
 
@@ -234,7 +234,7 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"config.accumulate is a number of parts and must be at least 1; got {config.accumulate}")
     check_batch_size(config.batch_size, mesh, "config.batch_size", config.accumulate)
     if config.eval_batch_size < 1:
-        raise UserError(f"config.eval_batch_size is a number of pictures; got {config.eval_batch_size}")
+        raise UserError(f"config.eval_batch_size is a number of images; got {config.eval_batch_size}")
     if not 0 <= config.seed < MOST_SEED:
         raise UserError(f"config.seed must lie between 0 and {MOST_SEED - 1}; got {config.seed}")
     for field in ("log_every", "checkpoint_every"):

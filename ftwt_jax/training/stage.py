@@ -24,7 +24,7 @@ class Stage:
     Attributes:
       name: "baseline" or "gated".
       total: number of steps.
-      seed: of the order of the pictures and of what is done to them.
+      seed: of the order of the images and of what is done to them.
       rate: the backbone's learning rate at a step.
       step: the jitted step, (state, batch, control) -> (state, metrics); compiled when first called.
       state, batch, control: shapes, dtypes and shardings of what the step takes: of `batch`, over all processes.

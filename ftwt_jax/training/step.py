@@ -59,7 +59,7 @@ def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False
 
 
 def normalizer(dataset: Dataset) -> Normalize:
-    """uint8 pictures [N, H, W, channels] -> float32 of mean 0 and deviation 1 over the training set, per channel."""
+    """uint8 images [N, H, W, channels] -> float32 of mean 0 and deviation 1 over the training set, per channel."""
     mean, std = jnp.asarray(dataset.mean), jnp.asarray(dataset.std)
     return lambda images: (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -92,7 +92,7 @@ def make_train_step(
     Args:
       gate_weight: weight of the gate loss at a step; None for a dense network.
       gate_reduction: see `gate_loss`.
-      augment: what is done to the batch's pictures first, by the batch's positions.
+      augment: what is done to the batch's images first, by the batch's positions.
       accumulate: parts that a batch is dealt with in, one after the other, where all of it does not fit. Gradients and
         metrics are the means over the parts; each has its own batch statistics. Example i is in part i % accumulate,
         on however many devices.

@@ -1,4 +1,4 @@
-"""Fits a trained network to pictures with other channels, or to other classes."""
+"""Fits a trained network to images with other channels, or to other classes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from ftwt_jax.gating.units import Classifier
 from ftwt_jax.weights.entries import Path, Shape, Shapes
 
 CLASSIFIER = ("params", "classifier", "dense")
-# The unit that sees the pictures, by the two names that the networks here have for it.
+# The unit that sees the images, by the two names that the networks here have for it.
 FIRST_UNITS = ("stem", "unit0")
 RGB = 3
 
@@ -28,7 +28,7 @@ def can_adapt(path: Path, have: Shape, need: Shape) -> bool:
 
 
 def channel_axis(path: Path) -> int | None:
-    """Axis of an array that counts the channels of the pictures; None if none does."""
+    """Axis of an array that counts the channels of the images; None if none does."""
     if path[1] not in FIRST_UNITS or path[-1] != "kernel":
         return None
     return 0 if HEAD_NAME in path else 2
@@ -38,7 +38,7 @@ def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any],
     """Variables of the given shapes from those of the same network for other classes, or for RGB.
 
     A classifier of another size is made anew. From RGB to grey, kernels are summed over the channels, which equals
-    showing the old network the grey picture in all three, up to means and deviations that differ between them.
+    showing the old network the grey image in all three, up to means and deviations that differ between them.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
@@ -58,7 +58,7 @@ def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any],
     for path in summed:
         arrays[path] = arrays[path].sum(axis=channel_axis(path), keepdims=True)
     if summed:
-        notes.append("the pictures are grey and it was trained on RGB: the kernels of its first unit were summed")
+        notes.append("the images are grey and it was trained on RGB: the kernels of its first unit were summed")
     return unflatten_dict(arrays), notes
 
 

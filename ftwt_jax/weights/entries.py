@@ -74,7 +74,7 @@ _LINEAR = {"kernel": "weight", "bias": "bias"}
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
-    """Shape of every array of a network for pictures with so many channels."""
+    """Shape of every array of a network for images with so many channels."""
     images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
     return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})

@@ -8,7 +8,7 @@ import ml_collections
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import written_whole
-from ftwt_jax.parallel.processes import is_first, meet
+from ftwt_jax.parallel.processes import barrier, is_first
 
 CONFIG = "config.json"
 # Fields that folders may be older than, and what they meant before.
@@ -83,7 +83,7 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to the workdir {path}: {reason}; choose another with --workdir") from None
-    meet("workdir made")
+    barrier("workdir made")
     if not (path / CONFIG).exists():
         raise UserError(
             f"the first process has made {path}, and this one does not see it: --workdir must be a folder on a file "

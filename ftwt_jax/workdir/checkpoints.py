@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ftwt_jax.errors import UserError, one_line
-from ftwt_jax.parallel.processes import as_first_says, is_first, meet, raise_if_lost
+from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
 from ftwt_jax.training.step import TrainState
 from ftwt_jax.workdir.integrity import MISSING, damage, write_list
 
@@ -60,7 +60,7 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
                     aside = path.with_name(f"{DAMAGED}{path.name}-{again}")
                 path.rename(aside)
                 notes.append(f"checkpoint {path} is damaged: {found}; it is now {aside.name}, and not used")
-    meet(f"{stage} looked through")
+    barrier(f"{stage} looked through")
     return notes
 
 
@@ -223,7 +223,7 @@ class Checkpoints:
         if step in self._intact:
             return
         found = damage(self.path / str(step)) if is_first() else None
-        if as_first_says(found is not None):
+        if broadcast(found is not None):
             raise UserError(
                 f"checkpoint {self.path / str(step)} is damaged: {found or 'the first process says how'}; `train` with "
                 "this workdir goes on from the one before"
@@ -235,7 +235,7 @@ class Checkpoints:
         kept, here = self.kept_dataset(step).get("train_size"), self._dataset["train_size"]
         if kept not in (None, here):
             raise UserError(
-                f"{self.path / str(step)} was written while there were {kept} training pictures, and now there are "
+                f"{self.path / str(step)} was written while there were {kept} training images, and now there are "
                 f"{here}: bring the data back to what they were, or start in a new workdir with config.init_from"
             )
 

@@ -27,7 +27,7 @@ def held(result: dict) -> None:
     assert 0 <= result["flipped"] < 0.5
 
 
-def test_a_trained_network_is_timed_on_its_own_pictures(program, tiny_run, tmp_path):
+def test_a_trained_network_is_timed_on_its_own_images(program, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     said = program.run("benchmark", f"--workdir={workdir}", "--torch")

@@ -31,16 +31,16 @@ def one_thread():
 
 
 @functools.cache
-def shapes(model, picture):
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *picture), np.float32))
+def shapes(model, image):
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), np.float32))
 
 
-def variables_of(model, picture=(32, 32, 3)):
-    """Random variables, batch statistics too, for pictures [H, W, channels]."""
-    return random_like(shapes(model, picture), seed=1)
+def variables_of(model, image=(32, 32, 3)):
+    """Random variables, batch statistics too, for images [H, W, channels]."""
+    return random_like(shapes(model, image), seed=1)
 
 
-def pictures(shape):
+def random_images(shape):
     return np.random.default_rng(2).normal(size=(2, *shape)).astype(np.float32)
 
 
@@ -49,10 +49,10 @@ def logits_of(network, images):
         return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 
 
-def check(model, variables, picture):
+def check(model, variables, image):
     """Compares logits [N, classes] of both; returns the PyTorch network."""
-    images = pictures(picture)
-    # One pass of small pictures is over long before an optimised program is compiled.
+    images = random_images(image)
+    # One pass of small images is over long before an optimised program is compiled.
     fast = {"xla_backend_optimization_level": 0}
     run = jax.jit(lambda v, x: model.apply(v, x).logits).lower(variables, images).compile(compiler_options=fast)
     expected = np.asarray(run(variables, images))
@@ -62,13 +62,13 @@ def check(model, variables, picture):
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * largest)
-    # Only logits that the pictures change can show that the networks agree.
+    # Only logits that the images change can show that the networks agree.
     assert np.ptp(expected, axis=0).max() > 1e-2 * largest
     return network
 
 
 @pytest.mark.parametrize(
-    ("name", "arch", "picture"),
+    ("name", "arch", "image"),
     [
         ("vgg_bn", {"plan": PLAN}, (32, 32, 3)),
         ("vgg_bn", {"plan": PLAN}, (15, 18, 1)),
@@ -86,10 +86,10 @@ def check(model, variables, picture):
     ],
     ids=str,
 )
-def test_logits_and_parameters_are_those_of_our_network(name, arch, picture):
+def test_logits_and_parameters_are_those_of_our_network(name, arch, image):
     model = ftwt.create_model(name, 7, **arch)
-    variables = variables_of(model, picture)
-    network = check(model, variables, picture)
+    variables = variables_of(model, image)
+    network = check(model, variables, image)
     ours = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert sum(tensor.numel() for tensor in network.parameters()) == ours
 
@@ -97,7 +97,7 @@ def test_logits_and_parameters_are_those_of_our_network(name, arch, picture):
 def test_a_cifar_mobilenet_without_projections_runs_as_the_published_one():
     published = ftwt.create_model("mobilenet_v2", 7, stem="published", **QUARTER)
     variables = variables_of(published, ODD)
-    images = pictures(ODD)
+    images = random_images(ODD)
     # Against our own network, the published one is compared above.
     expected = logits_of(torch_network(published, variables), images)
     found = logits_of(torch_network(ftwt.create_model("mobilenet_v2", 7, **QUARTER), variables), images)
@@ -109,7 +109,7 @@ def test_the_network_is_in_eval_mode_and_has_its_own_weights():
     variables = variables_of(model)
     network = torch_network(model, variables)
     assert not any(module.training for module in network.modules())
-    images = pictures((32, 32, 3))
+    images = random_images((32, 32, 3))
     before = logits_of(network, images)
     for leaf in jax.tree.leaves(variables):
         leaf[...] = math.nan

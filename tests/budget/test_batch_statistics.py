@@ -22,7 +22,7 @@ def normalize(images):
 
 
 def batch(seed: int, padding: int = 0) -> dict[str, np.ndarray]:
-    """Pictures as `eval_batches` gives them; the last ones fill the batch up."""
+    """Images as `eval_batches` gives them; the last ones fill the batch up."""
     rng = np.random.default_rng(seed)
     weight = np.ones(SIZE, np.float32)
     weight[SIZE - padding :] = 0
@@ -106,7 +106,7 @@ def test_a_batch_that_is_filled_up_on_another_process_is_left_out_here_too(measu
     statistics, variables = measured
     full = [batch(0), batch(1)]
     wanted = statistics.renewed(variables, full[:1])["batch_stats"]
-    monkeypatch.setattr(batch_statistics, "together", lambda names: [*names, "1"])
+    monkeypatch.setattr(batch_statistics, "all_gather", lambda names: [*names, "1"])
     found = statistics.renewed(variables, full)["batch_stats"]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 

@@ -102,14 +102,14 @@ def heads(workdir: pathlib.Path) -> list[dict[str, np.ndarray]]:
 
 
 def assert_measured(run: Run, variables: dict) -> None:
-    """That batch statistics are those that training pictures have under the masks of these gates."""
+    """That batch statistics are those that training images have under the masks of these gates."""
     again = run.batch_statistics.renewed(variables, run.calibration_batches)
     for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in (again, variables)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def masks(workdir: pathlib.Path) -> list[np.ndarray]:
-    """The masks of every unit over the held-out pictures."""
+    """The masks of every unit over the held-out images."""
     run = opened(workdir)
     control = GateControl(targets=False)
     apply = jax.jit(lambda variables, images: run.models[GATED].apply(variables, images, control=control).gates)
@@ -200,7 +200,7 @@ def test_a_run_whose_offsets_are_lost_says_so(program, any_run, tmp_path, capsys
     assert f"no offsets of the gates at {workdir / OFFSETS}" in fails(capsys, "train", *ANY, f"--workdir={workdir}")
 
 
-def test_fixed_masks_do_not_depend_on_the_picture_and_keep_the_budget(static_run, any_run):
+def test_fixed_masks_do_not_depend_on_the_image_and_keep_the_budget(static_run, any_run):
     result = read(static_run, "evaluation")
     for mask in masks(static_run):
         assert (mask == mask[:1]).all()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.long
 BUDGETS = (0.35, 0.6, 0.75)
 HELD_OUT = 450
 FIGURES = ("accuracy", "macs_reduction", "macs_reduction_published", "static_accuracy", "static_macs_reduction")
-# Fixed masks are all on or off for every picture: a filter more or less is the nearest that can be had.
+# Fixed masks are all on or off for every image: a filter more or less is the nearest that can be had.
 A_FILTER = 0.05
 
 
@@ -67,7 +67,7 @@ def opened(trained):
 
 @pytest.fixture(scope="module")
 def outputs(opened):
-    """Outputs of the gated network with some variables for pictures of the held-out split."""
+    """Outputs of the gated network with some variables for images of the held-out split."""
     run, _ = opened
     images = run.normalize(jnp.asarray(run.dataset.test.images))
     control = ftwt.GateControl(targets=False)
@@ -179,11 +179,10 @@ def test_a_program_is_exported_at_the_budget(trained, tmp_path):
     file = tmp_path / "network.stablehlo"
     assert main(["export", f"--workdir={trained}", f"--out={file}", "--budget=0.75"]) == 0
     at, before = (trained_subject(str(trained), budget=budget) for budget in (0.75, None))
-    pictures = np.random.default_rng(0).integers(0, 256, (32, *at.held_out.shape[1:]), np.uint8)
-    found = np.asarray(export.deserialize(bytearray(file.read_bytes())).call(pictures))
+    raw = np.random.default_rng(0).integers(0, 256, (32, *at.held_out.shape[1:]), np.uint8)
+    found = np.asarray(export.deserialize(bytearray(file.read_bytes())).call(raw))
     wanted, otherwise = (
-        np.asarray(one.gated.apply(one.gated_variables, one.normalize(jnp.asarray(pictures))).logits)
-        for one in (at, before)
+        np.asarray(one.gated.apply(one.gated_variables, one.normalize(jnp.asarray(raw))).logits) for one in (at, before)
     )
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     assert np.abs(found - otherwise).max() > 0.01 * np.abs(otherwise).max()

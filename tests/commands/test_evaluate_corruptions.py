@@ -27,7 +27,7 @@ pytestmark = pytest.mark.long
 
 HELD_OUT = 450
 FIGURES = ("dense_accuracy", "accuracy", "density", "macs_reduction", "macs_reduction_published")
-# Pictures of each configuration as `corrupt` makes them: what TFDS gives back must come to the same figures.
+# Images of each configuration as `corrupt` makes them: what TFDS gives back must come to the same figures.
 CONFIGURATIONS = (("contrast", 2), ("gaussian_noise", 1), ("gaussian_noise", 5))
 # Writes FOLDER/written.npz as a set with a configuration for each array, and as two with the first one that do not fit.
 BUILD = """
@@ -106,7 +106,7 @@ def assert_same_figures(found: dict, wanted: dict) -> None:
         assert found[key] == pytest.approx(wanted[key], abs=1e-6), (found, wanted)
 
 
-def test_a_row_for_clean_pictures_and_for_each_corruption_and_severity(swept):
+def test_a_row_for_clean_images_and_for_each_corruption_and_severity(swept):
     wanted = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
     assert list(by_setting(swept.result)) == [("clean", 0), *wanted]
     assert len(CORRUPTIONS) == len(SEVERITIES) == 5
@@ -127,10 +127,10 @@ def test_the_ordinary_evaluation_is_done_and_is_the_clean_row(swept, tiny_run):
         assert clean[key] == evaluation[key]
     # Units of 8 and of 16 filters.
     assert clean["density"] == pytest.approx(np.average(evaluation["density"], weights=[8, 16]))
-    assert "MACs per picture, exact convention" in swept.printed
+    assert "MACs per image, exact convention" in swept.printed
 
 
-def test_corrupted_pictures_are_harder_and_the_gates_notice(swept):
+def test_corrupted_images_are_harder_and_the_gates_notice(swept):
     rows = by_setting(swept.result)
     assert rows["contrast", 5]["dense_accuracy"] < rows["clean", 0]["dense_accuracy"]
     assert len({row["density"] for row in rows.values()}) > 1
@@ -197,7 +197,7 @@ def test_figures_do_not_depend_on_the_batch_size(tiny_run, swept, tmp_path, batc
         assert_same_figures(row, wanted[setting])
 
 
-def test_pictures_that_are_read_as_they_are_needed_are_corrupted_like_those_in_memory(tiny_run, tmp_path):
+def test_images_that_are_read_as_they_are_needed_are_corrupted_like_those_in_memory(tiny_run, tmp_path):
     path, config = workdirs.load(str(copied(tiny_run, tmp_path)))
     data = load_dataset("digits")
     streamed = dataclasses.replace(data, test=Selection(data.test, np.arange(HELD_OUT)), resized_crop=True)
@@ -275,18 +275,18 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_se
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--corruptions_from=tfds:cifar10_corrupted"], "says which pictures --corruptions is to take: give both"),
+        (["--corruptions_from=tfds:cifar10_corrupted"], "says which images --corruptions is to take: give both"),
         (["--corruptions", "--corruptions_from=cifar10_corrupted"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:cifar10_corupted"], "did you mean 'cifar10_corrupted'"),
-        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is no set of corrupted pictures with severities"),
+        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is no set of corrupted images with severities"),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted/fog_1"],
             "with all that is prepared of it: tfds:cifar10_corrupted",
         ),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted"],
-            "has pictures of 32x32x3, and this network is given 8x8x1",
+            "has images of 32x32x3, and this network is given 8x8x1",
         ),
         (["--corruptions", "--budgets=0.5"], "--budgets or --corruptions, not both"),
     ],

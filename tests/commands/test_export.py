@@ -46,7 +46,7 @@ def test_a_converted_network_leaves_as_it_came(tmp_path, name):
     net = theirs.randomize(UNTOUCHED[name], seed=0)
     config = []
     if name == "resnet18":
-        data = write_splits(tmp_path / "pictures")
+        data = write_splits(tmp_path / "images")
         config = [
             f"--config=configs/folder.py:{name}",
             f"--config.data.name=folder:{data}",

@@ -22,8 +22,8 @@ from jax import export
 
 with open(sys.argv[1], "rb") as file:
     network = export.deserialize(bytearray(file.read()))
-pictures = np.load(sys.argv[2])
-logits = jax.jit(network.call)(pictures)
+images = np.load(sys.argv[2])
+logits = jax.jit(network.call)(images)
 np.save(sys.argv[3], logits)
 print(network.platforms, logits.shape)
 """
@@ -31,18 +31,18 @@ print(network.platforms, logits.shape)
 
 @pytest.fixture(scope="module")
 def expected(tiny_run):
-    """Pictures uint8, and the masked network's logits for them."""
+    """Images uint8, and the masked network's logits for them."""
     subject = trained_subject(str(tiny_run[0]))
-    pictures = np.random.default_rng(0).integers(0, 256, (5, *subject.held_out.shape[1:]), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, *subject.held_out.shape[1:]), np.uint8)
     outputs = jax.jit(lambda x: subject.gated.apply(subject.gated_variables, x, control=GateControl(targets=False)))(
-        subject.normalize(jnp.asarray(pictures))
+        subject.normalize(jnp.asarray(images))
     )
-    return pictures, np.asarray(outputs.logits)
+    return images, np.asarray(outputs.logits)
 
 
-def run_elsewhere(tmp_path, program: str, pictures: np.ndarray) -> tuple[str, np.ndarray]:
-    given, out = tmp_path / "pictures.npy", tmp_path / "logits.npy"
-    np.save(given, pictures)
+def run_elsewhere(tmp_path, program: str, images: np.ndarray) -> tuple[str, np.ndarray]:
+    given, out = tmp_path / "images.npy", tmp_path / "logits.npy"
+    np.save(given, images)
     command = [sys.executable, "-c", SCRIPT, program, given, out]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -53,24 +53,24 @@ def close(logits: np.ndarray, expected: np.ndarray) -> bool:
     return bool(np.max(np.abs(logits - expected)) <= 1e-4 * np.max(np.abs(expected)))
 
 
-def test_a_masked_program_runs_any_number_of_pictures_elsewhere(program, tiny_run, tmp_path, expected):
-    pictures, logits = expected
+def test_a_masked_program_runs_any_number_of_images_elsewhere(program, tiny_run, tmp_path, expected):
+    images, logits = expected
     file = tmp_path / "network.stablehlo"
     said = program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}")
     assert str(file) in said.replace("\n", "")
     for samples in (5, 2):
-        printed, found = run_elsewhere(tmp_path, str(file), pictures[:samples])
+        printed, found = run_elsewhere(tmp_path, str(file), images[:samples])
         assert close(found, logits[:samples])
     assert all(platform in printed for platform in ("cpu", "cuda", "tpu"))
 
 
-def test_a_compact_program_runs_one_picture_elsewhere(program, tiny_run, tmp_path, expected):
-    pictures, logits = expected
+def test_a_compact_program_runs_one_image_elsewhere(program, tiny_run, tmp_path, expected):
+    images, logits = expected
     file = tmp_path / "network.stablehlo"
     program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--compact", "--format=stablehlo")
-    # Random pictures are nothing that calibration has seen: the way back to the masked network is in the file too.
+    # Random images are nothing that calibration has seen: the way back to the masked network is in the file too.
     for index in range(2):
-        assert close(run_elsewhere(tmp_path, str(file), pictures[index : index + 1])[1], logits[index : index + 1])
+        assert close(run_elsewhere(tmp_path, str(file), images[index : index + 1])[1], logits[index : index + 1])
 
 
 def test_the_baseline_is_exported_too_and_nothing_is_overwritten(program, capsys, tiny_run, tmp_path):

@@ -1,4 +1,4 @@
-"""A converted network for data with other classes, or pictures with other channels, than those it was trained on."""
+"""A converted network for data with other classes, or images with other channels, than those it was trained on."""
 
 import pathlib
 
@@ -28,7 +28,7 @@ GREY = "--config=configs/digits.py:resnet8"
 
 
 def on_folder(root: pathlib.Path, classes: tuple[str, ...], *arguments: str) -> list[str]:
-    """Flags of a folder of small pictures, written if it is not there, and of a few steps of a baseline on it."""
+    """Flags of a folder of small images, written if it is not there, and of a few steps of a baseline on it."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(classes):
         for index in range(20):
@@ -63,7 +63,7 @@ def assert_trained_from(workdir: pathlib.Path, start: dict[str, np.ndarray], arg
 def test_a_checkpoint_of_other_classes_is_what_a_baseline_is_trained_from(capsys, tmp_path):
     net = tiny(gated=True)
     arguments = on_folder(
-        tmp_path / "pictures", CLASSES, "--config=configs/folder.py:vgg_bn", f"--config.model.plan={TINY_PLAN}"
+        tmp_path / "images", CLASSES, "--config=configs/folder.py:vgg_bn", f"--config.model.plan={TINY_PLAN}"
     )
     workdir = convert(save(net, tmp_path / "net.pth"), tmp_path / "run", *arguments)
     said = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_baseline_that_knows_the_names_of_its_classes_is_taken_for_others(tmp_
     [(1, ["--arch=resnet8"]), (4, ["--arch=resnet8"]), (4, [GREY])],
     ids=["grey for RGB", "four for RGB", "four for grey"],
 )
-def test_a_network_for_pictures_with_other_channels_is_refused(capsys, tmp_path, channels, arguments):
+def test_a_network_for_images_with_other_channels_is_refused(capsys, tmp_path, channels, arguments):
     checkpoint = save(theirs.ResNet(channels=channels), tmp_path / "net.safetensors")
     assert "channel" in fails(capsys, "convert", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'run'}", *arguments)
     assert not (tmp_path / "run").exists()

@@ -245,7 +245,7 @@ def refused_to_go_on(program, finished: pathlib.Path, workdir: pathlib.Path, old
 
 def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
     error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '"train_size": 1347', '"train_size": 1340')
-    assert "1340 training pictures, and now there are 1347" in error
+    assert "1340 training images, and now there are 1347" in error
 
 
 def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
@@ -253,7 +253,7 @@ def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
     assert "trained on other classes: '1' there, '0' here" in error
 
 
-def test_a_network_is_given_pictures_normalised_as_in_training(tiny_run, tmp_path):
+def test_a_network_is_given_images_normalised_as_in_training(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     path, config = workdirs.load(str(workdir))

@@ -7,7 +7,7 @@ import pytest
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.augment import crop_and_flip, make_augment
 from ftwt_jax.data.build import build_dataset, mean_and_std
-from ftwt_jax.data.pictures import Picture
+from ftwt_jax.data.decoding import LazyImage
 from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.data.views import central_view
@@ -18,7 +18,7 @@ COUNT = 30
 
 
 class Numbered:
-    """Pictures of one shade each, 10x12 pixels, labelled by their number: read one by one, as large ones are."""
+    """Images of one shade each, 10x12 pixels, labelled by their number: read one by one, as large ones are."""
 
     def __len__(self) -> int:
         return COUNT
@@ -29,7 +29,7 @@ class Numbered:
 
 @pytest.fixture(scope="module")
 def in_memory() -> Dataset:
-    """30 pictures, each a single shade and labelled by its own number, so that what was read can be told."""
+    """30 images, each a single shade and labelled by its own number, so that what was read can be told."""
     images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None] + 1, (COUNT, 4, 4, 1))
     source = ArraySource(images, np.arange(COUNT, dtype=np.int32))
     return Dataset(source, source, COUNT, (4, 4, 1), (0.0,), (1.0,), crop_padding=1, flip=True)
@@ -152,7 +152,7 @@ def test_the_number_of_threads_changes_nothing(one_by_one, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, read(), wanted)
 
 
-def test_augmentation_crops_the_padded_picture_and_mirrors_it():
+def test_augmentation_crops_the_padded_image_and_mirrors_it():
     image = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1)
     padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     crops = {padded[t : t + 3, x : x + 3].tobytes() for t in range(3) for x in range(3)}
@@ -180,7 +180,7 @@ def test_augmentation_follows_seed_and_position_not_the_batch(in_memory):
 
 
 def test_augmentation_needs_nothing_of_the_other_devices(in_memory):
-    """The crop is a gather; were it not split with the batch, every device would be sent every picture."""
+    """The crop is a gather; were it not split with the batch, every device would be sent every image."""
     augment, whole = make_augment(in_memory, seed=0), split(data_mesh())
     images, positions = np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.uint32)
     text = jax.jit(augment, in_shardings=whole, out_shardings=whole).lower(images, positions).compile().as_text()
@@ -213,13 +213,13 @@ def test_processes_together_evaluate_every_example_once(numbered, processes, cou
     assert sorted(counted) == list(range(COUNT))
 
 
-def test_pictures_in_memory_are_viewed_like_others_where_that_is_asked_for():
+def test_images_in_memory_are_viewed_like_others_where_that_is_asked_for():
     images = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3), np.uint8)
     source = ArraySource(images, np.arange(6, dtype=np.int32))
     dataset = build_dataset(source, source, [str(n) for n in range(6)], 4, "resized_crop")
     assert next(train_batches(dataset, 6, 0))["image"].shape == (6, 4, 4, 3)
     (batch,) = eval_batches(dataset, dataset.test, 6)
-    wanted = [central_view(Picture(image, 3), 4) for image in images]
+    wanted = [central_view(LazyImage(image, 3), 4) for image in images]
     np.testing.assert_array_equal(batch["image"], wanted)
 
 

@@ -1,4 +1,4 @@
-"""Corrupted pictures are what their definitions say: against other libraries, and whatever else is corrupted."""
+"""Corrupted images are what their definitions say: against other libraries, and whatever else is corrupted."""
 
 import colorsys
 import io
@@ -31,8 +31,8 @@ def photograph(side: int, channels: int, seed: int = 0) -> np.ndarray:
     return np.rint(128 + 40 * np.tanh(soft / soft.std((0, 1)))).astype(np.uint8)
 
 
-def severities(picture: np.ndarray, corruption: str, index: int = 0) -> list[np.ndarray]:
-    return [corrupt(picture, corruption, severity, seed=0, index=index) for severity in SEVERITIES]
+def severities(image: np.ndarray, corruption: str, index: int = 0) -> list[np.ndarray]:
+    return [corrupt(image, corruption, severity, seed=0, index=index) for severity in SEVERITIES]
 
 
 @each_set
@@ -47,7 +47,7 @@ def test_noise_has_the_published_deviation(published, channels):
         assert found.mean() == pytest.approx(expected.mean(), abs=0.005)
 
 
-def test_noise_is_of_no_pixel_channel_or_picture_twice():
+def test_noise_is_of_no_pixel_channel_or_image_twice():
     flat = np.full((64, 64, 3), 128, np.uint8)
     found = np.stack([corrupt(flat, "gaussian_noise", 3, 0, index)[..., c] for index in range(3) for c in range(3)])
     alike = np.corrcoef(found.reshape(9, -1)) - np.eye(9)
@@ -58,9 +58,9 @@ def test_noise_is_of_no_pixel_channel_or_picture_twice():
 @each_set
 @each_kind
 def test_blur_is_a_gaussian_with_the_edge_repeated(published, channels):
-    picture = photograph(SIDES[published], channels)
-    for found, deviation in zip(severities(picture, "gaussian_blur"), BLUR[published], strict=True):
-        wanted = scipy.ndimage.gaussian_filter(picture / 255.0, (deviation, deviation, 0), mode="nearest", truncate=4)
+    image = photograph(SIDES[published], channels)
+    for found, deviation in zip(severities(image, "gaussian_blur"), BLUR[published], strict=True):
+        wanted = scipy.ndimage.gaussian_filter(image / 255.0, (deviation, deviation, 0), mode="nearest", truncate=4)
         assert np.abs(found - wanted * 255).max() < 0.51
 
 
@@ -74,7 +74,7 @@ def test_blur_adds_and_takes_nothing(deviation, channels):
 
 @each_set
 @each_kind
-def test_blur_and_contrast_keep_a_picture_of_one_colour(published, channels):
+def test_blur_and_contrast_keep_a_image_of_one_colour(published, channels):
     flat = np.broadcast_to(np.array([7, 130, 251], np.uint8)[:channels], (*[SIDES[published]] * 2, channels)).copy()
     for corruption in ("gaussian_blur", "contrast"):
         for found in severities(flat, corruption):
@@ -84,18 +84,18 @@ def test_blur_and_contrast_keep_a_picture_of_one_colour(published, channels):
 @each_set
 @each_kind
 def test_contrast_keeps_each_channels_mean_and_scales_its_deviation(published, channels):
-    picture = photograph(SIDES[published], channels)
-    for found, share in zip(severities(picture, "contrast"), CONTRAST[published], strict=True):
-        np.testing.assert_allclose(found.mean((0, 1)), picture.mean((0, 1)), atol=0.3)  # Rounding.
-        np.testing.assert_allclose(found.std((0, 1)), share * picture.std((0, 1)), atol=0.15)
+    image = photograph(SIDES[published], channels)
+    for found, share in zip(severities(image, "contrast"), CONTRAST[published], strict=True):
+        np.testing.assert_allclose(found.mean((0, 1)), image.mean((0, 1)), atol=0.3)  # Rounding.
+        np.testing.assert_allclose(found.std((0, 1)), share * image.std((0, 1)), atol=0.15)
 
 
 @each_set
 def test_brightness_raises_v_and_leaves_hue_and_saturation(published):
-    picture = photograph(SIDES[published], 3)
-    picture[0, :4] = [[0, 0, 0], [255, 255, 255], [250, 10, 130], [1, 0, 0]]
-    for found, added in zip(severities(picture, "brightness"), BRIGHTNESS[published], strict=True):
-        for before, after in zip(picture[:2].reshape(-1, 3), found[:2].reshape(-1, 3), strict=True):
+    image = photograph(SIDES[published], 3)
+    image[0, :4] = [[0, 0, 0], [255, 255, 255], [250, 10, 130], [1, 0, 0]]
+    for found, added in zip(severities(image, "brightness"), BRIGHTNESS[published], strict=True):
+        for before, after in zip(image[:2].reshape(-1, 3), found[:2].reshape(-1, 3), strict=True):
             hue, saturation, value = colorsys.rgb_to_hsv(*before / 255)
             wanted = colorsys.hsv_to_rgb(hue, saturation, min(value + added, 1))
             assert np.abs(after - 255 * np.array(wanted)).max() < 0.51
@@ -103,20 +103,20 @@ def test_brightness_raises_v_and_leaves_hue_and_saturation(published):
 
 @each_set
 def test_brightness_is_added_to_grey(published):
-    picture = photograph(SIDES[published], 1)
-    picture[0, :2] = [[0], [255]]
-    for found, added in zip(severities(picture, "brightness"), BRIGHTNESS[published], strict=True):
-        assert np.abs(found - (picture + 255 * added).clip(0, 255)).max() < 0.51
+    image = photograph(SIDES[published], 1)
+    image[0, :2] = [[0], [255]]
+    for found, added in zip(severities(image, "brightness"), BRIGHTNESS[published], strict=True):
+        assert np.abs(found - (image + 255 * added).clip(0, 255)).max() < 0.51
 
 
 @each_set
 @each_kind
 def test_jpeg_is_what_pillow_writes_and_reads(published, channels):
-    picture = photograph(SIDES[published], channels)
-    for found, quality in zip(severities(picture, "jpeg_compression"), QUALITY[published], strict=True):
+    image = photograph(SIDES[published], channels)
+    for found, quality in zip(severities(image, "jpeg_compression"), QUALITY[published], strict=True):
         file = io.BytesIO()
-        Image.fromarray(picture.squeeze()).save(file, "JPEG", quality=quality)
-        wanted = np.asarray(Image.open(file)).reshape(picture.shape)
+        Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
+        wanted = np.asarray(Image.open(file)).reshape(image.shape)
         # Two builds of one codec.
         assert np.abs(found.astype(int) - wanted).max() <= 2
 
@@ -124,34 +124,34 @@ def test_jpeg_is_what_pillow_writes_and_reads(published, channels):
 @each_corruption
 @each_set
 @each_kind
-def test_a_higher_severity_is_further_from_the_clean_picture(corruption, published, channels):
-    pictures = [photograph(SIDES[published], channels, seed) for seed in range(8)]
-    found = np.array([severities(picture, corruption, index) for index, picture in enumerate(pictures)], float)
-    distances = np.square(found - np.array(pictures)[:, None]).mean((0, 2, 3, 4))
+def test_a_higher_severity_is_further_from_the_clean_image(corruption, published, channels):
+    images = [photograph(SIDES[published], channels, seed) for seed in range(8)]
+    found = np.array([severities(image, corruption, index) for index, image in enumerate(images)], float)
+    distances = np.square(found - np.array(images)[:, None]).mean((0, 2, 3, 4))
     assert (np.diff([0, *distances]) > 0).all(), distances
 
 
 @each_corruption
 @each_kind
 @pytest.mark.parametrize("shape", [(8, 8), (64, 64), (20, 65)])
-def test_any_size_comes_back_as_it_was_and_the_picture_is_left_alone(corruption, channels, shape):
-    picture = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
-    before = picture.copy()
-    for found in severities(picture, corruption):
-        assert (found.shape, found.dtype) == (picture.shape, np.uint8)
-    np.testing.assert_array_equal(picture, before)
+def test_any_size_comes_back_as_it_was_and_the_image_is_left_alone(corruption, channels, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
+    before = image.copy()
+    for found in severities(image, corruption):
+        assert (found.shape, found.dtype) == (image.shape, np.uint8)
+    np.testing.assert_array_equal(image, before)
 
 
 @pytest.mark.parametrize("side", [64, 65])
 def test_the_published_set_follows_the_size(side):
     flat = np.full((side, side, 1), 100, np.uint8)
     added = {64: BRIGHTNESS["CIFAR-10-C"], 65: BRIGHTNESS["ImageNet-C"]}[side]
-    found = [picture[0, 0, 0] for picture in severities(flat, "brightness")]
+    found = [image[0, 0, 0] for image in severities(flat, "brightness")]
     np.testing.assert_allclose(found, [100 + 255 * value for value in added], atol=0.51)
 
 
 @each_corruption
-def test_a_picture_is_corrupted_alike_in_any_batch(corruption):
+def test_a_image_is_corrupted_alike_in_any_batch(corruption):
     images = np.stack([photograph(32, 3, seed) for seed in range(7)])
     whole = corrupt_batch(images, corruption, 3, 5, range(7))
     for start, stop in ((0, 1), (1, 4), (4, 7)):
@@ -162,12 +162,12 @@ def test_a_picture_is_corrupted_alike_in_any_batch(corruption):
 
 
 def test_noise_follows_from_seed_severity_and_index():
-    picture = photograph(32, 3)
+    image = photograph(32, 3)
 
     def noise(severity: int, seed: int, index: int) -> np.ndarray:
         deviation = NOISE["CIFAR-10-C"][severity - 1]
-        found = corrupt(picture, "gaussian_noise", severity, seed, index)
-        return (found.astype(float) - picture).ravel() / (255 * deviation)
+        found = corrupt(image, "gaussian_noise", severity, seed, index)
+        return (found.astype(float) - image).ravel() / (255 * deviation)
 
     drawn = np.array([noise(3, 0, 0), noise(3, 0, 1), noise(3, 1, 0), noise(2, 0, 0)])
     assert np.abs(np.corrcoef(drawn) - np.eye(4)).max() < 0.1

@@ -1,4 +1,4 @@
-"""Fashion-MNIST out of its four files: the pictures padded, the labels beside them, and damaged files refused."""
+"""Fashion-MNIST out of its four files: the images padded, the labels beside them, and damaged files refused."""
 
 import gzip
 import pathlib
@@ -56,7 +56,7 @@ def refused(folder: pathlib.Path, **options) -> str:
 
 
 @pytest.mark.parametrize(("side", "before"), [(None, 2), (28, 0), (29, 0), (32, 2), (35, 3), (64, 18)])
-def test_pictures_are_padded_with_zeros_around_exactly_their_own_pixels(folder, arrays, side, before):
+def test_images_are_padded_with_zeros_around_exactly_their_own_pixels(folder, arrays, side, before):
     dataset = load(folder, image_size=side)
     side = side or 32
     assert dataset.image_shape == (side, side, 1)
@@ -68,7 +68,7 @@ def test_pictures_are_padded_with_zeros_around_exactly_their_own_pixels(folder, 
         assert np.count_nonzero(source.images) == SIZES[split] * 28 * 28
 
 
-def test_labels_stand_beside_their_pictures_and_are_named(folder):
+def test_labels_stand_beside_their_images_and_are_named(folder):
     dataset = load(folder)
     for split, source in (("train", dataset.train), ("t10k", dataset.test)):
         assert source.labels.dtype == np.int32
@@ -79,7 +79,7 @@ def test_labels_stand_beside_their_pictures_and_are_named(folder):
     assert len(set(dataset.class_names)) == 10
 
 
-def test_mean_and_deviation_are_those_of_the_padded_training_pictures(folder):
+def test_mean_and_deviation_are_those_of_the_padded_training_images(folder):
     dataset = load(folder)
     pixels = dataset.train.images / 255
     np.testing.assert_allclose((*dataset.mean, *dataset.std), (pixels.mean(), pixels.std()), rtol=1e-6)
@@ -100,7 +100,7 @@ def test_the_wanted_augmentation_is_set(folder, options, wanted):
 
 
 @pytest.mark.parametrize("side", [27, 8, 0, -32])
-def test_a_side_shorter_than_the_pictures_own_is_refused(folder, side):
+def test_a_side_shorter_than_the_images_own_is_refused(folder, side):
     assert "config.data.image_size must be at least 28" in refused(folder, image_size=side)
 
 
@@ -124,8 +124,8 @@ def test_a_file_cut_off_is_refused_by_its_name(folder, key, keep):
         lambda data: gzip.compress(gzip.decompress(data) + b"\0"),
         lambda data: gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:]),
         lambda data: gzip.compress(b"\0\0\x08\x7f" + gzip.decompress(data)[4:]),
-        lambda data: gzip.compress(b"These are no pictures."),
-        lambda data: b"These are no pictures.",
+        lambda data: gzip.compress(b"These are no images."),
+        lambda data: b"These are no images.",
         lambda data: data[:30] + bytes(byte ^ 0xFF for byte in data[30:]),
     ],
     ids=["empty", "a value less", "a value more", "floats", "127 axes", "text", "not packed", "garbage"],
@@ -175,7 +175,7 @@ def test_where_there_are_no_files_the_message_says_how_to_get_them(tmp_path):
 
 
 @pytest.mark.skipif(not PACKAGE.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_the_real_files_hold_as_many_pictures_of_every_class():
+def test_the_real_files_hold_as_many_images_of_every_class():
     dataset = load_dataset("fashion_mnist")
     assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
     assert np.bincount(dataset.test.labels).tolist() == [1000] * 10

@@ -1,4 +1,4 @@
-"""Folders of pictures: which files are read under which class, and what is refused."""
+"""Folders of images: which files are read under which class, and what is refused."""
 
 import os
 import pathlib
@@ -18,8 +18,8 @@ from tests.helpers.folders import (
     load,
     refused,
     spoil,
-    warned_of_pictures,
-    write_picture,
+    warned_of_images,
+    write_image,
     write_splits,
     write_tree,
 )
@@ -57,22 +57,22 @@ def test_classes_are_the_sorted_names_of_the_folders(tmp_path):
     assert dataset.describe()["class_names"] == list(dataset.class_names)
 
 
-def test_pictures_are_found_in_folders_of_a_class_and_under_every_extension(tmp_path):
+def test_images_are_found_in_folders_of_a_class_and_under_every_extension(tmp_path):
     write_splits(tmp_path, each=1)
     bees = tmp_path / "train" / "bee"
     names = ["a.jpg", "B.JPG", "c.jpeg", "d.Png", "e.webp", "2019/f.png", "2019/may/g.PNG", "2020.jpg/h.jpeg"]
     for name in names:
-        write_picture(bees / name)
+        write_image(bees / name)
     found = [name for name, label in files(load(tmp_path).train, tmp_path / "train") if label == 1]
     assert sorted(found) == sorted(f"bee/{name}" for name in ["000.png", *names])
 
 
-def test_pictures_come_in_the_order_of_their_names_however_the_disk_holds_them(tmp_path):
+def test_images_come_in_the_order_of_their_names_however_the_disk_holds_them(tmp_path):
     write_splits(tmp_path, each=1)
     names = [f"{number:02}" for number in np.random.default_rng(0).permutation(40)]
     for name in names:
-        write_picture(tmp_path / "train/bee" / name / f"{name}.png")
-        write_picture(tmp_path / "train/ant" / f"{name}.png")
+        write_image(tmp_path / "train/bee" / name / f"{name}.png")
+        write_image(tmp_path / "train/ant" / f"{name}.png")
     found = [name for name, _ in files(load(tmp_path).train, tmp_path / "train")]
     ants = sorted({"000", *names})
     assert found == [
@@ -88,7 +88,7 @@ def test_pictures_come_in_the_order_of_their_names_however_the_disk_holds_them(t
         "train/ant/.hidden.png",
         "train/ant/._000.png",
         "train/ant/notes.txt",
-        "train/ant/picture",
+        "train/ant/image",
         "train/ant/png",
         "train/ant/.ipynb_checkpoints/000-checkpoint.png",
         "train/.cache/000.png",
@@ -97,12 +97,12 @@ def test_pictures_come_in_the_order_of_their_names_however_the_disk_holds_them(t
         "000.png",
     ],
 )
-def test_what_is_hidden_or_no_picture_of_a_class_is_left_alone(tmp_path, name):
+def test_what_is_hidden_or_no_image_of_a_class_is_left_alone(tmp_path, name):
     write_splits(tmp_path)
     wanted = files(load(tmp_path).train, tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes((tmp_path / "train/ant/000.png").read_bytes())
-    with warned_of_pictures(tmp_path) as warned:
+    with warned_of_images(tmp_path) as warned:
         dataset = load(tmp_path)
     assert files(dataset.train, tmp_path) == wanted
     assert dataset.class_names == CLASSES
@@ -130,7 +130,7 @@ def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
     parts = [files(load(write_tree(tmp_path / name, each=20)).test, tmp_path / name) for name in ("here", "there")]
     assert parts[0] == parts[1]
     numbers = [int(pathlib.Path(name).stem) for name, label in parts[0] if label == 0]
-    assert numbers != list(range(len(numbers))), "the first pictures are often of one kind"
+    assert numbers != list(range(len(numbers))), "the first images are often of one kind"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
         ([], {}, ["no class in {root}"]),
         (["ant/000.png"], {}, ["only one class, 'ant'", "{root}"]),
         (["train/ant/0.png", "val/ant/0.png"], {}, ["only one class, 'ant'", "{root}/train"]),
-        (["ant/0.txt", "bee/0.png"], {}, ["no pictures in {root}/ant", "jpg, jpeg, png, webp"]),
-        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has one picture"]),
+        (["ant/0.txt", "bee/0.png"], {}, ["no images in {root}/ant", "jpg, jpeg, png, webp"]),
+        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has one image"]),
         (["train/ant/0.png", "train/bee/0.png"], {}, ["{root} has no val/ or test/", "folder:{root}/train"]),
         (["train/ant/0.png", "train/bee/0.png"], {"test_split": "judge"}, ["{root} has no judge/"]),
         (["val/ant/0.png", "val/bee/0.png"], {"train_split": "fit"}, ["{root} has no fit/"]),
@@ -158,7 +158,7 @@ def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
         (
             ["train/ant/0.png", "train/bee/0.png", "val/ant/0.png", "val/bee/notes.txt"],
             {},
-            ["no pictures in {root}/val/bee"],
+            ["no images in {root}/val/bee"],
         ),
         (["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"], {"test_fraction": 0.0}, ["test_fraction", "got 0.0"]),
         (["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"], {"test_fraction": 1.0}, ["test_fraction", "got 1.0"]),
@@ -175,10 +175,10 @@ def test_a_folder_that_cannot_be_used_is_refused_on_one_line_that_names_it(tmp_p
     for name in tree:
         path = tmp_path / name
         if path.suffix == ".png":
-            write_picture(path)
+            write_image(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("no picture")
+            path.write_text("no image")
     error = refused(tmp_path, **options)
     for text in says:
         assert text.format(root=tmp_path) in error
@@ -191,28 +191,28 @@ def test_many_classes_that_differ_are_named_by_the_first_five(tmp_path):
 
 
 def test_a_folder_that_is_missing_is_refused_by_its_name(tmp_path):
-    file = write_picture(tmp_path / "picture.png")
+    file = write_image(tmp_path / "image.png")
     for place in (tmp_path / "nowhere", file, ""):
         error = refused(place)
-        assert f"no folder of pictures at {str(place)!r}" in error
+        assert f"no folder of images at {str(place)!r}" in error
         assert "config.data.name=folder:PATH" in error
 
 
 def test_a_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
-    write_splits(tmp_path / "pictures")
+    write_splits(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    wanted = load(tmp_path / "pictures").train.entries
-    assert wanted[0] == Entry(str(tmp_path / "pictures/train/ant/000.png"), 0)
-    for place in ("pictures", "~/pictures", "./pictures/"):
+    wanted = load(tmp_path / "images").train.entries
+    assert wanted[0] == Entry(str(tmp_path / "images/train/ant/000.png"), 0)
+    for place in ("images", "~/images", "./images/"):
         dataset = load_dataset(f"folder:{place}", image_size=8)
         assert dataset.train.entries == wanted
-    # Pictures are read long after; whoever changes the folder meanwhile must not be noticed.
+    # Images are read long after; whoever changes the folder meanwhile must not be noticed.
     monkeypatch.chdir("/")
-    assert dataset.train[0]["image"].read_bytes() == (tmp_path / "pictures/train/ant/000.png").read_bytes()
+    assert dataset.train[0]["image"].read_bytes() == (tmp_path / "images/train/ant/000.png").read_bytes()
 
 
-def test_small_pictures_are_held_in_memory_at_one_size_with_their_mean_and_deviation(tmp_path):
+def test_small_images_are_held_in_memory_at_one_size_with_their_mean_and_deviation(tmp_path):
     rng = np.random.default_rng(0)
     for split in SPLITS:
         for name, (height, width) in {"ant": (48, 32), "bee": (40, 70)}.items():
@@ -247,13 +247,13 @@ def test_the_wanted_augmentation_is_set(tmp_path, augment, padding, flip):
 def test_a_set_too_large_for_memory_is_refused_before_it_is_read(tmp_path, monkeypatch, augment):
     write_splits(tmp_path)
     spoil(tmp_path, ["train/ant/000.png"])
-    # 12 pictures of 8x8x3 bytes are 2304: half of the memory must be more.
+    # 12 images of 8x8x3 bytes are 2304: half of the memory must be more.
     installed = {"SC_PHYS_PAGES": 4607, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr(os, "sysconf", installed.__getitem__)
     error = refused(tmp_path, augment=augment)
-    assert "12 pictures of 8x8" in error
+    assert "12 images of 8x8" in error
     assert "config.data.augment=resized_crop" in error
-    write_picture(tmp_path / "train/ant/000.png")
+    write_image(tmp_path / "train/ant/000.png")
     assert len(load(tmp_path, augment="resized_crop").train) == 6
     installed["SC_PHYS_PAGES"] = 4608
     assert len(load(tmp_path, augment=augment).train) == 6

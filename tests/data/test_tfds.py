@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.pictures import Picture
+from ftwt_jax.data.decoding import LazyImage
 from ftwt_jax.data.source import Dataset, Source
 from ftwt_jax.errors import UserError
 from tests.conftest import ROOT, Program, fails, read_metrics
@@ -57,7 +57,7 @@ class Written:
     array_record: pathlib.Path
     tfrecord: pathlib.Path
 
-    def pictures(self, *splits: str) -> collections.Counter:
+    def counted(self, *splits: str) -> collections.Counter:
         return sum((count(self.images[split], self.labels[split]) for split in splits), collections.Counter())
 
 
@@ -65,10 +65,10 @@ def count(images, labels) -> collections.Counter:
     return collections.Counter((int(label), image.tobytes()) for image, label in zip(images, labels, strict=True))
 
 
-def pictures(source: Source, channels: int = 3) -> collections.Counter:
+def counted(source: Source, channels: int = 3) -> collections.Counter:
     """What is in a source, whatever its order."""
     examples = [source[i] for i in range(len(source))]
-    return count([Picture(e["image"], channels).pixels() for e in examples], [e["label"] for e in examples])
+    return count([LazyImage(e["image"], channels).pixels() for e in examples], [e["label"] for e in examples])
 
 
 def load(folder: pathlib.Path, name: str = NAME, **options) -> Dataset:
@@ -140,12 +140,12 @@ def without_tensorflow(program, tmp_path_factory) -> Program:
 
 
 @pytest.mark.parametrize("augment", ["crop", "none", "resized_crop"])
-def test_every_picture_is_read_as_it_was_written(written, augment):
+def test_every_image_is_read_as_it_was_written(written, augment):
     data = load(written.array_record, augment=augment, image_size=SIDE)
     assert (len(data.train), len(data.test)) == (SIZES["train"], SIZES["test"])
     assert (data.class_names, data.num_classes, data.image_shape) == (CLASSES, 3, (SIDE, SIDE, 3))
-    assert pictures(data.train) == written.pictures("train")
-    assert pictures(data.test) == written.pictures("test")
+    assert counted(data.train) == written.counted("train")
+    assert counted(data.test) == written.counted("test")
     assert not data.skipped.names
     assert data.crop_padding == (4 if augment == "crop" else 0)
     assert data.resized_crop == (augment == "resized_crop")
@@ -156,7 +156,7 @@ def test_every_picture_is_read_as_it_was_written(written, augment):
 
 
 @pytest.mark.parametrize(("augment", "side"), [("crop", SIDE), ("resized_crop", 224)])
-def test_the_side_follows_the_pictures_if_none_is_given(written, augment, side):
+def test_the_side_follows_the_images_if_none_is_given(written, augment, side):
     data = load(written.array_record, augment=augment)
     assert data.image_shape == (side, side, 3)
 
@@ -165,7 +165,7 @@ def test_splits_can_be_cut_and_leave_nothing_out(written):
     options = {"train_split": "train[:90%]", "test_split": "train[90%:]"}
     data = load(written.array_record, **options)
     assert (len(data.train), len(data.test)) == (81, 9)
-    assert pictures(data.train) + pictures(data.test) == written.pictures("train")
+    assert counted(data.train) + counted(data.test) == written.counted("train")
     np.testing.assert_allclose(data.mean, data.train.images.mean((0, 1, 2)) / 255, rtol=1e-9)
 
 
@@ -173,8 +173,8 @@ def test_splits_can_be_cut_and_leave_nothing_out(written):
 def test_a_cut_of_one_split_leaves_the_other(written, train, size):
     data = load(written.array_record, train_split=train)
     assert len(data.train) == size
-    assert not pictures(data.train) - written.pictures("train", "test")
-    assert pictures(data.test) == written.pictures("test")
+    assert not counted(data.train) - written.counted("train", "test")
+    assert counted(data.test) == written.counted("test")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_split_that_is_not_there_or_empty(written, split, says, which):
         ("cifarr10", "did you mean 'cifar10'"),
         ("no_such_set_at_all", "unknown TFDS data set 'no_such_set_at_all': it is none of"),
         ("cifar10/", "cannot be opened"),
-        ("ftwt_words", "no set of pictures with classes"),
+        ("ftwt_words", "no set of images with classes"),
         ("ftwt_undivided", "train_split='train[:90%]' and config.data.test_split='train[90%:]'"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_set_of_one_split_and_other_features_is_read_once_it_is_cut(written):
     data = load(written.array_record, "ftwt_undivided", **options)
     assert (data.class_names, data.image_shape) == (("0", "1", "2"), (SIDE, SIDE, 1))
     grey = count(written.images["train"][..., :1], written.labels["train"])
-    assert pictures(data.train, channels=1) + pictures(data.test, channels=1) == grey
+    assert counted(data.train, channels=1) + counted(data.test, channels=1) == grey
 
 
 @pytest.mark.parametrize("folder", ["data", "my data"])
@@ -250,7 +250,7 @@ def test_the_other_format_is_refused_until_the_command_that_is_named_has_convert
     assert not [path for path in converted if "incomplete" in path]
     found, direct = load(tfrecord), load(written.array_record)
     for split in SIZES:
-        assert pictures(getattr(found, split)) == pictures(getattr(direct, split)) == written.pictures(split)
+        assert counted(getattr(found, split)) == counted(getattr(direct, split)) == written.counted(split)
     assert found.describe() == direct.describe()
 
     assert "is prepared in" in program.run(*command)
@@ -284,7 +284,7 @@ def trained(program, written, tmp_path_factory) -> tuple[pathlib.Path, str]:
 
 def test_training_ends_with_gates_that_can_be_evaluated(program, trained):
     workdir, printed = trained
-    assert f"tfds:{NAME}: 90 pictures to train on, 30 held out, 3 classes" in printed
+    assert f"tfds:{NAME}: 90 images to train on, 30 held out, 3 classes" in printed
     assert [line["stage"] for line in read_metrics(workdir)] == ["baseline"] * 3 + ["gated"] * 3
     result = (workdir / "evaluation.json").read_text()
     assert json.loads(result)["samples"] == 30
@@ -320,7 +320,7 @@ print(len(data.train), len(data.test), data.mean)
     [
         ([], "prepare takes one dataset, such as tfds:cifar10; got none"),
         (["cifar10"], "prepare takes tfds:NAME"),
-        (["folder:pictures"], "prepare takes tfds:NAME"),
+        (["folder:images"], "prepare takes tfds:NAME"),
         (["tfds:"], "prepare takes tfds:NAME"),
         (
             ["tfds:cifar10", "tfds:mnist"],

@@ -10,9 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ftwt_jax.data.pictures import REDUCTIONS, Picture
+from ftwt_jax.data.decoding import REDUCTIONS, LazyImage
 from ftwt_jax.data.views import AREA, CENTRAL, RATIO, central_view, random_region, random_view
-from tests.helpers.pictures import PROPERTIES, assert_close, decoded, encoded, noise, pillow_upright, smooth
+from tests.helpers.images import PROPERTIES, assert_close, decoded, encoded, noise, pillow_upright, smooth
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def jpegs_decoded(monkeypatch) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_random_view_decodes_at_the_smallest_scale_that_is_enough(jpegs_decoded, orientation):
     size, used = 24, set()
-    picture = Picture(encoded(smooth(377, 501), "JPEG", orientation), 3)
+    lazy = LazyImage(encoded(smooth(377, 501), "JPEG", orientation), 3)
     for seed in range(40):
-        _, _, height, width = random_region(*picture.size, np.random.default_rng(seed))
-        random_view(picture, size, True, np.random.default_rng(seed))
+        _, _, height, width = random_region(*lazy.size, np.random.default_rng(seed))
+        random_view(lazy, size, True, np.random.default_rng(seed))
         (shape, _) = jpegs_decoded.pop()
         scale = round(377 / shape[0])
         used.add(scale)
@@ -47,9 +47,9 @@ def test_a_random_view_decodes_at_the_smallest_scale_that_is_enough(jpegs_decode
 
 
 def test_only_training_takes_the_decoder_s_short_cuts(jpegs_decoded):
-    picture = Picture(encoded(smooth(377, 501), "JPEG"), 3)
-    random_view(picture, 24, True, np.random.default_rng(0))
-    central_view(picture, 24)
+    lazy = LazyImage(encoded(smooth(377, 501), "JPEG"), 3)
+    random_view(lazy, 24, True, np.random.default_rng(0))
+    central_view(lazy, 24)
     (_, training), (_, evaluation) = jpegs_decoded
     assert training["fastupsample"]
     assert not evaluation.get("fastupsample")
@@ -58,12 +58,12 @@ def test_only_training_takes_the_decoder_s_short_cuts(jpegs_decoded):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("orientation", [1, 4, 6])
-def test_a_random_view_of_a_reduced_picture_is_nearly_that_of_the_whole(orientation, channels):
+def test_a_random_view_of_a_reduced_image_is_nearly_that_of_the_whole(orientation, channels):
     data = encoded(smooth(377, 501), "JPEG", orientation, quality=95)
-    reduced, whole = Picture(data, channels), Picture(decoded(data, channels), channels)
+    reduced, whole = LazyImage(data, channels), LazyImage(decoded(data, channels), channels)
     for seed in range(20):
         found, wanted = (random_view(p, 24, True, np.random.default_rng(seed)) for p in (reduced, whole))
-        # One pixel of an eighth of the picture is a step of 5.4 on this slope, and places are rounded to such pixels.
+        # One pixel of an eighth of the image is a step of 5.4 on this slope, and places are rounded to such pixels.
         assert_close(found, wanted, most=12, on_average=6)
 
 
@@ -75,16 +75,16 @@ def test_a_random_view_shows_its_region_and_nothing_else(size):
         region = Image.fromarray(pixels[top : top + height, left : left + width])
         # Larger, smaller or much smaller: of a slope, every way of resizing makes the same.
         wanted = np.asarray(region.resize((size, size), Image.Resampling.BILINEAR))
-        found = random_view(Picture(encoded(pixels, "PNG"), 3), size, False, np.random.default_rng(seed))
+        found = random_view(LazyImage(encoded(pixels, "PNG"), 3), size, False, np.random.default_rng(seed))
         assert_close(found, wanted, most=6, on_average=1.5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mirroring_is_exact_and_happens_half_the_time(channels):
-    picture = Picture(noise(40, 50)[..., :channels], channels)
+    lazy = LazyImage(noise(40, 50)[..., :channels], channels)
     mirrored = 0
     for seed in range(400):
-        plain, flipped = (random_view(picture, 8, flip, np.random.default_rng(seed)) for flip in (False, True))
+        plain, flipped = (random_view(lazy, 8, flip, np.random.default_rng(seed)) for flip in (False, True))
         if not np.array_equal(plain, flipped):
             np.testing.assert_array_equal(flipped, plain[:, ::-1])
             mirrored += 1
@@ -95,7 +95,7 @@ def test_mirroring_is_exact_and_happens_half_the_time(channels):
 @PROPERTIES
 @given(height=st.integers(1, 1200), width=st.integers(1, 1200), seed=st.integers(0, 2**32))
 def test_a_random_region_has_the_promised_area_and_ratio(height, width, seed):
-    # A longer picture has no region of 8 % of its area and a ratio up to 4/3.
+    # A longer image has no region of 8 % of its area and a ratio up to 4/3.
     assume(max(height, width) <= RATIO[1] / AREA[0] * min(height, width))
     top, left, h, w = random_region(height, width, np.random.default_rng(seed))
     assert 0 <= top <= top + h <= height
@@ -110,7 +110,7 @@ def test_a_random_region_has_the_promised_area_and_ratio(height, width, seed):
 
 @PROPERTIES
 @given(height=st.integers(1, 600), width=st.integers(1, 600), seed=st.integers(0, 2**32), turned=st.booleans())
-def test_a_random_region_lies_inside_even_the_longest_picture(height, width, seed, turned):
+def test_a_random_region_lies_inside_even_the_longest_image(height, width, seed, turned):
     shape = (1, width) if turned else (height, 1)
     top, left, h, w = random_region(*shape, np.random.default_rng(seed))
     assert min(h, w) >= 1
@@ -142,15 +142,15 @@ def test_random_regions_are_of_every_area_ratio_and_place():
 @pytest.mark.parametrize("shape", [(1, 500), (500, 1), (1, 1), (2, 3), (499, 3), (224, 224)])
 def test_a_random_view_of_any_shape_has_the_wanted_one(shape, kind, channels):
     for orientation in (1, 5, 7):
-        picture = Picture(encoded(smooth(*shape), kind, orientation), channels)
+        lazy = LazyImage(encoded(smooth(*shape), kind, orientation), channels)
         for seed in range(8):
-            found = random_view(picture, 16, True, np.random.default_rng(seed))
+            found = random_view(lazy, 16, True, np.random.default_rng(seed))
             assert found.shape == (16, 16, channels)
             assert found.dtype == np.uint8
 
 
 def reference_central_view(image: Image.Image, size: int, short: int) -> np.ndarray:
-    """Torchvision's `Resize(short)` and `CenterCrop(size)` of a Pillow picture."""
+    """Torchvision's `Resize(short)` and `CenterCrop(size)` of a Pillow image."""
     if image.width <= image.height:
         resized = image.resize((short, int(short * image.height / image.width)), Image.Resampling.BILINEAR)
     else:
@@ -166,7 +166,7 @@ def reference_central_view(image: Image.Image, size: int, short: int) -> np.ndar
 )
 def test_a_central_view_is_that_of_pillow_and_torchvision_bit_for_bit(shape, channels):
     image = Image.fromarray(noise(*shape)).convert("L" if channels == 1 else "RGB")
-    found = central_view(Picture(encoded(image, "PNG"), channels), 224)
+    found = central_view(LazyImage(encoded(image, "PNG"), channels), 224)
     assert found.shape == (224, 224, channels)
     np.testing.assert_array_equal(found, reference_central_view(image, 224, 256).reshape(found.shape))
 
@@ -174,19 +174,19 @@ def test_a_central_view_is_that_of_pillow_and_torchvision_bit_for_bit(shape, cha
 @pytest.mark.parametrize("shape", [(45, 32), (32, 32), (33, 90), (20, 31)])
 def test_a_central_view_of_everything_has_the_shorter_side_whole(shape):
     pixels = noise(*shape)
-    found = central_view(Picture(pixels, 3), 32, central=1)
+    found = central_view(LazyImage(pixels, 3), 32, central=1)
     np.testing.assert_array_equal(found, reference_central_view(Image.fromarray(pixels), 32, 32))
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_central_view_of_a_large_jpeg_is_nearly_that_of_the_whole(jpegs_decoded, orientation):
     data = encoded(smooth(377, 501), "JPEG", orientation, quality=95)
-    found = central_view(Picture(data, 3), 56)
+    found = central_view(LazyImage(data, 3), 56)
     assert [shape for shape, _ in jpegs_decoded] == [(189, 251, 3)], "half: the shorter side must give twice 64"
     assert_close(found, reference_central_view(pillow_upright(data), 56, 64), most=8, on_average=2)
 
 
-def test_a_central_view_of_a_hair_thin_picture_takes_no_more_memory_than_others(monkeypatch):
+def test_a_central_view_of_a_hair_thin_image_takes_no_more_memory_than_others(monkeypatch):
     """Resized as a whole, a file of 100 bytes, 1x6000 pixels, would fill 4 GiB to yield 224x224."""
     made, resize = [], Image.Image.resize
 
@@ -196,5 +196,5 @@ def test_a_central_view_of_a_hair_thin_picture_takes_no_more_memory_than_others(
 
     monkeypatch.setattr(Image.Image, "resize", spy)
     # At this size the whole, 37x148000, is harmless to try.
-    assert central_view(Picture(smooth(1, 4000), 3), 32).shape == (32, 32, 3)
+    assert central_view(LazyImage(smooth(1, 4000), 3), 32).shape == (32, 32, 3)
     assert sum(made) <= 4 * round(32 / CENTRAL) ** 2

@@ -123,7 +123,7 @@ PLAN = (6, 8, "M", 12, "M", 10)
 VGG16 = (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M")
 IMAGENET = {"stem": "imagenet"}
 
-# (model, side of its pictures, walker, what the walker has to know)
+# (model, side of its images, walker, what the walker has to know)
 NETWORKS = {
     "vgg": (ftwt.create_model("vgg_bn", 10, GATES, plan=PLAN), 9, walk_vgg, {"plan": PLAN}),
     "vgg16_bn": (ftwt.create_model("vgg16_bn", 10, GATES), 32, walk_vgg, {"plan": VGG16}),

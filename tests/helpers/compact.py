@@ -17,7 +17,7 @@ NEVER = -1e3
 few_examples = functools.partial(settings, deadline=None, derandomize=True, database=None)
 
 
-def pictures(samples, side=8, channels=3, seed=0):
+def random_images(samples, side=8, channels=3, seed=0):
     return np.random.default_rng(seed).normal(size=(samples, side, side, channels)).astype(np.float32)
 
 
@@ -38,7 +38,7 @@ def random_variables(model, images, seed=0, never=0.0, **options):
     rng = np.random.default_rng(seed)
     for head in heads_of(variables):
         if len(head["kernel"]) == 1:
-            # Gates that turn their own channel off when it lights would let no picture reach the end of a network.
+            # Gates that turn their own channel off when it lights would let no image reach the end of a network.
             head["kernel"] = np.abs(head["kernel"])
         head["bias"][rng.random(head["bias"].shape) < never] = NEVER
     return variables

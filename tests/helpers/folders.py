@@ -1,4 +1,4 @@
-"""Folders of pictures that tests are made of."""
+"""Folders of images that tests are made of."""
 
 import contextlib
 import pathlib
@@ -12,23 +12,23 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
 
-GARBAGE = b"This is no picture."
+GARBAGE = b"This is no image."
 SPLITS = ("train", "val")
 CLASSES = ("ant", "bee")
 
 
-def write_picture(path: pathlib.Path, shade: int = 0, side: int = 8) -> pathlib.Path:
-    """A picture of one shade, of which nearly nothing is lost in any format."""
+def write_image(path: pathlib.Path, shade: int = 0, side: int = 8) -> pathlib.Path:
+    """An image of one shade, of which nearly nothing is lost in any format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side, side), (shade, shade, shade)).save(path)
     return path
 
 
 def write_tree(root: pathlib.Path, classes: Iterable[str] = CLASSES, each: int = 3, first: int = 0) -> pathlib.Path:
-    """`each` pictures a class, of shades that count on from `first` in the order of the classes."""
+    """`each` images a class, of shades that count on from `first` in the order of the classes."""
     for place, name in enumerate(classes):
         for index in range(each):
-            write_picture(root / name / f"{index:03}.png", first + place * each + index)
+            write_image(root / name / f"{index:03}.png", first + place * each + index)
     return root
 
 
@@ -59,8 +59,8 @@ def files(source, root: pathlib.Path) -> list[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def warned_of_pictures(root: pathlib.Path) -> Iterator[list[str]]:
-    """The warnings of undecodable pictures below `root` that are given inside; threads of other tests may warn too."""
+def warned_of_images(root: pathlib.Path) -> Iterator[list[str]]:
+    """The warnings of undecodable images below `root` that are given inside; threads of other tests may warn too."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

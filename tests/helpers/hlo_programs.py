@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 DEVICES, TRIPS = 8, 5
-# Of the training step: parts of its batch, pictures on a device, filters of its two units.
+# Of the training step: parts of its batch, images on a device, filters of its two units.
 PARTS, SHARE, FILTERS = 4, 16, (8, 16)
 # Changes of its config.
 STEPS = {"step": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}

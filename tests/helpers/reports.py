@@ -1,4 +1,4 @@
-"""Four workdirs to report, made of one: as it is, with more beside it, without gates, and without its pictures."""
+"""Four workdirs to report, made of one: as it is, with more beside it, without gates, and without its images."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def change_json(path: pathlib.Path, **fields) -> None:
 
 
 def copies(run: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """The workdirs: `plain`; `STRANGE`, with tables beside it; `dense`; and one whose pictures are gone."""
+    """The workdirs: `plain`; `STRANGE`, with tables beside it; `dense`; and one whose images are gone."""
     found = [folder / name for name in ("plain", STRANGE, "dense", "gone")]
     for path in found:
         shutil.copytree(run, path)
@@ -43,7 +43,7 @@ def copies(run: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     none = dict.fromkeys(("gate_accuracy", "static_gate_accuracy", "dynamic_filters", "r"))
     change_json(dense / "evaluation.json", macs_reduction=0.0, density=[], units=[], **none)
     config = json.loads((gone / "config.json").read_text())
-    config["data"]["name"] = f"folder:{folder / 'pictures'}"
+    config["data"]["name"] = f"folder:{folder / 'images'}"
     (gone / "config.json").write_text(json.dumps(config))
     (gone / "metrics.jsonl").unlink()
     return found

@@ -57,7 +57,7 @@ def short_networks():
 
 
 def start(run, name):
-    """A stage, its state before the first step, its batches, and r as control; gates differ from picture to picture."""
+    """A stage, its state before the first step, its batches, and r as control; gates differ from image to image."""
     from ftwt_jax.data.pipeline import train_batches
     from ftwt_jax.gating.gates import GateControl
     from ftwt_jax.parallel.sharding import put_batch, put_whole

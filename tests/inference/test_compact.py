@@ -21,7 +21,7 @@ from tests.helpers.compact import (
     few_examples,
     heads_of,
     masked,
-    pictures,
+    random_images,
     random_variables,
 )
 
@@ -73,8 +73,8 @@ IN_BATCHES = (*(name for name in NETWORKS if not name.startswith("mobilenet")), 
 def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
     network, gates, arch, side = (NETWORKS | LARGE)[name]
     model = network_of(network, gates, arch)
-    images = pictures(5, side, seed=1)
-    # With more filters off, the pictures never reach the end of a deep network.
+    images = random_images(5, side, seed=1)
+    # With more filters off, the images never reach the end of a deep network.
     variables = random_variables(model, images, never=0.1 if name.startswith("mobilenet") else 0.2)
     expected = masked(model, variables, images, control=BARE)
     assert np.ptp(expected.logits, axis=0).max() > 1e-3 * np.abs(expected.logits).max()
@@ -82,7 +82,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
     assert 0.1 < on.mean() < 0.9
     assert np.any(on != on[0])
 
-    compact = prepare(model, variables, pictures(6, side, seed=2))
+    compact = prepare(model, variables, random_images(6, side, seed=2))
     assert len(compact.plan.kept) > len(expected.gates) / 2
     if name in IN_BATCHES:
         outputs, outside = compact.run(images)
@@ -99,7 +99,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
 def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepare, name):
     network, gates, arch, side = NETWORKS[name]
     model = network_of(network, gates, arch)
-    images = pictures(5, side, seed=1)
+    images = random_images(5, side, seed=1)
     variables = random_variables(model, images, seed=1)
     compact = prepare(model, variables)
     assert not compact.plan.kept
@@ -123,9 +123,9 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepar
 )
 def test_any_stack_of_units_answers_as_the_masked_one(prepare, plan, gates, samples, never, seed):
     model = ftwt.create_model("vgg_bn", 3, plan=plan, gates=gates)
-    images = pictures(samples, 4, seed=seed)
+    images = random_images(samples, 4, seed=seed)
     variables = random_variables(model, images, seed, never)
-    compact = prepare(model, variables, pictures(2, 4, seed=seed + 1))
+    compact = prepare(model, variables, random_images(2, 4, seed=seed + 1))
     assert_same(compact(images), masked(model, variables, images, control=BARE))
 
 
@@ -134,11 +134,11 @@ def test_all_ways_to_run_are_timed_and_one_is_taken(monkeypatch, never):
     timed = []
     monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan) or 0)
     model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
-    variables = random_variables(model, pictures(1), never=never)
+    variables = random_variables(model, random_images(1), never=never)
     for head in heads_of(variables):
         head["kernel"][:] = 0
         head["bias"][:] = np.where(head["bias"] == NEVER, NEVER, 1)
-    compact = ftwt.compact(model, variables, pictures(9))
+    compact = ftwt.compact(model, variables, random_images(9))
     ways = {(bool(plan.kept), plan.per_sample) for plan in timed}
     if native.available():
         assert ways == ({(True, False), (True, True), (False, True)} if never else {(False, False), (False, True)})
@@ -148,7 +148,7 @@ def test_all_ways_to_run_are_timed_and_one_is_taken(monkeypatch, never):
 
 def test_logits_alone_are_the_same_logits():
     model = ftwt.create_model("vgg_bn", 5, plan=(8, 8), gates=GATES)
-    images = pictures(3, 4)
+    images = random_images(3, 4)
     compact = ftwt.compact(model, random_variables(model, images))
     np.testing.assert_array_equal(compact.logits(images), compact(images).logits)
     np.testing.assert_array_equal(jax.jit(compact.logits)(images), compact(images).logits)
@@ -157,7 +157,7 @@ def test_logits_alone_are_the_same_logits():
 @pytest.mark.parametrize("bias", [NEVER, 1e3], ids=["none on", "all on"])
 def test_a_unit_with_no_filter_on_or_all(prepare, bias):
     model = ftwt.create_model("vgg_bn", 3, plan=(8, 12, "M", 8), gates=GATES)
-    images = pictures(2, 4)
+    images = random_images(2, 4)
     variables = random_variables(model, images)
     variables["params"]["unit1"]["gate_head"]["dense"]["bias"][:] = bias
     compact = prepare(model, variables, images)
@@ -171,7 +171,7 @@ def test_a_unit_with_no_filter_on_or_all(prepare, bias):
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_a_dense_network_keeps_its_logits(calibrated):
     model = ftwt.create_model("resnet8", 5, width=0.25)
-    images = pictures(3)
+    images = random_images(3)
     variables = random_variables(model, images)
     compact = ftwt.compact(model, variables, images if calibrated else None)
     outputs, outside = compact.run(images)
@@ -182,7 +182,7 @@ def test_a_dense_network_keeps_its_logits(calibrated):
 
 def test_a_network_in_bfloat16_answers_within_its_rounding(prepare):
     model = ftwt.create_model("vgg_bn", 5, plan=(24, "M", 40), gates=PLAIN_HEADS, dtype=jnp.bfloat16)
-    images = pictures(5)
+    images = random_images(5)
     variables = random_variables(model, images)
     for head in heads_of(variables):  # No gate logit that rounding could carry over zero.
         head["kernel"][:] = 0
@@ -198,7 +198,7 @@ def test_a_network_in_bfloat16_answers_within_its_rounding(prepare):
 def test_masks_that_do_not_come_from_the_heads_are_obeyed_or_refused(masks):
     control = ftwt.GateControl(masks=masks)
     model = ftwt.create_model("vgg_bn", 5, plan=(8, 8), gates=GATES)
-    images = pictures(2, 4)
+    images = random_images(2, 4)
     variables = random_variables(model, images, never=0.5)
     try:
         logits = ftwt.compact(model, variables, images, control=control)(images).logits

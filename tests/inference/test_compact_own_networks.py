@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import ftwt_jax as ftwt
-from tests.helpers.compact import KEY, PLAIN_HEADS, assert_close, masked, pictures, random_variables
+from tests.helpers.compact import KEY, PLAIN_HEADS, assert_close, masked, random_images, random_variables
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
@@ -107,10 +107,10 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_a_users_own_network_answers_as_it_does_itself(prepare, name):
     model, options = OWN[name]
-    images = pictures(5, seed=3)
+    images = random_images(5, seed=3)
     variables = random_variables(model, images, never=0.4, **options)
     expected = masked(model, variables, images, **options)
-    compact = prepare(model, variables, pictures(8), **options)
+    compact = prepare(model, variables, random_images(8), **options)
     assert compact.plan.kept
     actual = compact(images)
     assert type(actual) is type(expected)
@@ -122,8 +122,8 @@ def test_a_users_own_network_answers_as_it_does_itself(prepare, name):
 
 def test_a_network_without_units_is_refused():
     model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu])
-    variables = model.init(KEY, pictures(1))
-    for calibration in (None, pictures(2)):
+    variables = model.init(KEY, random_images(1))
+    for calibration in (None, random_images(2)):
         with pytest.raises(ftwt.UserError) as error:
-            ftwt.compact(model, variables, calibration)(pictures(1))
+            ftwt.compact(model, variables, calibration)(random_images(1))
         assert "\n" not in str(error.value)

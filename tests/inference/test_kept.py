@@ -20,13 +20,13 @@ from tests.helpers.compact import (
     few_examples,
     heads_of,
     masked,
-    pictures,
+    random_images,
     random_variables,
 )
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
-# A network whose masks are drawn in the pictures. A channel of one colour is off in both units (-1), on in the first
+# A network whose masks are drawn in the images. A channel of one colour is off in both units (-1), on in the first
 # alone (1), or on in both (2): the first unit passes its input on, and the second one's gate asks for more than 1.5.
 FILTERS = 64
 PREPARED = 40  # Filters that calibration turns on in the first unit; half of them in the second.
@@ -93,7 +93,7 @@ def test_samples_outside_calibration_are_noticed_and_computed_rightly_all_the_sa
     share=st.sampled_from([0, 0.02, 0.5, 1]),
     only=st.sampled_from([PREPARED // 2, PREPARED, FILTERS]),
 )
-def test_any_pictures_are_answered_as_by_the_masked_network(drawable, seed, share, only):
+def test_any_images_are_answered_as_by_the_masked_network(drawable, seed, share, only):
     apply, compact = drawable
     rng = np.random.default_rng(seed)
     levels = np.where(rng.random((16, FILTERS)) < share, rng.integers(1, 3, (16, FILTERS)), -1)
@@ -128,16 +128,16 @@ NO_PICTURES = np.zeros((0, 8, 8, 3), np.float32)
 @pytest.mark.parametrize(
     "empty", [NO_PICTURES, [], iter(()), [NO_PICTURES]], ids=["array", "list", "iterator", "batch"]
 )
-def test_a_calibration_without_pictures_is_refused(empty):
+def test_a_calibration_without_images_is_refused(empty):
     model = ftwt.create_model("vgg_bn", 5, plan=(6,), gates=GATES)
     with pytest.raises(ftwt.UserError) as error:
-        ftwt.compact(model, random_variables(model, pictures(1)), empty)
+        ftwt.compact(model, random_variables(model, random_images(1)), empty)
     assert "\n" not in str(error.value)
 
 
-def test_a_single_picture_is_a_calibration():
+def test_a_single_image_is_a_calibration():
     model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
-    images = pictures(3, 4)
+    images = random_images(3, 4)
     variables = random_variables(model, images, never=0.5)
     compact = ftwt.compact(model, variables, images[:1])
     outputs, outside = compact.run(images)
@@ -147,7 +147,7 @@ def test_a_single_picture_is_a_calibration():
 
 def test_calibration_in_batches_of_any_size_is_the_same_calibration():
     model = ftwt.create_model("vgg_bn", 5, plan=(24, 8), gates=GATES)
-    images = pictures(70, 4)
+    images = random_images(70, 4)
     variables = random_variables(model, images, never=0.3)
     whole = ftwt.compact(model, variables, images, portable=True).plan
     batches = (images[start:stop] for start, stop in ((0, 6), (6, 6), (6, 70)))

@@ -208,8 +208,8 @@ def test_prediction_is_near_what_was_reached(executed):
     assert printed.index("predicted MACs reduction") < printed.index("gated ")
 
 
-def test_plots_and_pictures_are_shown(executed):
-    for name in ("estimate-code", "budgets-code", "pictures-code"):
+def test_plots_and_images_are_shown(executed):
+    for name in ("estimate-code", "budgets-code", "images-code"):
         assert executed.shown(name, "image/png"), name
 
 
@@ -226,8 +226,8 @@ def test_one_network_serves_every_budget_asked_for(executed):
         assert abs(row["macs_reduction"] - row["budget"]) < 0.03
 
 
-def test_what_pictures_cost_agrees_with_the_evaluation(executed):
-    printed = executed.printed("pictures-code")
+def test_what_images_cost_agrees_with_the_evaluation(executed):
+    printed = executed.printed("images-code")
     dense = float(re.search(r"dense: (\d+) k", printed)[1])
     costs = [float(cost) for cost in re.findall(r"^\d: (\d+) k", printed, flags=re.MULTILINE)]
     assert len(costs) == 10

@@ -150,8 +150,8 @@ def wait_for_training(cloud):
     assert cloud.trained
 
 
-SLICE = ("--zone=here", "--type=v5litepod-16", "--bucket=pictures")
-RUN = ("--config=configs/imagenet.py:resnet50", "--workdir=/mnt/pictures/a run")
+SLICE = ("--zone=here", "--type=v5litepod-16", "--bucket=images")
+RUN = ("--config=configs/imagenet.py:resnet50", "--workdir=/mnt/images/a run")
 
 
 def test_a_slice_is_made_trains_on_all_workers_and_is_deleted(cloud):
@@ -166,7 +166,7 @@ def test_a_slice_is_made_trains_on_all_workers_and_is_deleted(cloud):
     assert len(cloud.trained) == WORKERS
     ran = (cloud.folder / "ran").read_text()
     for number in range(WORKERS):
-        assert re.search(rf"worker{number} gcsfuse .*--rename-dir-limit=\d+ .* pictures /mnt/pictures\n", ran)
+        assert re.search(rf"worker{number} gcsfuse .*--rename-dir-limit=\d+ .* images /mnt/images\n", ran)
 
 
 def test_a_preempted_slice_is_made_again_as_often_as_it_takes(cloud):

@@ -119,7 +119,7 @@ def test_bottlenecks_gate_the_narrowing_and_the_3x3_convolution():
     assert {name for name, layer in block.items() if layer.gate is not None} == {"conv1", "conv2"}
 
 
-# Every name of the registry, with what it needs to be small, and the sides of pictures that its stems take.
+# Every name of the registry, with what it needs to be small, and the sides of images that its stems take.
 BUILDS = [
     *((name, {"width": 0.125} | ({"plan": (16, "M", 32)} if name == "vgg_bn" else {})) for name in REGISTRY),
     ("resnet8", {"width": 0.125}),
@@ -294,7 +294,7 @@ def test_a_vgg_of_ones_own_needs_a_plan_and_shows_one():
         ("mobilenet_v2", IMAGENET, 32),
     ],
 )
-def test_pictures_too_small_are_refused_with_the_size_to_scale_them_to(name, arch, smallest):
+def test_images_too_small_are_refused_with_the_size_to_scale_them_to(name, arch, smallest):
     model = ftwt.create_model(name, 10, GATES, **{"width": 0.125} | arch)
     outputs, _ = shapes_of(model, smallest)
     assert min(layer.positions for layer in outputs.layers) == 1
@@ -326,7 +326,7 @@ def test_images_without_a_batch_axis_are_refused_with_the_axes_to_give():
         ("mobilenet_v2", IMAGENET),
     ],
 )
-def test_pictures_of_any_other_size_are_classified(name, arch, side):
+def test_images_of_any_other_size_are_classified(name, arch, side):
     model = ftwt.create_model(name, 10, GATES, width=0.125, **arch)
     assert shapes_of(model, side)[0].logits.shape == (2, 10)
 

@@ -1,4 +1,4 @@
-"""One run of two processes with four devices each: it does what one process does, each with half of the pictures."""
+"""One run of two processes with four devices each: it does what one process does, each with half of the images."""
 
 import collections
 import contextlib
@@ -133,7 +133,7 @@ def test_two_processes_report_the_figures_of_one_and_every_step_once(together, a
     assert both[-1]["density"] < 0.99, "some gates have shut"
 
 
-def test_held_out_pictures_that_fill_no_batch_are_counted_once(together, alone):
+def test_held_out_images_that_fill_no_batch_are_counted_once(together, alone):
     both, one = together.evaluation, alone.evaluation
     assert HELD_OUT % 128
     assert both["samples"] == one["samples"] == HELD_OUT

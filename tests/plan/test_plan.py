@@ -168,7 +168,7 @@ def test_shapes_and_classes_are_known_without_the_data(config, shape, classes):
     assert run.mesh.size == 8
 
 
-def test_a_folder_of_pictures_is_described_by_the_names_in_it(tmp_path):
+def test_a_folder_of_images_is_described_by_the_names_in_it(tmp_path):
     for split in ("train", "val"):
         for name in ("bat", "cat", "rat"):
             (tmp_path / split / name).mkdir(parents=True)

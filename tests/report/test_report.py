@@ -94,7 +94,7 @@ def test_the_page_needs_nothing_else(report):
     assert (out / "index.html").stat().st_size < 3_000_000
 
 
-def test_every_picture_has_a_text_and_every_plot_lies_beside_the_page(report):
+def test_every_image_has_a_text_and_every_plot_lies_beside_the_page(report):
     _, out, page, _ = report
     images = page.attributes("img")
     assert all(image["alt"] for image in images)
@@ -105,9 +105,9 @@ def test_every_picture_has_a_text_and_every_plot_lies_beside_the_page(report):
     assert len(plots) == kinds.count("data:image/svg+xml")
     assert {"accuracy.png", "density.png", "run1_macs.png", "run1_rates.png", "run2_corruptions.png"} <= set(plots)
     for name in plots:
-        with Image.open(out / name) as picture:
-            assert min(picture.size) > 100
-            picture.verify()
+        with Image.open(out / name) as plot:
+            assert min(plot.size) > 100
+            plot.verify()
     for image in images:
         if image["src"].startswith("data:image/svg"):
             xml.etree.ElementTree.fromstring(base64.b64decode(image["src"].partition(",")[2]))
@@ -127,8 +127,8 @@ def test_names_are_escaped(report):
 def test_what_is_not_there_is_said(report):
     _, _, page, printed = report
     assert "3 dense: there is no gated network yet" in printed
-    assert "4 gone: its pictures were not looked at" in printed
-    assert "its pictures were not looked at" in page.text
+    assert "4 gone: its images were not looked at" in printed
+    assert "its images were not looked at" in page.text
     assert "There is no metrics.jsonl" in page.text
     # The networks that are there are those of the evaluations.
     assert "again`" not in printed
@@ -156,7 +156,7 @@ def test_a_config_that_no_file_leads_to_is_shown_whole(tiny_run, tmp_path):
     assert train_command(read_runs([str(run)])[0]) is None
 
 
-def test_the_work_and_the_masks_of_single_pictures_add_up_to_the_evaluation(tiny_run):
+def test_the_work_and_the_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
     folder = tiny_run[0]
     found = json.loads((folder / "evaluation.json").read_text())
     _, config = workdir.load(str(folder))
@@ -175,10 +175,10 @@ def test_the_work_and_the_masks_of_single_pictures_add_up_to_the_evaluation(tiny
 def test_filters_that_fire_together_become_neighbours():
     rng = np.random.default_rng(0)
     labels = np.arange(400) % 4
-    of_class, of_picture = labels < 2, rng.random(400) < 0.5
-    # 0 and 3 follow the class, 1 and 4 the picture; 2 is always off, 5 always on.
+    of_class, of_image = labels < 2, rng.random(400) < 0.5
+    # 0 and 3 follow the class, 1 and 4 the image; 2 is always off, 5 always on.
     always = np.ones(400, bool)
-    masks = np.stack([of_class, of_picture, ~always, of_class, ~of_picture, always], axis=1)
+    masks = np.stack([of_class, of_image, ~always, of_class, ~of_image, always], axis=1)
     found = fire_together(masks, labels, classes=5, most_classes=2)
     order = found.order.tolist()
     assert order[0] == 5

@@ -10,7 +10,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
-SECTIONS = ("summary", "accuracy", "density", "pictures", "together", "training", "corruptions", "again")
+SECTIONS = ("summary", "accuracy", "density", "images", "together", "training", "corruptions", "again")
 
 
 @pytest.fixture(scope="module")

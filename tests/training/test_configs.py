@@ -101,7 +101,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def small(folder) -> list[str]:
-    """Flags for a network that trains in seconds on the folder, read picture by picture."""
+    """Flags for a network that trains in seconds on the folder, read image by image."""
     return [
         "--config=configs/folder.py:vgg_bn",
         "--config.model.plan=(8,)",
@@ -184,7 +184,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
     assert 0 < low <= rate <= high
     assert cores == threads()
     assert abs(per_core - rate / cores) <= 1
-    assert f"1 of {PICTURES + 1} pictures cannot be decoded" in printed
+    assert f"1 of {PICTURES + 1} images cannot be decoded" in printed
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=x", "--config=configs/digits.py"], "could not convert string to float"),
         (["--input", "--config=configs/digits.py", "--workdir=w"], "leave --workdir and --arch out"),
         (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH names one"),
-        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of pictures at"),
+        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of images at"),
         (
             ["--input", "--config=configs/cifar10.py", "--config.data.data_dir=data"],
             "prepare tfds:cifar10 --data_dir=",
@@ -218,7 +218,7 @@ def test_benchmark_used_wrongly(capsys, monkeypatch, tmp_path, arguments, says):
 @pytest.mark.parametrize(
     ("command", "sign"),
     [
-        # The cut picture is met while the folder is opened: what follows is the reading.
+        # The cut image is met while the folder is opened: what follows is the reading.
         (["benchmark", "--input", "--seconds=60"], BROKEN),
         (["train", "--config.baseline.epochs=1000", "--workdir=run"], "baseline 1/"),
     ],

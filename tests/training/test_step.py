@@ -140,7 +140,7 @@ def test_heads_stand_still_after_the_cooldown_and_the_backbone_goes_on(job):
         assert (kernels[later - 1] != kernels[later]).any()
 
 
-def test_normalised_pictures_have_mean_0_and_deviation_1():
+def test_normalised_images_have_mean_0_and_deviation_1():
     images = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 2), np.uint8)
     source = ArraySource(images, np.zeros(50, np.int32))
     pixels = images / 255

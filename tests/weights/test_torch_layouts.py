@@ -204,7 +204,7 @@ def test_what_leaves_comes_in_again_equal(network, gates, seed, data):
     state = ftwt.to_torch(name, unflatten_dict(variables), 7, gates, layout=layout, **arch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ftwt.WeightsWarning)
-        # Any stem is tried under any names, also under those of pictures of another kind.
+        # Any stem is tried under any names, also under those of images of another kind.
         warnings.filterwarnings("ignore", ".* it is to run with stem=", ftwt.WeightsWarning)
         found = flatten_dict(ftwt.from_torch(name, state, 7, gates, **arch))
     assert found.keys() == variables.keys()

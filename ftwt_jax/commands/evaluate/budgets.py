@@ -28,7 +28,7 @@ class AnyBudget:
     Attributes:
       variables: as they were trained.
       r: mass threshold of the targets that its gates are compared with.
-      is_fixed: whether its masks do not depend on the picture.
+      is_fixed: whether its masks do not depend on the image.
     """
 
     run: Run
@@ -57,7 +57,7 @@ class AnyBudget:
 
 
 def any_budget(run: Run, gated: dict[str, Any], r: float, fixed: bool = False) -> AnyBudget:
-    """Prepares a gated network of a run; `fixed`: its masks do not depend on the picture."""
+    """Prepares a gated network of a run; `fixed`: its masks do not depend on the image."""
     return AnyBudget(run, gated, r, run.calibrator(gated, r, fixed), fixed)
 
 
@@ -113,7 +113,7 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
 
 
 def _table(result: dict[str, Any], run: Run) -> Table:
-    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures; "
+    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out images; "
     table = Table(title=escape(f"{title}dense accuracy {result['dense_accuracy']:.4f}"))
     for heading in ("budget", "accuracy", "MACs reduction", "published", "fixed masks", "MACs reduction", "offset"):
         table.add_column(heading, justify="right")

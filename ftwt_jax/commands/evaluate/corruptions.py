@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 
 def evaluate_corruptions(folder: str, best: bool, source: str | None, console: Console) -> dict[str, Any]:
-    """The ordinary evaluation of a workdir, then that on corrupted pictures.
+    """The ordinary evaluation of a workdir, then that on corrupted images.
 
     Args:
       best: the checkpoint of highest accuracy, not the newest.
@@ -47,7 +47,7 @@ def evaluate_corruptions(folder: str, best: bool, source: str | None, console: C
         `tfds:cifar10_corrupted`.
 
     Raises:
-      UserError: `source` is no such set, or its pictures or classes are not the network's.
+      UserError: `source` is no such set, or its images or classes are not the network's.
     """
     path, config = workdir.load(folder)
     run = make_run(config, path)
@@ -66,7 +66,7 @@ def applied(run: Run) -> list[Setting]:
 
 
 def prepared(run: Run, source: str) -> list[Setting]:
-    """What is prepared of a TFDS set of corrupted pictures."""
+    """What is prepared of a TFDS set of corrupted images."""
     # They are of the network's size already, and nothing is cut off them.
     whole = dataclasses.replace(run.dataset, resized_crop=False)
 
@@ -80,13 +80,13 @@ def corrupted_batches(run: Run, corruption: str, severity: int) -> Iterator[Batc
     """The held-out split, this process's share of it, corrupted; see `eval_batches`."""
     for number, batch in enumerate(run.test_batches()):
         share = len(batch["label"])
-        # A picture's place in the whole split, whoever reads it.
+        # An image's place in the whole split, whoever reads it.
         places = (number * jax.process_count() + jax.process_index()) * share + np.arange(share)
         yield batch | {"image": corrupt_batch(batch["image"], corruption, severity, run.config.seed, places)}
 
 
 def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, best: bool = False) -> dict[str, Any]:
-    """Evaluates the dense and the gated network on clean pictures and in every setting.
+    """Evaluates the dense and the gated network on clean images and in every setting.
 
     Prints a table and writes `corruptions.json`. Without a gated network, `accuracy` is the baseline's and `density`
     null, as in `evaluation.json`. In a mean, every corruption counts the same.
@@ -97,7 +97,7 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
     in_memory = source != APPLIED or isinstance(run.dataset.test, ArraySource)
 
     def row(setting: Setting) -> Row:
-        # Both networks are given the same pictures, which are corrupted only once where they are few and small.
+        # Both networks are given the same images, which are corrupted only once where they are few and small.
         kept = list(setting.batches()) if in_memory else None
 
         def evaluation(stage: str, variables: Any) -> Evaluation:
@@ -156,7 +156,7 @@ def table(result: dict[str, Any], run: Run) -> Table:
     """A row per corruption and severity, and their means."""
     what = run.config.data.name if result["source"] == APPLIED else result["source"]
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
-    title = f"{run.config.model.name} on corrupted pictures, {what}, {result['samples']} held-out pictures{best}"
+    title = f"{run.config.model.name} on corrupted images, {what}, {result['samples']} held-out images{best}"
     found = Table(title=escape(title))
     is_gated = result["rows"][0]["density"] is not None
     gates = ("accuracy\ngated", "density", "MACs\nreduction") if is_gated else ()

@@ -9,7 +9,7 @@ from rich.table import Table
 from ftwt_jax import workdir
 from ftwt_jax.commands.estimate import known_estimate
 from ftwt_jax.commands.evaluate.budgets import any_budget
-from ftwt_jax.parallel.processes import together
+from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
@@ -68,8 +68,8 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
 
 
 def count_skipped(run: Run) -> None:
-    """Tells every process which pictures the others have skipped."""
-    run.dataset.skipped.merge(together(run.dataset.skipped.names))
+    """Tells every process which images the others have skipped."""
+    run.dataset.skipped.merge(all_gather(run.dataset.skipped.names))
 
 
 def _count(macs: float) -> str:
@@ -81,7 +81,7 @@ def _count(macs: float) -> str:
 
 def unit_table(found: Evaluation) -> Table:
     """A row per layer: name, channels, density, MACs before and after, reduction."""
-    table = Table(title="MACs per picture, exact convention")
+    table = Table(title="MACs per image, exact convention")
     table.add_column("unit")
     for heading in ("channels", "density", "MACs before", "MACs after", "reduction"):
         table.add_column(heading, justify="right")
@@ -100,7 +100,7 @@ def unit_table(found: Evaluation) -> Table:
 def summary_table(result: dict[str, Any], run: Run) -> Table:
     """What was saved, and what it cost."""
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
-    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out pictures{best}"
+    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out images{best}"
     table = Table(title=escape(title))
     is_gated = result["gate_accuracy"] is not None
     for heading in ("", "dense", "gated") if is_gated else ("", "dense"):

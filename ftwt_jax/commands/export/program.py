@@ -31,11 +31,11 @@ def export_program(
 ) -> pathlib.Path:
     """Writes a workdir's network as StableHLO with its weights, for cpu, cuda and tpu.
 
-    The program takes pictures uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns
+    The program takes images uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns
     logits float32 [N, classes]. N is open, or 1 if `compacted`.
 
     Args:
-      compacted: leave out filters as `compact` does, calibrated on training pictures, for one picture at a time.
+      compacted: leave out filters as `compact` does, calibrated on training images, for one image at a time.
       baseline: the dense baseline instead of the gated network.
       budget: MACs reduction to bring the gates to; None: as they were trained.
 
@@ -60,17 +60,17 @@ def export_program(
         network = fold(subject.gated, subject.gated_variables)
     network(subject.held_out[:1])
 
-    def program(pictures: Array) -> Array:
-        return network(subject.normalize(pictures)).logits
+    def program(images: Array) -> Array:
+        return network(subject.normalize(images)).logits
 
     samples: Any = 1 if compacted else export.symbolic_shape("samples")[0]
-    pictures = jax.ShapeDtypeStruct((samples, *subject.held_out.shape[1:]), jnp.uint8)
-    exported = export.export(jax.jit(program), platforms=PLATFORMS)(pictures)
+    images = jax.ShapeDtypeStruct((samples, *subject.held_out.shape[1:]), jnp.uint8)
+    exported = export.export(jax.jit(program), platforms=PLATFORMS)(images)
     try:
         with written_whole(target) as temporary:
             temporary.write_bytes(exported.serialize())
     except OSError as error:
         raise UserError(f"cannot write {target}: {one_line(error)}") from None
-    kind = "dense" if baseline else "compact, one picture at a time" if compacted else "gated, masked"
+    kind = "dense" if baseline else "compact, one image at a time" if compacted else "gated, masked"
     say(console, f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: now in {target}")
     return target

@@ -1,4 +1,4 @@
-"""Decoding of picture files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; the rest by Pillow."""
+"""Decoding of image files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; the rest by Pillow."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from ftwt_jax.errors import one_line
 GREY = 1
 # What may be opened: Pillow knows other formats, some of which run programs of their own.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# A JPEG with several pictures, as some cameras write it, counts as its first.
+# A JPEG with several images, as some cameras write it, counts as its first.
 JPEGS = ("JPEG", "MPO")
 # Scales at which libjpeg-turbo decodes with less work.
 REDUCTIONS = (8, 4, 2)
@@ -22,19 +22,19 @@ _ORIENTATIONS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3,
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-class BrokenPictureError(Exception):
-    """A picture that cannot be decoded; the message says why."""
+class BrokenImageError(Exception):
+    """An image that cannot be decoded; the message says why."""
 
 
-class Picture:
-    """A picture whose size is known, upright, and whose pixels are decoded when they are asked for.
+class LazyImage:
+    """An image whose size is known, upright, and whose pixels are decoded when they are asked for.
 
     Args:
       image: uint8 [H, W, channels], the bytes of a file, or its path.
       channels: 1 for grey, 3 for RGB; whatever the file has is converted. Transparency is dropped.
 
     Raises:
-      BrokenPictureError: there is no picture.
+      BrokenImageError: there is no image.
     """
 
     def __init__(self, image: np.ndarray | bytes | pathlib.Path, channels: int):
@@ -60,7 +60,7 @@ class Picture:
                     height, width = self._pixels.shape[:2]
             except Exception as error:
                 # Codecs fail in as many ways as files do.
-                raise BrokenPictureError(_reason(error)) from None
+                raise BrokenImageError(_reason(error)) from None
         self._stored = height, width
 
     @property
@@ -70,14 +70,14 @@ class Picture:
         return (width, height) if self._turns % 2 else (height, width)
 
     def pixels(self, reduction: int = 1, fast: bool = False) -> np.ndarray:
-        """The picture, uint8 [H, W, channels].
+        """The image, uint8 [H, W, channels].
 
         Args:
           reduction: 1, 2, 4 or 8: a JPEG may be decoded at this fraction of its size; others come whole.
           fast: spread a JPEG's colours over its pixels the quick way, without smoothing: good enough to train on.
 
         Raises:
-          BrokenPictureError: the file is cut off or damaged.
+          BrokenImageError: the file is cut off or damaged.
         """
         if self._encoded is None:
             assert self._pixels is not None
@@ -92,7 +92,7 @@ class Picture:
                 # What strict decoding refuses may still be whole.
                 pixels = _to_array(Image.open(io.BytesIO(self._encoded)), self._channels)
         except Exception as error:
-            raise BrokenPictureError(_reason(error)) from None
+            raise BrokenImageError(_reason(error)) from None
         pixels = np.rot90(pixels, self._turns)
         return pixels[:, ::-1] if self._mirrored else pixels
 
@@ -115,5 +115,5 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no picture"
+        return "no image"
     return one_line(error)

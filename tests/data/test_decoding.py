@@ -1,4 +1,4 @@
-"""Pictures of every kind come upright, as uint8 of the wanted channels; damaged ones are refused by one exception."""
+"""Images of every kind come upright, as uint8 of the wanted channels; damaged ones are refused by one exception."""
 
 import contextlib
 import struct
@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ftwt_jax.data.pictures import REDUCTIONS, BrokenPictureError, Picture
+from ftwt_jax.data.decoding import REDUCTIONS, BrokenImageError, LazyImage
 from ftwt_jax.data.views import random_view
-from tests.helpers.pictures import (
+from tests.helpers.images import (
     ORIENTATIONS,
     PROPERTIES,
     assert_close,
@@ -27,8 +27,8 @@ from tests.helpers.pictures import (
 )
 
 
-def palette_picture() -> tuple[Image.Image, np.ndarray]:
-    """A picture of 5 colours, and its colours pixel by pixel."""
+def palette_image() -> tuple[Image.Image, np.ndarray]:
+    """An image of 5 colours, and its colours pixel by pixel."""
     colours, indices = noise(1, 5)[0], np.random.default_rng(1).integers(0, 5, (7, 11), np.uint8)
     image = Image.fromarray(indices)
     image.putpalette(colours.tobytes())
@@ -42,7 +42,7 @@ def lossless_files() -> dict[str, tuple[bytes, np.ndarray]]:
     deep = np.random.default_rng(3).integers(0, 2**16, (7, 11), np.uint16)
     deep_colour = np.random.default_rng(4).integers(0, 2**16, (7, 11, 3), np.uint16)
     bits = shades > 127
-    palette, palette_colours = palette_picture()
+    palette, palette_colours = palette_image()
 
     def three(values: np.ndarray) -> np.ndarray:
         return np.repeat(values.astype(np.uint8)[..., None], 3, axis=-1)
@@ -129,11 +129,11 @@ def test_a_jpeg_of_printing_colours_keeps_them(channels):
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_comes_upright(kind, orientation):
+def test_a_image_comes_upright(kind, orientation):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(smooth(34, 53), kind, orientation, **options)
     wanted = np.asarray(pillow_upright(data))
-    assert Picture(data, 3).size == wanted.shape[:2]
+    assert LazyImage(data, 3).size == wanted.shape[:2]
     most = 4 if kind == "JPEG" else 0
     assert_close(decoded(data), wanted, most, most)
     # Greys of a JPEG are those it holds, not those of its rounded colours.
@@ -141,18 +141,18 @@ def test_a_picture_comes_upright(kind, orientation):
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_reduced_picture_comes_upright_and_its_size_stays_that_of_the_whole(orientation):
+def test_a_reduced_image_comes_upright_and_its_size_stays_that_of_the_whole(orientation):
     data = encoded(smooth(34, 53), "JPEG", orientation, quality=95)
     wanted = pillow_upright(data)
-    picture = Picture(data, 3)
-    found = picture.pixels(2)
-    assert picture.size == (wanted.height, wanted.width)
+    lazy = LazyImage(data, 3)
+    found = lazy.pixels(2)
+    assert lazy.size == (wanted.height, wanted.width)
     assert found.shape == (-(-wanted.height // 2), -(-wanted.width // 2), 3)
     assert_close(found, np.asarray(wanted.reduce(2)), most=16, on_average=3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_note_on_the_orientation_spoils_no_picture(kind):
+def test_a_damaged_note_on_the_orientation_spoils_no_image(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(smooth(34, 53), kind, exif=b"Exif\0\0no directory", **options)
     np.testing.assert_array_equal(decoded(data), decoded(encoded(smooth(34, 53), kind, **options)))
@@ -172,15 +172,15 @@ def test_a_jpeg_that_only_a_strict_decoder_refuses_is_decoded(orientation, chann
     odd = before + b"\0\0\0" + mark + after
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(odd)
-    assert Picture(odd, channels).size == Picture(data, channels).size
+    assert LazyImage(odd, channels).size == LazyImage(data, channels).size
     assert_close(decoded(odd, channels), decoded(data, channels), most=4, on_average=1)
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\0", b"This is no picture.\n" * 40, b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]
+    "data", [b"", b"\0", b"This is no image.\n" * 40, b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]
 )
-def test_what_is_no_picture_is_refused(data):
-    with pytest.raises(BrokenPictureError) as caught:
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(BrokenImageError) as caught:
         decoded(data)
     assert str(caught.value)
     assert "\n" not in str(caught.value)
@@ -199,14 +199,14 @@ def claiming(data: bytes, height: int, width: int) -> bytes:
 def test_a_file_that_claims_to_be_vast_is_refused_before_memory_is_taken(kind):
     data = encoded(smooth(9, 13), kind)
     assert claiming(data, 9, 13) == data
-    with pytest.raises(BrokenPictureError, match="exceeds limit"):
+    with pytest.raises(BrokenImageError, match="exceeds limit"):
         decoded(claiming(data, 60_000, 60_000))
 
 
 def test_a_png_with_a_broken_part_is_refused():
     data = encoded(noise(90, 120), "PNG")
     start = data.rindex(b"IDAT")
-    with pytest.raises(BrokenPictureError):
+    with pytest.raises(BrokenImageError):
         decoded(data[:start] + b"\1\2\3\4" + data[start + 4 :])
 
 
@@ -215,22 +215,22 @@ def test_a_png_with_a_broken_part_is_refused():
 def test_a_file_cut_off_is_refused(kind, share):
     data = WHOLE[kind]
     for channels in (1, 3):
-        with pytest.raises(BrokenPictureError):
+        with pytest.raises(BrokenImageError):
             decoded(data[: int(share * len(data))], channels)
 
 
 def test_a_file_cut_off_is_refused_at_every_scale():
     data = encoded(noise(90, 120), "JPEG")
     for reduction in (1, *REDUCTIONS):
-        with pytest.raises(BrokenPictureError):
-            Picture(data[: len(data) * 3 // 4], 3).pixels(reduction)
+        with pytest.raises(BrokenImageError):
+            LazyImage(data[: len(data) * 3 // 4], 3).pixels(reduction)
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_garbage_in_the_middle_gives_a_picture_or_the_one_exception(kind):
+def test_garbage_in_the_middle_gives_a_image_or_the_one_exception(kind):
     data = bytearray(WHOLE[kind])
     data[len(data) // 2 : len(data) // 2 + 20] = b"\xa5" * 20
-    with contextlib.suppress(BrokenPictureError):
+    with contextlib.suppress(BrokenImageError):
         assert decoded(bytes(data)).shape == decoded(WHOLE[kind]).shape
 
 
@@ -242,16 +242,16 @@ def test_garbage_in_the_middle_gives_a_picture_or_the_one_exception(kind):
     channels=st.sampled_from([1, 3]),
     reduction=st.sampled_from([1, *REDUCTIONS]),
 )
-def test_no_damage_gives_anything_but_a_picture_or_the_one_exception(kind, length, flips, channels, reduction):
+def test_no_damage_gives_anything_but_a_image_or_the_one_exception(kind, length, flips, channels, reduction):
     data = bytearray(WHOLE[kind])
     for place, change in flips:
         data[int(place * len(data))] ^= change
     if length is not None:
         data = data[: int(length * len(data))]
-    with contextlib.suppress(BrokenPictureError):
+    with contextlib.suppress(BrokenImageError):
         decoded(bytes(data), channels, reduction)
-        picture = Picture(bytes(data), channels)
-        assert random_view(picture, 8, True, np.random.default_rng(0)).shape == (8, 8, channels)
+        lazy = LazyImage(bytes(data), channels)
+        assert random_view(lazy, 8, True, np.random.default_rng(0)).shape == (8, 8, channels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

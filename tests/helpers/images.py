@@ -1,4 +1,4 @@
-"""Pictures that tests are made of, and what Pillow makes of them."""
+"""Images that tests are made of, and what Pillow makes of them."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import settings
 from PIL import ExifTags, Image, ImageOps
 
-from ftwt_jax.data.pictures import Picture
+from ftwt_jax.data.decoding import LazyImage
 
 PROPERTIES = settings(max_examples=100, deadline=None)
 ORIENTATIONS = range(1, 9)
@@ -35,9 +35,9 @@ def encoded(image: np.ndarray | Image.Image, kind: str, orientation: int | None 
 
 def decoded(data: bytes | np.ndarray, channels: int = 3, reduction: int = 1) -> np.ndarray:
     """The pixels, after it was checked that they are what was announced."""
-    picture = Picture(data, channels)
-    height, width = picture.size
-    pixels = picture.pixels(reduction)
+    lazy = LazyImage(data, channels)
+    height, width = lazy.size
+    pixels = lazy.pixels(reduction)
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert pixels.shape[-1] == channels

@@ -1,4 +1,4 @@
-"""What becomes of pictures that cannot be decoded: named once, left out, counted; too many end the run."""
+"""What becomes of images that cannot be decoded: named once, left out, counted; too many end the run."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from tests.helpers.folders import (
     load,
     refused,
     spoil,
-    warned_of_pictures,
-    write_picture,
+    warned_of_images,
+    write_image,
     write_splits,
     write_tree,
 )
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("augment", ["crop", "none", "resized_crop"])
-@pytest.mark.parametrize("damage", ["no picture", "empty", "cut off", "cut-off JPEG"])
+@pytest.mark.parametrize("damage", ["no image", "empty", "cut off", "cut-off JPEG"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_one_broken_picture_of_120_is_skipped_with_one_warning_and_counted(tmp_path, augment, damage, split):
+def test_one_broken_image_of_120_is_skipped_with_one_warning_and_counted(tmp_path, augment, damage, split):
     write_splits(tmp_path, each=30)
     broken = tmp_path / split / "bee" / "004.png"
     if damage == "cut-off JPEG":
@@ -45,8 +45,8 @@ def test_one_broken_picture_of_120_is_skipped_with_one_warning_and_counted(tmp_p
         data = broken.read_bytes()
         broken.write_bytes(data[: len(data) * 9 // 10] if damage == "cut-off JPEG" else data[: len(data) // 2])
     else:
-        broken.write_bytes(GARBAGE if damage == "no picture" else b"")
-    with warned_of_pictures(tmp_path) as warned:
+        broken.write_bytes(GARBAGE if damage == "no image" else b"")
+    with warned_of_images(tmp_path) as warned:
         dataset = load(tmp_path, augment=augment)
         trained = next(train_batches(dataset, 60, seed=0))
         evaluated = list(eval_batches(dataset, dataset.test, 60))
@@ -54,7 +54,7 @@ def test_one_broken_picture_of_120_is_skipped_with_one_warning_and_counted(tmp_p
     assert str(broken) in warned[0]
     assert "\n" not in warned[0]
     assert dataset.skipped.names == (str(broken),)
-    assert dataset.skipped.summary() == "1 of 120 pictures cannot be decoded and were skipped"
+    assert dataset.skipped.summary() == "1 of 120 images cannot be decoded and were skipped"
     sizes = {name: 59 if name == split else 60 for name in SPLITS}
     assert (len(dataset.train), len(dataset.test)) == tuple(sizes.values())
     labels = {"train": trained["label"][: sizes["train"]], "val": evaluated[0]["label"][: sizes["val"]]}
@@ -64,13 +64,13 @@ def test_one_broken_picture_of_120_is_skipped_with_one_warning_and_counted(tmp_p
     assert evaluated[0]["weight"].sum() == sizes["val"]
 
 
-def test_pictures_keep_their_labels_where_one_before_them_is_skipped(tmp_path):
+def test_images_keep_their_labels_where_one_before_them_is_skipped(tmp_path):
     for split in SPLITS:
         write_tree(tmp_path / split, [f"{number:02}" for number in range(60)], each=1, first=100)
-    write_picture(tmp_path / "train/07/more.png", 107)
+    write_image(tmp_path / "train/07/more.png", 107)
     spoil(tmp_path, ["train/07/000.png"])
     for augment in ("crop", "resized_crop"):
-        with warned_of_pictures(tmp_path) as warned:
+        with warned_of_images(tmp_path) as warned:
             dataset = load(tmp_path, augment=augment)
         assert len(warned) == 1
         batch = next(train_batches(dataset, 60, seed=0))
@@ -79,27 +79,27 @@ def test_pictures_keep_their_labels_where_one_before_them_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("augment", ["crop", "resized_crop"])
-def test_more_than_a_hundredth_of_broken_pictures_is_refused_with_their_names(tmp_path, augment):
+def test_more_than_a_hundredth_of_broken_images_is_refused_with_their_names(tmp_path, augment):
     write_splits(tmp_path, each=25)
     names = ["train/ant/007.png", "val/bee/011.png"]
     spoil(tmp_path, names)
     error = refused(tmp_path, augment=augment)
-    assert "2 of 100 pictures" in error
+    assert "2 of 100 images" in error
     assert "1%" in error
     assert all(str(tmp_path / name) in error for name in names)
 
 
 @pytest.mark.parametrize("augment", ["crop", "resized_crop"])
-def test_exactly_a_hundredth_of_broken_pictures_is_skipped(tmp_path, augment):
+def test_exactly_a_hundredth_of_broken_images_is_skipped(tmp_path, augment):
     write_splits(tmp_path, each=50)
     spoil(tmp_path, ["train/ant/007.png", "val/bee/011.png"])
-    with warned_of_pictures(tmp_path) as warned:
+    with warned_of_images(tmp_path) as warned:
         dataset = load(tmp_path, augment=augment)
     assert len(warned) == len(dataset.skipped.names) == 2
 
 
 def test_nothing_is_skipped_where_nothing_is_broken(tmp_path):
-    with warned_of_pictures(tmp_path) as warned:
+    with warned_of_images(tmp_path) as warned:
         dataset = load(write_splits(tmp_path))
     assert not warned
     assert dataset.skipped.names == ()
@@ -107,17 +107,17 @@ def test_nothing_is_skipped_where_nothing_is_broken(tmp_path):
 
 @pytest.fixture
 def breaking_later(tmp_path) -> tuple[Dataset, pathlib.Path]:
-    """60 pictures to train on, the same to evaluate, each of a shade of its own, and all whole so far; their folder."""
+    """60 images to train on, the same to evaluate, each of a shade of its own, and all whole so far; their folder."""
     write_tree(tmp_path / "train", each=30, first=100)
     write_tree(tmp_path / "val", each=30, first=100)
     dataset = load(tmp_path, augment="resized_crop")
     return dataset, tmp_path
 
 
-def test_training_goes_on_with_another_picture_where_one_breaks_later(breaking_later):
+def test_training_goes_on_with_another_image_where_one_breaks_later(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["train/ant/004.png"])
-    with warned_of_pictures(root) as warned:
+    with warned_of_images(root) as warned:
         batches = train_batches(dataset, 10, seed=0)
         epochs = [[next(batches) for _ in range(6)] for _ in range(3)]
     assert len(warned) == 1
@@ -132,18 +132,18 @@ def test_training_goes_on_with_another_picture_where_one_breaks_later(breaking_l
         np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in epoch]), index // 30)
 
 
-def test_the_last_picture_too_has_one_that_stands_in_for_it(breaking_later):
+def test_the_last_image_too_has_one_that_stands_in_for_it(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["train/bee/029.png"])
-    with warned_of_pictures(root):
+    with warned_of_images(root):
         batches = train_batches(dataset, 60, seed=0)
         assert sorted(next(batches)["index"]) == sorted([0, *range(59)])
 
 
-def test_evaluation_gives_no_weight_to_a_picture_that_breaks_later(breaking_later):
+def test_evaluation_gives_no_weight_to_a_image_that_breaks_later(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["val/ant/004.png"])
-    with warned_of_pictures(root) as warned:
+    with warned_of_images(root) as warned:
         for _ in range(2):
             batches = list(eval_batches(dataset, dataset.test, 32))
             weights = np.concatenate([batch["weight"] for batch in batches])
@@ -155,11 +155,11 @@ def test_evaluation_gives_no_weight_to_a_picture_that_breaks_later(breaking_late
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_too_many_pictures_that_break_later_end_the_run(breaking_later, split):
+def test_too_many_images_that_break_later_end_the_run(breaking_later, split):
     dataset, root = breaking_later
     spoil(root, [f"{split}/ant/004.png", f"{split}/bee/011.png"])
     batches = train_batches(dataset, 60, seed=0) if split == "train" else eval_batches(dataset, dataset.test, 60)
-    with warned_of_pictures(root), pytest.raises(UserError, match=r"2 of 120 .* more than 1%"):
+    with warned_of_images(root), pytest.raises(UserError, match=r"2 of 120 .* more than 1%"):
         next(batches)
 
 
@@ -174,9 +174,9 @@ def test_a_file_that_cannot_be_opened_is_skipped_like_a_broken_one(tmp_path, aug
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished run on a folder of pictures: what it read, where it wrote and what it printed."""
+    """A finished run on a folder of images: what it read, where it wrote and what it printed."""
 
-    pictures: pathlib.Path
+    images: pathlib.Path
     broken: pathlib.Path
     workdir: pathlib.Path
     out: str
@@ -191,15 +191,15 @@ def quick(program) -> Program:
 
 @pytest.fixture(scope="module")
 def trained(quick, tmp_path_factory) -> Trained:
-    pictures, workdir = tmp_path_factory.mktemp("animals"), tmp_path_factory.mktemp("runs") / "run"
+    images, workdir = tmp_path_factory.mktemp("animals"), tmp_path_factory.mktemp("runs") / "run"
     for split, each in (("train", 52), ("val", 10)):
-        write_tree(pictures / split, each=each)
-    broken = pictures / "train/bee/041.png"
+        write_tree(images / split, each=each)
+    broken = images / "train/bee/041.png"
     broken.write_bytes(GARBAGE)
     process = quick.start(
         "train",
         "--config=configs/folder.py:resnet8",
-        f"--config.data.name=folder:{pictures}",
+        f"--config.data.name=folder:{images}",
         "--config.data.augment=crop",
         "--config.data.image_size=16",
         "--config.model.stem=cifar",
@@ -212,15 +212,15 @@ def trained(quick, tmp_path_factory) -> Trained:
     )
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, f"{out}\n{err}"
-    return Trained(pictures, broken, workdir, out, err)
+    return Trained(images, broken, workdir, out, err)
 
 
-def test_training_on_a_folder_names_the_broken_picture_once_and_counts_it(trained):
+def test_training_on_a_folder_names_the_broken_image_once_and_counts_it(trained):
     lines = [line for line in trained.err.splitlines() if trained.broken.name in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"ftwt: warning: {trained.broken} cannot be decoded")
-    assert "103 pictures to train on, 20 held out, 2 classes" in trained.out
-    assert trained.out.count("1 of 124 pictures cannot be decoded and were skipped") == 1
+    assert "103 images to train on, 20 held out, 2 classes" in trained.out
+    assert trained.out.count("1 of 124 images cannot be decoded and were skipped") == 1
     result = json.loads((trained.workdir / "evaluation.json").read_text())
     assert result["skipped"] == [str(trained.broken)]
     assert result["samples"] == 20
@@ -241,13 +241,13 @@ def test_a_checkpoint_holds_what_the_network_must_know_of_its_data(trained, stag
 
 def test_a_network_is_not_evaluated_on_classes_it_was_not_trained_on(trained, quick):
     for split in SPLITS:
-        (trained.pictures / split / "bee").rename(trained.pictures / split / "wasp")
+        (trained.images / split / "bee").rename(trained.images / split / "wasp")
     try:
         process = quick.start("evaluate", f"--workdir={trained.workdir}", stdout=subprocess.DEVNULL)
         error = process.communicate(timeout=600)[1]
     finally:
         for split in SPLITS:
-            (trained.pictures / split / "wasp").rename(trained.pictures / split / "bee")
+            (trained.images / split / "wasp").rename(trained.images / split / "bee")
     assert process.returncode == 2, error
     (line,) = [line for line in error.splitlines() if line.startswith("ftwt: error: ")]
     assert "'bee' there, 'wasp' here" in line
