@@ -24,7 +24,7 @@ LARGEST_OFFSET = 1e3
 ROUNDS = 3
 # Closer to the budget than one set of images is to another.
 CLOSE = 3e-3
-_UNREACHABLE = "no offset of the gates gives a MACs reduction of {budget}: this network can be cut by {least} to {most}"
+UNREACHABLE = "no offset of the gates gives a MACs reduction of {budget}: this network can be cut by {least} to {most}"
 
 
 class Calibration:
@@ -60,7 +60,7 @@ class CalibratedNetwork:
         batches = calibration.batches[: 1 if is_fixed else None]
         evaluator = self._run.evaluator(GATED)
         self._search = BudgetSearch(
-            lambda offset: evaluator.run(variables, batches, r, offset), -LARGEST_OFFSET, LARGEST_OFFSET, _UNREACHABLE
+            lambda offset: evaluator.run(variables, batches, r, offset), -LARGEST_OFFSET, LARGEST_OFFSET, UNREACHABLE
         )
 
     def measure(self, offset: float = 0.0) -> Evaluation:
@@ -75,15 +75,7 @@ class CalibratedNetwork:
 
     def offset(self, budget: float) -> float:
         """The offset whose exact MACs reduction is `budget`; raises `UserError` if none reaches it."""
-        # Doubling steps bracket the budget first, since a useful offset is a small part of the whole range.
-        step = 1.0 if self.measure().macs_reduction > budget else -1.0
-        while (
-            not self._search.has(budget)
-            and abs(step) < LARGEST_OFFSET
-            and (self.measure(step).macs_reduction > budget) == (step > 0)
-        ):
-            step *= 2
-        return self._search.solve(budget)[0]
+        return self._search.solve(budget, near=0.0)[0]
 
     def at(self, budget: float) -> dict[str, Any]:
         """The variables at a budget: gates shifted and batch statistics measured in turns, until both agree.

@@ -7,6 +7,7 @@ they learn; so trained gates are calibrated to the prediction (`calibrate`).
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import check_r
 from ftwt_jax.parallel.processes import barrier, broadcast
 from ftwt_jax.printing import say
-from ftwt_jax.training.evaluator import Evaluation
+from ftwt_jax.training.evaluator import Evaluation, Evaluator
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import GATED
 from ftwt_jax.workdir import ESTIMATE
@@ -35,14 +36,18 @@ class Estimator:
     """Predicts the MACs reduction for any r.
 
     Args:
+      evaluator: of the gated network, with `masks="targets"`.
       variables: of the dense network.
+      batches: training images without augmentation, as `eval_batches` gives them.
     """
 
-    def __init__(self, calibration: Calibration, variables: Any):
-        evaluator = calibration.run.evaluator(GATED, masks="targets")
-        self._search = BudgetSearch(
-            lambda r: evaluator.run(variables, calibration.batches, r), SMALLEST_R, 1.0, _UNREACHABLE
-        )
+    def __init__(self, evaluator: Evaluator, variables: Any, batches: Sequence[dict[str, Any]]):
+        self._search = BudgetSearch(lambda r: evaluator.run(variables, batches, r), SMALLEST_R, 1.0, _UNREACHABLE)
+
+    @classmethod
+    def of(cls, calibration: Calibration, variables: Any) -> "Estimator":
+        """The estimator of a run's dense network with these variables."""
+        return cls(calibration.run.evaluator(GATED, masks="targets"), variables, calibration.batches)
 
     def predict(self, r: float) -> Evaluation:
         """The figures at mass threshold `r`, in (0, 1]; accuracy is that of the dense network under the targets."""
@@ -67,7 +72,7 @@ def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[
     if broadcast(path.exists()):
         entry = read_estimate(run.workdir)
     else:
-        estimator = Estimator(calibration, baseline)
+        estimator = Estimator.of(calibration, baseline)
         found = (gates.r, estimator.predict(gates.r)) if gates.budget is None else estimator.solve(gates.budget)
         entry = estimate_entry(*found)
         workdir.write_json(path, entry)

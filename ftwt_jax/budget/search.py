@@ -34,18 +34,32 @@ class BudgetSearch:
         """Whether one of the evaluations so far is within the tolerance of a budget."""
         return bool(self._known) and self._error(self._nearest(budget), budget) <= TOLERANCE
 
-    def solve(self, budget: float) -> tuple[float, Evaluation]:
+    def solve(self, budget: float, near: float | None = None) -> tuple[float, Evaluation]:
         """The value whose exact MACs reduction is within 0.001 of `budget`, and the evaluation there.
 
         Where the reduction falls in steps (few filters, or some that no image activates) the nearest value is taken.
 
+        Args:
+          near: a value that the answer is probably close to; doubling steps from there are tried before the ends.
+
         Raises:
           UserError: the budget is not in (0, 1), or no value reaches it; the message gives the range of reductions.
         """
+        if budget not in self._solved and near is not None:
+            self._step_from(near, budget)
         if budget not in self._solved:
             self._solved[budget] = self._solve(budget)
         value = self._solved[budget]
         return value, self._known[value]
+
+    def _step_from(self, start: float, budget: float) -> None:
+        step = 1.0 if self.at(start).macs_reduction > budget else -1.0
+        while (
+            not self.has(budget)
+            and self._low < start + step < self._high
+            and (self.at(start + step).macs_reduction > budget) == (step > 0)
+        ):
+            step *= 2
 
     def _solve(self, budget: float) -> float:
         if not 0 < budget < 1:

@@ -65,7 +65,7 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     """
     run = load_run(folder)
     path, config = run.workdir, run.config
-    estimator = Estimator(Calibration(run), run.trained(BASELINE))
+    estimator = Estimator.of(Calibration(run), run.trained(BASELINE))
     if rs is None and budget is None:
         budget = config.gates.budget
     if budget is not None:
