@@ -255,9 +255,7 @@ def _set_field(config: ConfigDict, path: list[str], name: str, text: str) -> Non
     field = path[-1]
     before = _child(node, field)
     if isinstance(before, ConfigDict):
-        raise UserError(
-            f"--{name} is a section: set one of its fields, {', '.join(f'--{name}.{key}' for key in before)}"
-        )
+        raise UserError(f"--{name} is a section: set its fields, such as --{name}.{next(iter(before))}")
     values, arguments = flags.FlagValues(), ["ftwt", f"--{name}={text}"]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)

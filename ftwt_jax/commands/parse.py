@@ -10,6 +10,8 @@ from ftwt_jax.commands import COMMANDS
 from ftwt_jax.commands.command import Arguments, Command
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
+# What flags of a type take, for messages.
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "True or False"}
 HELP = ("--help", "-help", "-h", "--helpfull")
 
 
@@ -44,6 +46,8 @@ def parse(name: str, arguments: list[str]) -> Arguments | None:
         words = tuple(values([name, *others])[1:])
     except flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, values, command) from None
+    except flags.IllegalFlagValueError as error:
+        raise _bad_value(error, values) from None
     except flags.Error as error:
         raise UserError(one_line(error)) from None
     operand = command.operand
@@ -81,6 +85,17 @@ def _unknown_flag(name: str, values: flags.FlagValues, command: Command) -> User
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}? " if near else ""
     return UserError(f"unknown flag --{name}; {hint}known: {', '.join(f'--{flag}' for flag in sorted(known))}")
+
+
+def _bad_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -> UserError:
+    # "flag --seconds=x: could not convert string to float: 'x'"
+    name, equals, rest = one_line(error).removeprefix("flag --").partition("=")
+    if not equals or name not in values:
+        return UserError(one_line(error))
+    flag, value = values[name], rest.partition(": ")[0]
+    choices = getattr(flag.parser, "enum_values", None)
+    wanted = f"one of {', '.join(choices)}" if choices else _KINDS.get(flag.flag_type())
+    return UserError(f"--{name} takes {wanted}; got {value!r}" if wanted else one_line(error))
 
 
 def _field_names() -> set[str]:

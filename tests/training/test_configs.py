@@ -194,8 +194,8 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=0", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=-1", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=nan", "--config=configs/digits.py"], "--seconds is how long to measure"),
-        (["--input", "--seconds=x", "--config=configs/digits.py"], "could not convert string to float"),
-        (["--input", "--config=configs/digits.py", "--workdir=w"], "leave --workdir and --arch out"),
+        (["--input", "--seconds=x", "--config=configs/digits.py"], "--seconds takes a number; got 'x'"),
+        (["--input", "--config=configs/digits.py", "--workdir=w"], "drop --workdir and --arch"),
         (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH names one"),
         (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of images at"),
         (
