@@ -14,8 +14,8 @@ from ftwt_jax.commands.evaluate.budgets import CURVE
 from ftwt_jax.commands.evaluate.corruptions import FILE as CORRUPTIONS
 from ftwt_jax.commands.evaluate.held_out import EVALUATION
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.training.progress import METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
+from ftwt_jax.workdir.metrics import METRICS
 
 Row = dict[str, Any]
 # Fields that must be numbers, and those that are null where there is no gated network.

@@ -21,12 +21,13 @@ from ftwt_jax.gating.transfer import init_from_dense
 from ftwt_jax.parallel.processes import Preempted, Preemption
 from ftwt_jax.parallel.sharding import put_batch, put_whole, replicated
 from ftwt_jax.printing import say
-from ftwt_jax.training.progress import MetricsWriter, ProgressDisplay, Stopwatch
+from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
 from ftwt_jax.training.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
 from ftwt_jax.training.stage import Stage, make_stage
 from ftwt_jax.training.step import TrainState, create_state
 from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint, set_damaged_aside
 from ftwt_jax.workdir.environment import record_environment
+from ftwt_jax.workdir.metrics import MetricsWriter
 
 Variables = dict[str, Any]
 # What a dense network is trained with.
