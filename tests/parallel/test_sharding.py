@@ -96,7 +96,7 @@ def strangers(text: str, network: str, stage: str, kinds=("all-reduce",)):
         sizes = of_one | {n * size for n in (PICTURES // DEVICES, PICTURES) for size in {1, unit.out_features, *of_one}}
         assert not sizes & known, f"maps or masks of {unit.name} cannot be told from parameters"
 
-    found = collectives.collectives(hlo.parse(text))
+    found = collectives.find_collectives(hlo.parse(text))
     assert len(found) == len(re.findall(rf"^ +(?:ROOT )?%?\S+ = .*? {COLLECTIVE}\(", text, flags=re.MULTILINE))
     exchanged = [(one.kind, one.times, array) for one in found for array in one.arrays]
     strange = [(kind, array) for kind, _, array in exchanged if kind not in kinds or array.size not in known]
