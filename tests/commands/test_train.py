@@ -336,4 +336,4 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 def test_a_batch_that_the_devices_cannot_share_is_refused(program, tmp_path):
     two = dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": FLAG})
     odd = two.run("train", *TINY, f"--workdir={tmp_path / 'odd'}", "--config.batch_size=127", status=2)
-    assert "config.batch_size=127 must be a positive multiple of the number of devices, 2" in odd
+    assert "config.batch_size=127 must be a positive multiple of 2, the number of devices" in odd
