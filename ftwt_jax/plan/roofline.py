@@ -18,7 +18,7 @@ from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.plan.collectives import Collective
 
 GIB = 2**30
-# Latency in seconds from a chip to its neighbour.
+# Latency in seconds from a chip to its neighbor.
 HOP = 1e-6
 _LITE_SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")

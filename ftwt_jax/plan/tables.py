@@ -36,7 +36,7 @@ def print_plan(result: dict[str, Any], tpu_slice: Slice, console: Console) -> No
         table.add_row(name, *_times(step["bound"]), step["bound"]["limit"])
     _show(table, console)
     first = next(iter(steps))
-    title = f"The {first} step on other slices, with the same batch per chip"
+    title = f"Lower bound for the {first} step on slices of other sizes, with the same batch per chip"
     table = _table(title, "\nslice", "\nchips", "\nbatch", *columns, "\nefficiency")
     for row in steps[first]["growth"]:
         size = row["topology"], str(row["chips"]), f"{row['batch_size']:,}"

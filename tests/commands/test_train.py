@@ -180,13 +180,13 @@ def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path,
 # Notes which examples each step is given, then runs the program.
 RECORDING = """
 import json, sys
-from ftwt_jax import train
+from ftwt_jax.training import loop
 from ftwt_jax.__main__ import main
-put_batch, log = train.put_batch, open(sys.argv[1], "a")
+put_batch, log = loop.put_batch, open(sys.argv[1], "a")
 def recording(batch, mesh):
     print(json.dumps(batch["index"].tolist()), file=log, flush=True)
     return put_batch(batch, mesh)
-train.put_batch = recording
+loop.put_batch = recording
 sys.exit(main(sys.argv[2:]))
 """
 

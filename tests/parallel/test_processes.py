@@ -16,8 +16,8 @@ import pytest
 
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
-from ftwt_jax.parallel import processes as distributed
-from ftwt_jax.training import loop as train
+from ftwt_jax.parallel import processes
+from ftwt_jax.training import loop
 from ftwt_jax.training.run import BASELINE, GATED, make_run
 from ftwt_jax.training.stage import make_stage
 from tests.conftest import TINY, Program, fails, read_metrics
@@ -39,14 +39,14 @@ DIVIDED = (*RUN, "--config.gates.epochs=0", "--config.shard_optimizer=True")
 # Runs two commands in a row, and records in FOLDER which images each process receives.
 RECORDING = """
 import json, os, sys
-from ftwt_jax import train
+from ftwt_jax.training import loop
 from ftwt_jax.__main__ import main
 folder, *commands = map(json.loads, sys.argv[1:])
-put_batch, log = train.put_batch, open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a")
+put_batch, log = loop.put_batch, open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a")
 def recording(batch, mesh):
     print(json.dumps(batch["index"].tolist()), file=log, flush=True)
     return put_batch(batch, mesh)
-train.put_batch = recording
+loop.put_batch = recording
 sys.exit(max([main(command) for command in commands]))
 """
 
@@ -92,9 +92,9 @@ def together(program, tmp_path_factory):
     }
     commands = [[*RUN, f"--workdir={folder / 'run'}"], [*DIVIDED, f"--workdir={folder / 'divided'}"]]
     recording = Recording(program.cwd, program.environment | settings)
-    with two_processes(recording, *map(json.dumps, [str(folder), *commands])) as processes:
-        outputs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    with two_processes(recording, *map(json.dumps, [str(folder), *commands])) as started:
+        outputs = [process.communicate(timeout=400) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
     rows = [[json.loads(row) for row in (folder / str(index)).read_text().splitlines()] for index in range(2)]
     images = [np.array(log[: len(STAGES) * STEPS]) for log in rows]
     return Trained(folder / "run", [printed for printed, _ in outputs], images)
@@ -106,12 +106,12 @@ def alone(quick_compilation, tmp_path_factory):
     assert jax.device_count() == 1
     workdir, received, printed = tmp_path_factory.mktemp("alone") / "run", [], io.StringIO()
 
-    def recording(batch, mesh, put_batch=train.put_batch):
+    def recording(batch, mesh, put_batch=loop.put_batch):
         received.append(batch["index"])
         return put_batch(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(train, "put_batch", recording)
+        patch.setattr(loop, "put_batch", recording)
         assert main([*RUN, f"--workdir={workdir}"]) == 0
     return Trained(workdir, [printed.getvalue()], [np.array(received)])
 
@@ -183,7 +183,7 @@ def test_one_process_continues_from_a_sharded_optimizer_of_two(together, alone, 
     assert_close(divided.state(BASELINE), alone.state(BASELINE), 1e-5)
 
 
-COMPLETE = {distributed.ADDRESS: "localhost:1", distributed.COUNT: "2", distributed.INDEX: "1"}
+COMPLETE = {processes.ADDRESS: "localhost:1", processes.COUNT: "2", processes.INDEX: "1"}
 
 
 @pytest.fixture
@@ -204,12 +204,12 @@ def surroundings(monkeypatch):
 
 def test_a_process_joins_the_run_that_its_variables_describe(surroundings):
     attempts = surroundings(**COMPLETE)
-    distributed.join()
+    processes.join()
     (given,) = attempts
     assert (given["coordinator_address"], given["num_processes"], given["process_id"]) == ("localhost:1", 2, 1)
 
 
-@pytest.mark.parametrize("missing", [distributed.ADDRESS, distributed.COUNT, distributed.INDEX])
+@pytest.mark.parametrize("missing", [processes.ADDRESS, processes.COUNT, processes.INDEX])
 def test_a_missing_variable_is_named(surroundings, capsys, tmp_path, missing):
     attempts = surroundings(**{name: value for name, value in COMPLETE.items() if name != missing})
     error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}")
@@ -221,15 +221,15 @@ def test_a_missing_variable_is_named(surroundings, capsys, tmp_path, missing):
 
 @pytest.mark.parametrize("index", ["2", "-1", "first"])
 def test_an_index_out_of_range_is_refused(surroundings, capsys, tmp_path, index):
-    attempts = surroundings(**COMPLETE | {distributed.INDEX: index})
+    attempts = surroundings(**COMPLETE | {processes.INDEX: index})
     error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}")
-    assert distributed.INDEX in error
+    assert processes.INDEX in error
     assert repr(index) in error
     assert attempts == []
 
 
 @pytest.mark.parametrize(
-    ("given", "flags"), [({}, ()), (COMPLETE, ("--nodistributed",)), ({distributed.COUNT: "2"}, ("--nodistributed",))]
+    ("given", "flags"), [({}, ()), (COMPLETE, ("--nodistributed",)), ({processes.COUNT: "2"}, ("--nodistributed",))]
 )
 def test_a_single_process_joins_no_other(surroundings, capsys, tmp_path, given, flags):
     attempts = surroundings(**given)
