@@ -15,8 +15,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import ftwt_jax as ftwt
+from ftwt_jax import config as configs
 from ftwt_jax.__main__ import main
 from ftwt_jax.inference import native
 from ftwt_jax.inference.compact import CompactNetwork
@@ -114,6 +116,11 @@ def prepare(request, quick_compilation):
         return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
 
     return compacted
+
+
+def config_of(arguments: list[str]) -> ConfigDict:
+    """The config that a command line asks for."""
+    return configs.read(configs.split_flags(arguments)[0])
 
 
 def fails(capsys, *arguments: str) -> str:

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from ftwt_jax.commands.parse import parse
-from tests.conftest import ROOT, readme_blocks
+from tests.conftest import ROOT, config_of, readme_blocks
 
 README = (ROOT / "README.md").read_text()
 
@@ -75,7 +74,7 @@ def test_python_in_the_readme_runs(block):
 
 @pytest.mark.parametrize("flags", sorted(set(re.findall(r"`(--config=\S+:\S+ --config[^`]*)`", README))))
 def test_flags_in_the_readme_are_understood(flags):
-    config = parse("train", ["--workdir=DIR", *flags.split()]).config
+    config = config_of(["--workdir=DIR", *flags.split()])
     for path, value in re.findall(r"--config\.(\S+)=(\S+)", flags):
         found = config
         for key in path.split("."):

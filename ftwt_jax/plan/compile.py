@@ -1,4 +1,4 @@
-"""The command `plan`: what a config's training step needs on a TPU slice that you need not have.
+"""A config's training step, compiled for a TPU slice that you need not have.
 
 The step that training runs is compiled ahead of time for the slice, by Google's TPU compiler. The compiled program
 gives its memory, floating point operations, HBM traffic and collectives; with the published peaks of the chips, these
@@ -9,29 +9,23 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from ftwt_jax import workdir
 from ftwt_jax.data.described import describe_dataset
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.plan import hlo
 from ftwt_jax.plan.collectives import OTHER, Collective, find_collectives
 from ftwt_jax.plan.cost import count_flops, count_traffic
-from ftwt_jax.plan.roofline import GIB, Bound, Slice, compute_bound, list_slices, parse_slice
-from ftwt_jax.plan.tables import print_plan
-from ftwt_jax.printing import say
-from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.plan.roofline import GIB, Bound, Slice, compute_bound
+from ftwt_jax.training.run import BASELINE, Run, make_run
 from ftwt_jax.training.stage import make_stage
 
-PLAN = "plan.json"
 # A machine with a TPU sets these. On any other, libtpu would ask the network for them, and print warnings.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -102,45 +96,13 @@ class Step:
         return sorted(found.values(), key=lambda group: -group["bytes"])
 
 
-def plan(
-    config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: pathlib.Path | None = None
-) -> dict[str, Any]:
-    """Compiles the gated and the dense training step for a slice; prints what they need and how fast they can be.
-
-    Args:
-      topology: the slice, such as v5e:16x16.
-      num_classes: number of classes, for a data set that is not on this machine and whose description is unknown.
-      out: file to write the figures to, as JSON.
-
-    Returns:
-      The figures, as written to `out`.
-
-    Raises:
-      UserError: the slice does not exist, its compiler is not installed, the config cannot work there, or a step does
-        not fit into the memory of the chips.
-    """
-    tpu_slice = parse_slice(topology)
-    run = make_run_on(config, tpu_slice, num_classes)
-    steps = []
-    for name in (GATED, BASELINE) if config.gates.epochs > 0 else (BASELINE,):
-        with console.status(f"compiling the {_step_name(name)} step for {tpu_slice.size} chips; this can take minutes"):
-            steps.append(compile_step(run, name, tpu_slice))
-    result = _result(config, tpu_slice, steps)
-    print_plan(result, tpu_slice, console)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(out, result)
-        say(console, f"wrote {out}")
-    return result
-
-
 def make_run_on(config: ConfigDict, tpu_slice: Slice, num_classes: int | None = None) -> Run:
     """A run on a slice that need not exist here, with data that need not either: it can only be compiled."""
     # The little that is computed on the way must not occupy a TPU that somebody trains on.
     jax.config.update("jax_platforms", "cpu")
     mesh = data_mesh(find_devices(tpu_slice))
     dataset = describe_dataset(num_classes=num_classes, **config.data)
-    return make_run(config, pathlib.Path(os.devnull) / "plan", mesh, dataset)
+    return make_run(config, mesh=mesh, dataset=dataset)
 
 
 @functools.cache
@@ -200,61 +162,16 @@ def _explain_refusal(error: Exception, name: str, tpu_slice: Slice) -> UserError
     sizes = [float(number) * _UNITS[unit] for number, unit in re.findall(r"\b([\d.]+)([KMGT])i?B?\b", text)]
     if "RESOURCE_EXHAUSTED" in text and len(sizes) > 1:
         return _too_large(name, tpu_slice, sizes[0], sizes[1])
-    return UserError(f"cannot compile the {_step_name(name)} step for {tpu_slice}: {text[:600]}")
+    return UserError(f"cannot compile the {label(name)} step for {tpu_slice}: {text[:600]}")
 
 
 def _too_large(name: str, tpu_slice: Slice, needed: float, available: float) -> UserError:
     return UserError(
-        f"the {_step_name(name)} step does not fit on {tpu_slice}: it needs {needed / GIB:.2f} GiB per chip, "
+        f"the {label(name)} step does not fit on {tpu_slice}: it needs {needed / GIB:.2f} GiB per chip, "
         f"and a chip has {available / GIB:.2f} GiB; {REMEDY}"
     )
 
 
-def _step_name(name: str) -> str:
+def label(name: str) -> str:
+    """The name of a stage's step in tables and messages."""
     return "dense" if name == BASELINE else name
-
-
-def _result(config: ConfigDict, tpu_slice: Slice, steps: list[Step]) -> dict[str, Any]:
-    """All figures that are printed, as JSON data: times in seconds, sizes in bytes, shares in [0, 1]."""
-    batch = config.batch_size // tpu_slice.size
-
-    def timed(step: Step, other: Slice) -> dict[str, Any]:
-        found = step.compute_bound(other)
-        return {
-            "topology": str(other),
-            "chips": other.size,
-            "batch_size": batch * other.size,
-            "compute_s": found.compute,
-            "hbm_s": found.memory,
-            "interconnect_s": found.interconnect,
-            "step_s": found.step,
-            "images_per_second": batch * other.size / found.step,
-            "limit": found.limit,
-            "efficiency": found.efficiency,
-        }
-
-    return {
-        "arch": config.model.name,
-        "dtype": config.model.dtype,
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-        "topology": str(tpu_slice),
-        "chips": tpu_slice.size,
-        "hbm_bytes": tpu_slice.chip.memory,
-        "steps": {
-            _step_name(step.name): {
-                "argument_bytes": step.arguments,
-                "output_bytes": step.outputs,
-                "temporary_bytes": step.temporaries,
-                "program_bytes": step.program,
-                "memory_bytes": step.memory,
-                "flops": step.flops,
-                "hbm_traffic_bytes": step.traffic,
-                "accessed_bytes": step.accessed,
-                "collectives": step.group_collectives(),
-                "bound": timed(step, tpu_slice),
-                "growth": [timed(step, other) for other in list_slices(tpu_slice)],
-            }
-            for step in steps
-        },
-    }

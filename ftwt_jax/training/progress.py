@@ -14,7 +14,7 @@ from ftwt_jax.workdir.metrics import Scalars
 
 
 class _Figures(ProgressColumn):
-    """The newest figures beside the bar."""
+    """The latest figures beside the bar."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"])

@@ -12,9 +12,9 @@ from tensorboardX.summary import scalar
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.parallel.processes import is_first
+from ftwt_jax.workdir import METRICS
 
 Scalars = dict[str, float]
-METRICS = "metrics.jsonl"
 
 
 def rewind(path: pathlib.Path, stage: str, step: int) -> None:

@@ -18,7 +18,8 @@ from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
-from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import Program, fails
 from tests.data.test_tfds import command_in, python
 from tests.helpers.processes import two_processes
@@ -179,7 +180,7 @@ def test_without_gates_their_figures_are_left_out(program, tiny_run, swept, tmp_
 
 def test_the_whole_sweep_compiles_each_network_once(tiny_run, tmp_path):
     path, config = workdirs.load(str(copied(tiny_run, tmp_path)))
-    run = make_run(config, path)
+    run = open_run(config, path)
     sweep(run, applied(run), "applied", Console(quiet=True))
     for stage in (BASELINE, GATED):
         assert run.evaluator(stage)._step._cache_size() == 1
@@ -189,7 +190,7 @@ def test_the_whole_sweep_compiles_each_network_once(tiny_run, tmp_path):
 def test_figures_do_not_depend_on_the_batch_size(tiny_run, swept, tmp_path, batch_size):
     path, config = workdirs.load(str(copied(tiny_run, tmp_path)))
     config.eval_batch_size = batch_size
-    run = make_run(config, path)
+    run = open_run(config, path)
     hardest = [setting for setting in applied(run) if setting.severity == 5]
     found, wanted = by_setting(sweep(run, hardest, "applied", Console(quiet=True))), by_setting(swept.result)
     assert len(found) == 6
@@ -203,7 +204,7 @@ def test_images_that_are_read_as_they_are_needed_are_corrupted_like_those_in_mem
     streamed = dataclasses.replace(data, test=Selection(data.test, np.arange(HELD_OUT)), resized_crop=True)
     seen = np.concatenate([batch["image"] for batch in eval_batches(streamed, streamed.test, 150)])
     held = dataclasses.replace(data, test=ArraySource(seen, data.test.labels))
-    found, wanted = (make_run(config, path, dataset=dataset) for dataset in (streamed, held))
+    found, wanted = (open_run(config, path, dataset=dataset) for dataset in (streamed, held))
     found, wanted = (sweep(run, applied(run)[4::5], "applied", Console(quiet=True))["rows"] for run in (found, wanted))
     assert len(found) == 6
     for row, same in zip(found, wanted, strict=True):

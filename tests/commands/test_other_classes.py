@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from tests.conftest import fails, read_metrics
 from tests.helpers import torch_networks as theirs
 from tests.helpers.weight_files import (

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.digits import get_config
 from ftwt_jax import workdir as workdirs
-from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir.integrity import write_list
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
@@ -46,7 +47,7 @@ KEYS = {
 
 def variables(workdir: pathlib.Path, stage: str):
     path, config = workdirs.load(str(workdir))
-    return jax.device_get(make_run(config, path).trained(stage))
+    return jax.device_get(open_run(config, path).trained(stage))
 
 
 def assert_same(a, b):
@@ -257,11 +258,11 @@ def test_a_network_is_given_images_normalised_as_in_training(tiny_run, tmp_path)
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     path, config = workdirs.load(str(workdir))
-    mean = make_run(config, path).dataset.mean[0]
+    mean = open_run(config, path).dataset.mean[0]
     edit_kept_data(workdir, BASELINE, f'"mean": [{mean}]', '"mean": [0.125]')
-    assert make_run(config, path).dataset.mean == [0.125]
+    assert open_run(config, path).dataset.mean == [0.125]
     config.init_from = str(workdir)
-    assert make_run(config, tmp_path / "new").dataset.mean == [0.125]
+    assert open_run(config, tmp_path / "new").dataset.mean == [0.125]
 
 
 def reached(workdir: pathlib.Path, stage: str, step: int) -> bool:

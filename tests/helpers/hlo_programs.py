@@ -75,18 +75,19 @@ def convolutions(devices):
 
 def steps(devices, wanted):
     """The gated training step of a small VGG; the same in parts, and with the optimizer's state divided."""
-    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.config import read
     from ftwt_jax.parallel.sharding import data_mesh
-    from ftwt_jax.training.run import GATED, make_run
+    from ftwt_jax.training.run import make_run
+    from ftwt_jax.training.settings import GATED
     from ftwt_jax.training.stage import make_stage
 
     found = {}
     for name in wanted:
-        config = parse("train", ["--config=configs/digits.py"]).config
+        config = read(["--config=configs/digits.py"])
         config.model.plan = (FILTERS[0], "M", FILTERS[1])
         config.batch_size = SHARE * DEVICES
         config.update(STEPS[name])
-        run = make_run(config, pathlib.Path(os.devnull) / "nowhere", data_mesh(devices))
+        run = make_run(config, mesh=data_mesh(devices))
         stage = make_stage(run, GATED)
         found[name] = stage.step.lower(stage.state, stage.batch, stage.control)
     return found

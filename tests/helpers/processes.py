@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.commands.test_train import assert_same, variables
 from tests.conftest import Program, read_metrics
 

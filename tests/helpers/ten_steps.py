@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import sys
 from unittest import mock
@@ -39,12 +38,12 @@ PROGRAMS = {
 
 def make(flags=TEN_STEPS, **changes):
     """A run on all devices that there are."""
-    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.config import read
     from ftwt_jax.training.run import make_run
 
-    config = parse("train", list(flags)).config
+    config = read(flags)
     config.update(changes)
-    return make_run(config, pathlib.Path(os.devnull) / "nowhere")
+    return make_run(config)
 
 
 @contextlib.contextmanager
@@ -102,7 +101,7 @@ def assert_close(ours, theirs, tolerance):
 
 def results(variants):
     """Name, numbers, step and last state of the baseline, then of the gates in these variants."""
-    from ftwt_jax.training.run import BASELINE, GATED
+    from ftwt_jax.training.settings import BASELINE, GATED
 
     yield BASELINE, *ten_steps(make(), BASELINE)
     for variant in variants:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ftwt_jax.__main__ import main
 from ftwt_jax.parallel.sharding import data_mesh, replicated
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.workdir.checkpoints import Checkpoints
 from tests.helpers import torch_networks as theirs
 

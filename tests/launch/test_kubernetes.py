@@ -115,7 +115,7 @@ def test_the_workdir_is_on_the_shared_volume_and_the_command_is_valid(jobset):
     values = parse("train", container["args"])
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
-    assert os.path.dirname(values.workdir) == mount["mountPath"]
+    assert os.path.dirname(values.flags.workdir) == mount["mountPath"]
 
 
 def test_with_the_lines_for_a_tpu_it_fits_the_schema_too(jobset):

@@ -18,7 +18,8 @@ from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
 from ftwt_jax.parallel import processes
 from ftwt_jax.training import loop
-from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.training.stage import make_stage
 from tests.conftest import TINY, Program, fails, read_metrics
 from tests.helpers.processes import two_processes
@@ -76,7 +77,7 @@ class Trained:
     def state(self, stage: str) -> dict[str, np.ndarray]:
         """Every array of the newest checkpoint: network, optimizer and step."""
         path, config = workdirs.load(str(self.workdir))
-        run = make_run(config, path)
+        run = open_run(config, path)
         with contextlib.closing(run.checkpoints(stage)) as checkpoints:
             return named(checkpoints.restore(make_stage(run, stage).state))
 

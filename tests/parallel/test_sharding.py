@@ -18,7 +18,7 @@ from ftwt_jax.data.augment import make_augment
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.units import GatedUnit
 from ftwt_jax.plan import collectives, hlo
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.training.stage import make_stage
 from tests.conftest import ROOT, fails
 from tests.helpers.ten_steps import (

@@ -7,12 +7,11 @@ import json
 import jax
 import pytest
 
-from ftwt_jax.commands.parse import parse
 from ftwt_jax.plan.collectives import GRADIENTS, METRICS, STATISTICS
 from ftwt_jax.plan.compile import compile_step, make_run_on
 from ftwt_jax.plan.roofline import CHIPS, parse_slice
-from ftwt_jax.training.run import BASELINE, GATED
-from tests.conftest import fails, needs_libtpu
+from ftwt_jax.training.settings import BASELINE, GATED
+from tests.conftest import config_of, fails, needs_libtpu
 
 SMALL = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=128")
 DIGITS = ("plan", *SMALL)
@@ -20,7 +19,7 @@ pytestmark = [pytest.mark.long, needs_libtpu]
 
 
 def step(topology: str, *flags: str, name: str = GATED):
-    config = parse("plan", [*SMALL, *flags]).config
+    config = config_of([*SMALL, *flags])
     where = parse_slice(topology)
     return compile_step(make_run_on(config, where, num_classes=10), name, where)
 
@@ -162,7 +161,7 @@ def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
 )
 def test_shapes_and_classes_are_known_without_the_data(config, shape, classes):
     where = parse_slice("v5e:2x4")
-    run = make_run_on(parse("plan", [f"--config={config}"]).config, where)
+    run = make_run_on(config_of([f"--config={config}"]), where)
     assert run.dataset.image_shape == shape
     assert run.dataset.num_classes == classes
     assert run.mesh.size == 8
@@ -172,7 +171,7 @@ def test_a_folder_of_images_is_described_by_the_names_in_it(tmp_path):
     for split in ("train", "val"):
         for name in ("bat", "cat", "rat"):
             (tmp_path / split / name).mkdir(parents=True)
-    config = parse("plan", ["--config=configs/folder.py:resnet18", f"--config.data.name=folder:{tmp_path}"]).config
+    config = config_of(["--config=configs/folder.py:resnet18", f"--config.data.name=folder:{tmp_path}"])
     run = make_run_on(config, parse_slice("v5e:2x2"))
     assert (run.dataset.num_classes, run.dataset.image_shape) == (3, (224, 224, 3))
     assert len(jax.tree.leaves(run.abstract_variables(GATED))) > 0

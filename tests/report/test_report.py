@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.parse import parse
 from ftwt_jax.report.co_activation import average_blocks, measure_co_activation
 from ftwt_jax.report.images import measure_images
 from ftwt_jax.report.reproduce import train_command
 from ftwt_jax.report.runs import read_runs
-from ftwt_jax.training.run import make_run
-from tests.conftest import fails
+from ftwt_jax.training.run import open_run
+from tests.conftest import config_of, fails
 from tests.helpers.reports import MOVED, STRANGE, change_json, copies
 
 
@@ -143,7 +142,7 @@ def test_the_command_on_the_page_has_the_config_of_the_run(report):
         words = shlex.split(command.replace("\\\n", ""))
         assert words[:4] == ["python", "-m", "ftwt_jax", "train"]
         assert words[-1] == f"--workdir={run}"
-        config = parse("train", words[4:]).config
+        config = config_of(words[4:])
         assert workdir.as_dict(config) == json.loads((run / "config.json").read_text())
     assert any("--corruptions" in block for block in page.blocks)
     assert any("--budgets=0.6,0.3" in block for block in page.blocks)
@@ -160,7 +159,7 @@ def test_macs_and_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
     folder = tiny_run[0]
     found = json.loads((folder / "evaluation.json").read_text())
     _, config = workdir.load(str(folder))
-    run = make_run(ConfigDict(config), folder)
+    run = open_run(ConfigDict(config), folder)
     measured = measure_images(run, best=False)
     assert len(measured.macs) == found["samples"] == 450
     assert 1 - measured.macs.mean() / measured.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir.checkpoints import DAMAGED, set_damaged_aside
 from ftwt_jax.workdir.integrity import LIST, damage, write_list
 from tests.conftest import TINY, TINY_STEPS, fails

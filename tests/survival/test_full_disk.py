@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.workdir.integrity import LIST
 from tests.commands.test_train import reached
 from tests.conftest import TINY, fails, read_metrics

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ftwt_jax.parallel.processes import PREEMPTED
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.commands.test_train import reached
 from tests.conftest import TINY, TINY_STEPS
 from tests.helpers.processes import STAGES, assert_ends_like, being_written, figures, newest, wait_until, went_on

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ftwt_jax.parallel.processes import LOST, PREEMPTED
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from tests.commands.test_train import FLAG, reached
 from tests.conftest import TINY, read_metrics
 from tests.helpers.processes import evaluation, newest, two_processes, wait_until, went_on

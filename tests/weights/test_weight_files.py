@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import ROOT, fails
 from tests.helpers import torch_networks as theirs
 from tests.helpers.weight_files import contents, convert, save, tensors, variables

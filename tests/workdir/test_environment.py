@@ -8,7 +8,8 @@ import pytest
 
 import ftwt_jax.workdir.environment as environments
 from ftwt_jax.errors import UserError
-from ftwt_jax.workdir.environment import FILE, environment, record_environment, recorded_environments
+from ftwt_jax.workdir import ENVIRONMENT as FILE
+from ftwt_jax.workdir.environment import environment, record_environment, recorded_environments
 
 
 def test_versions_and_devices_are_those_of_this_process():
