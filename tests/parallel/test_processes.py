@@ -235,5 +235,5 @@ def test_an_index_out_of_range_is_refused(surroundings, capsys, tmp_path, index)
 def test_a_single_process_joins_no_other(surroundings, capsys, tmp_path, given, flags):
     attempts = surroundings(**given)
     error = fails(capsys, "evaluate", f"--workdir={tmp_path / 'none'}", *flags)
-    assert "no such workdir" in error
+    assert "there is no workdir" in error
     assert attempts == []

@@ -214,13 +214,13 @@ def test_runs_with_the_same_name_get_longer_names(tiny_run, tmp_path):
     ("change", "says"),
     [
         ((lambda run: (run / "evaluation.json").unlink()), "run `python -m ftwt_jax evaluate --workdir="),
-        ((lambda run: (run / "evaluation.json").write_text('{"acc')), "evaluation.json cannot be read"),
+        ((lambda run: (run / "evaluation.json").write_text('{"acc')), "cannot read the evaluation in"),
         ((lambda run: (run / "evaluation.json").write_text("[]")), "evaluation.json lacks accuracy, dense_accuracy"),
         ((lambda run: change_json(run / "evaluation.json", density=[0.5])), "lacks units and density"),
         ((lambda run: change_json(run / "evaluation.json", dynamic_filters="many")), "lacks dynamic_filters"),
         ((lambda run: (run / "budgets.json").write_text('{"rows": [{"budget": 1}]}')), "write it again with `evaluate"),
-        ((lambda run: (run / "corruptions.json").write_text("x")), "corruptions.json cannot be read"),
-        ((lambda run: (run / "config.json").unlink()), "no run's config at"),
+        ((lambda run: (run / "corruptions.json").write_text("x")), "cannot read the table in"),
+        ((lambda run: (run / "config.json").unlink()), "holds no run"),
     ],
 )
 def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):
@@ -233,7 +233,7 @@ def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):
 def test_misuse(capsys, tiny_run, tmp_path):
     run = str(tiny_run[0])
     assert "report takes one dir or more, such as workdirs/digits; got none" in fails(capsys, "report")
-    assert "no such workdir" in fails(capsys, "report", str(tmp_path / "missing"))
+    assert "there is no workdir" in fails(capsys, "report", str(tmp_path / "missing"))
     unit = json.loads((tiny_run[0] / "evaluation.json").read_text())["units"][1]
     assert f"did you mean {unit!r}" in fails(capsys, "report", run, f"--unit={unit}x", f"--out={tmp_path / 'r'}")
     (tmp_path / "file").write_text("")

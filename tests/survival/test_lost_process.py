@@ -122,7 +122,7 @@ def test_a_run_continues_with_another_number_of_processes_and_devices(disturbed,
 # The process that fails, the workdir of both, a further flag of the second one, and words of the message.
 MISTAKES = {
     "the first cannot write": (0, "file/run", "--workdir={}/run", "cannot write to the workdir"),
-    "the second has another workdir": (1, "run", "--workdir={}/elsewhere", "this one does not see it"),
+    "the second has another workdir": (1, "run", "--workdir={}/elsewhere", "this process cannot see it"),
     "the second has another batch size": (1, "run", "--config.batch_size=127", "config.batch_size=127"),
 }
 
