@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax.commands.command import Arguments, Command, define_workdir
-from ftwt_jax.plan.compile import Step, compile_step, label, planned_run
-from ftwt_jax.plan.roofline import Slice, parse_slice, slices_up_to
+from ftwt_jax.plan.compile import Step, compile_step, label, make_run_on
+from ftwt_jax.plan.roofline import Slice, list_slices, parse_slice
 from ftwt_jax.plan.tables import print_plan
 from ftwt_jax.printing import say
 from ftwt_jax.training.settings import BASELINE, GATED
@@ -40,25 +40,28 @@ COMMAND = Command(_define, run, takes_config=True)
 def plan(
     config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: pathlib.Path | None = None
 ) -> dict[str, Any]:
-    """Compiles the gated and the dense training step for a slice, and prints what they need and how fast they can be.
+    """Compiles the gated and the dense training step for a slice; prints what they need and how fast they can be.
 
     Args:
       topology: the slice, such as v5e:16x16.
-      num_classes: of a data set that is not here and says nothing of itself.
-      out: file to write the figures into, as JSON.
+      num_classes: number of classes, for a data set that is not on this machine and whose description is unknown.
+      out: file to write the figures to, as JSON.
+
+    Returns:
+      The figures, as written to `out`.
 
     Raises:
-      UserError: no such slice, no compiler for it, a config that cannot work there, or one that does not fit into the
-        chips' memory.
+      UserError: the slice does not exist, its compiler is not installed, the config cannot work there, or a step does
+        not fit into the memory of the chips.
     """
-    where = parse_slice(topology)
-    run = planned_run(config, where, num_classes)
+    tpu_slice = parse_slice(topology)
+    run = make_run_on(config, tpu_slice, num_classes)
     steps = []
     for name in (GATED, BASELINE) if config.gates.epochs > 0 else (BASELINE,):
-        with console.status(f"compiling the {label(name)} step for {where.size} chips; this can take minutes"):
-            steps.append(compile_step(run, name, where))
-    result = _result(config, where, steps)
-    print_plan(result, where, console)
+        with console.status(f"compiling the {label(name)} step for {tpu_slice.size} chips; this can take minutes"):
+            steps.append(compile_step(run, name, tpu_slice))
+    result = _result(config, tpu_slice, steps)
+    print_plan(result, tpu_slice, console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
@@ -66,21 +69,21 @@ def plan(
     return result
 
 
-def _result(config: ConfigDict, where: Slice, steps: list[Step]) -> dict[str, Any]:
-    """Everything that is printed, as JSON data; seconds, bytes, and shares."""
-    batch = config.batch_size // where.size
+def _result(config: ConfigDict, tpu_slice: Slice, steps: list[Step]) -> dict[str, Any]:
+    """All figures that are printed, as JSON data: times in seconds, sizes in bytes, shares in [0, 1]."""
+    batch = config.batch_size // tpu_slice.size
 
-    def timed(step: Step, place: Slice) -> dict[str, Any]:
-        found = step.bound(place)
+    def timed(step: Step, other: Slice) -> dict[str, Any]:
+        found = step.compute_bound(other)
         return {
-            "topology": str(place),
-            "chips": place.size,
-            "batch_size": batch * place.size,
+            "topology": str(other),
+            "chips": other.size,
+            "batch_size": batch * other.size,
             "compute_s": found.compute,
             "hbm_s": found.memory,
             "interconnect_s": found.interconnect,
             "step_s": found.step,
-            "images_per_second": batch * place.size / found.step,
+            "images_per_second": batch * other.size / found.step,
             "limit": found.limit,
             "efficiency": found.efficiency,
         }
@@ -90,9 +93,9 @@ def _result(config: ConfigDict, where: Slice, steps: list[Step]) -> dict[str, An
         "dtype": config.model.dtype,
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
-        "topology": str(where),
-        "chips": where.size,
-        "hbm_bytes": where.chip.memory,
+        "topology": str(tpu_slice),
+        "chips": tpu_slice.size,
+        "hbm_bytes": tpu_slice.chip.memory,
         "steps": {
             label(step.name): {
                 "argument_bytes": step.arguments,
@@ -103,9 +106,9 @@ def _result(config: ConfigDict, where: Slice, steps: list[Step]) -> dict[str, An
                 "flops": step.flops,
                 "hbm_traffic_bytes": step.traffic,
                 "accessed_bytes": step.accessed,
-                "collectives": step.groups(),
-                "bound": timed(step, where),
-                "growth": [timed(step, place) for place in slices_up_to(where)],
+                "collectives": step.group_collectives(),
+                "bound": timed(step, tpu_slice),
+                "growth": [timed(step, other) for other in list_slices(tpu_slice)],
             }
             for step in steps
         },

@@ -17,11 +17,11 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.printing import say
 from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
+from ftwt_jax.report.co_activation import measure_co_activation
+from ftwt_jax.report.images import find_extremes, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
-from ftwt_jax.report.samples import extremes, look_at
-from ftwt_jax.report.together import fire_together
 from ftwt_jax.training.run import open_run
 from ftwt_jax.training.settings import GATED
 from ftwt_jax.workdir import REPORT, as_dict
@@ -123,7 +123,7 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
         return Seen(note=f"its images were not looked at: there is no {GATED} checkpoint in {run.path}")
     try:
         made = open_run(ConfigDict(run.config), run.path)
-        samples = look_at(made, best=run.evaluation.get("checkpoint") == "best")
+        samples = measure_images(made, best=run.evaluation.get("checkpoint") == "best")
     except UserError as error:
         return Seen(note=f"its images were not looked at: {error}")
     note = ""
@@ -134,15 +134,15 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
             f"is here now {reduction:.3f}: run `python -m ftwt_jax evaluate --workdir={run.path}` again"
         )
     chosen = unit if unit in samples.units else samples.most_dynamic
-    found = fire_together(samples.masks(chosen), samples.labels, len(samples.class_names), images.MOST_CLASSES)
-    cheapest, dearest = extremes(samples, made.dataset, SHOWN)
+    found = measure_co_activation(samples.masks(chosen), samples.labels, len(samples.class_names), images.MOST_CLASSES)
+    cheapest, most_expensive = find_extremes(samples, made.dataset, SHOWN)
     return Seen(
         macs=images.macs_plot(run, samples),
         cheapest=cheapest,
-        dearest=dearest,
+        most_expensive=most_expensive,
         dense_macs=samples.dense_macs,
         unit=chosen,
         units=[(name, width, samples.dynamic(name)) for name, width in zip(samples.units, samples.widths, strict=True)],
-        together=images.unit_plots(run, samples, chosen, found),
+        co_activation=images.unit_plots(run, samples, chosen, found),
         note=note,
     )

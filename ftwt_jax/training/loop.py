@@ -13,13 +13,14 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.processes import Preempted, Preemption
 from ftwt_jax.parallel.sharding import put_batch, put_whole, replicated
-from ftwt_jax.training.progress import MetricsWriter, ProgressDisplay, Stopwatch
+from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, SECTIONS
 from ftwt_jax.training.stage import Stage
 from ftwt_jax.training.step import TrainState, create_state
 from ftwt_jax.workdir.checkpoints import Checkpoints
 from ftwt_jax.workdir.environment import record_environment
+from ftwt_jax.workdir.metrics import MetricsWriter
 
 Variables = dict[str, Any]
 

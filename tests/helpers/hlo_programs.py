@@ -15,10 +15,10 @@ def main(platform: str, folder: pathlib.Path) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     import jax
 
-    from ftwt_jax.plan.compile import slice_devices
+    from ftwt_jax.plan.compile import find_devices
     from ftwt_jax.plan.roofline import parse_slice
 
-    devices = jax.devices() if platform == "cpu" else slice_devices(parse_slice("v5e:2x4"))
+    devices = jax.devices() if platform == "cpu" else find_devices(parse_slice("v5e:2x4"))
     # A CPU's compiler is asked for less: nobody plans for one.
     wanted = STEPS if platform == "tpu" else ("step",)
     for name, lowered in {**exchanges(devices), **convolutions(devices), **steps(devices, wanted)}.items():

@@ -1,4 +1,4 @@
-"""What a run was trained on stays in its workdir."""
+"""A workdir records the environments in which its run was trained."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def test_training_records_it(tiny_run):
     assert {**there, "git commit": None} == {**here, "git commit": None}
 
 
-def test_a_run_that_moves_has_all_places_in_order_each_once(tmp_path, monkeypatch):
+def test_a_run_that_moves_records_every_move_in_order(tmp_path, monkeypatch):
     assert recorded_environments(tmp_path) == []
     for device in ("cpu", "cpu", "tpu", "tpu", "cpu"):
         monkeypatch.setattr(environments, "environment", lambda device=device: {"devices": device})
