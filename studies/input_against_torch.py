@@ -21,10 +21,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.build import threads
 from ftwt_jax.data.folder import EXTENSIONS
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.views import random_region
+from ftwt_jax.parallel.processes import cpu_count
 
 SIDE = 224
 PICTURES = flags.DEFINE_string("images", "", "folder with train/ and val/")
@@ -68,7 +68,7 @@ class Pillow(torch.utils.data.Dataset):
 def loader(folder: pathlib.Path) -> Iterator[object]:
     """Endless batches from a `DataLoader` with a worker process per core."""
     batches = torch.utils.data.DataLoader(
-        Pillow(folder), BATCH.value, shuffle=True, num_workers=threads(), persistent_workers=True, drop_last=True
+        Pillow(folder), BATCH.value, shuffle=True, num_workers=cpu_count(), persistent_workers=True, drop_last=True
     )
     while True:
         yield from batches
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
         medians = {name: statistics.median(rates) for name, rates in found.items()}
         for name, rates in found.items():
             print(f"{name:10}  {medians[name]:6.0f} images/s   ({', '.join(f'{r:.0f}' for r in rates)})")
-        print(f"ratio       {medians['ours'] / medians['DataLoader']:.2f} on {threads()} cores")
+        print(f"ratio       {medians['ours'] / medians['DataLoader']:.2f} on {cpu_count()} cores")
     sys.exit(0)
 
 

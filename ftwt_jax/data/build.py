@@ -13,6 +13,7 @@ from ftwt_jax.data.skipped import Skipped
 from ftwt_jax.data.source import ArraySource, Dataset, Example, Source
 from ftwt_jax.data.views import central_view
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.parallel.processes import cpu_count
 
 AUGMENTS = ("crop", "resized_crop", "none")
 # Zero pixels on each side before the crop, as a share of the side: 4 of 32.
@@ -25,11 +26,6 @@ MEMORY_SHARE = 0.5
 CHUNK = 256
 # Up to so many large images are looked through before the start; of more, the broken ones turn up as they are read.
 MOST_CHECKED = 20_000
-
-
-def threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_dataset(
@@ -157,7 +153,7 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
                 broken.append((index, example.get("name", f"image {index}"), str(error)))
         return broken
 
-    with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cpu_count()) as pool:
         try:
             for broken in pool.map(work, range(0, len(source), CHUNK)):
                 for index, name, reason in broken:

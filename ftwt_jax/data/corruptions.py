@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from ftwt_jax.data.build import threads
+from ftwt_jax.parallel.processes import cpu_count
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL_SIDE = 64
@@ -65,7 +65,7 @@ def corrupt(image: np.ndarray, corruption: str, severity: int, seed: int, index:
 
 def corrupt_batch(images: np.ndarray, corruption: str, severity: int, seed: int, indices: Sequence[int]) -> np.ndarray:
     """`corrupt` for uint8 [B, H, W, channels] with an index for each, on all cores."""
-    found, workers = np.empty_like(images), threads()
+    found, workers = np.empty_like(images), cpu_count()
 
     def work(part: int) -> None:
         for place in range(part, len(images), workers):

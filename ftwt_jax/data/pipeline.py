@@ -8,10 +8,11 @@ import grain
 import jax
 import numpy as np
 
-from ftwt_jax.data.build import checked_label, threads
+from ftwt_jax.data.build import checked_label
 from ftwt_jax.data.decoding import BrokenImageError, LazyImage
 from ftwt_jax.data.source import ArraySource, Dataset, Source
 from ftwt_jax.data.views import central_view, random_view
+from ftwt_jax.parallel.processes import cpu_count
 
 Batch = dict[str, np.ndarray]
 # Batches that are made ahead.
@@ -104,7 +105,7 @@ def _reader(
             np.zeros(len(indices), bool),
         )
     # Threads, no processes: decoders work outside Python's lock, and nothing outlives a run that is killed.
-    workers = threads()
+    workers = cpu_count()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> tuple[Batch, np.ndarray]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, shortened
 
 # Exit statuses for whatever started the program: stopped by SIGTERM with everything saved, and another process was
 # lost. After both, the same command goes on from the newest checkpoint.
@@ -81,7 +81,7 @@ def join(wanted: bool | None = None) -> None:
             "alone with --nodistributed"
         ) from None
     except RuntimeError as error:
-        raise Lost(f"the processes of this run did not all come within {START} seconds: {_short(error)}") from None
+        raise Lost(f"the processes of this run did not all come within {START} seconds: {shortened(error)}") from None
 
 
 def _number(text: str | None) -> int:
@@ -89,6 +89,11 @@ def _number(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return -1
+
+
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_first() -> bool:
@@ -152,7 +157,7 @@ def lost_process(error: Exception) -> Lost | None:
     """
     if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _EXCHANGE.match(str(error))):
         return None
-    return Lost(f"another process was lost, and its own output says why; here it looks like this: {_short(error)}")
+    return Lost(f"another process was lost, and its own output says why; here it looks like this: {shortened(error)}")
 
 
 def raise_if_lost(error: Exception) -> None:
@@ -160,11 +165,6 @@ def raise_if_lost(error: Exception) -> None:
     lost = lost_process(error)
     if lost is not None:
         raise lost from error
-
-
-def _short(error: BaseException) -> str:
-    text = one_line(error)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def end_when_told() -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.data.described import describe_dataset
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, shortened
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.plan import hlo
 from ftwt_jax.plan.collectives import OTHER, Collective, collectives
@@ -190,7 +190,7 @@ def _refused(error: Exception, name: str, where: Slice) -> UserError:
     sizes = [float(number) * _UNITS[unit] for number, unit in re.findall(r"\b([\d.]+)([KMGT])i?B?\b", text)]
     if "RESOURCE_EXHAUSTED" in text and len(sizes) > 1:
         return _too_large(name, where, sizes[0], sizes[1])
-    return UserError(f"the {_step(name)} step cannot be compiled for {where}: {text[:600]}")
+    return UserError(f"the {_step(name)} step cannot be compiled for {where}: {shortened(error, 600)}")
 
 
 def _too_large(name: str, where: Slice, needed: float, available: float) -> UserError:

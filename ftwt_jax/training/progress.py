@@ -15,7 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, os_reason
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.printing import say
 
@@ -76,7 +76,7 @@ class MetricsWriter:
             self._events.flush()
         except OSError as error:
             raise UserError(
-                f"the figures of step {step} cannot be written to {self._workdir}: {error.strerror or error}; make "
+                f"the figures of step {step} cannot be written to {self._workdir}: {os_reason(error)}; make "
                 "room, then give the same command again"
             ) from None
 

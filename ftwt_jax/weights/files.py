@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.files import written_whole
@@ -90,8 +90,5 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], meta
     Raises:
       UserError: it cannot be written.
     """
-    try:
-        with written_whole(path) as temporary:
-            save_file(dict(arrays), str(temporary), metadata={"format": "pt", **metadata})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    with written_whole(path) as temporary:
+        temporary.write_bytes(save(dict(arrays), metadata={"format": "pt", **metadata}))

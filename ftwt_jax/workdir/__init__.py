@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, os_reason
 from ftwt_jax.files import written_whole
 from ftwt_jax.parallel.processes import barrier, is_first
 
@@ -34,7 +34,7 @@ def read_json(path: pathlib.Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what} at {path} cannot be read: {error}") from None
+        raise UserError(f"{what} at {path} cannot be read: {os_reason(error)}") from None
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -78,11 +78,12 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if is_first():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / CONFIG).exists():
-                write_json(path / CONFIG, wanted)
+            exists = (path / CONFIG).exists()
         except OSError as error:
-            reason = error.strerror or error
+            reason = os_reason(error)
             raise UserError(f"cannot write to the workdir {path}: {reason}; choose another with --workdir") from None
+        if not exists:
+            write_json(path / CONFIG, wanted)
     barrier("workdir made")
     if not (path / CONFIG).exists():
         raise UserError(

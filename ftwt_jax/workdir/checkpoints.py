@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, shortened
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
 from ftwt_jax.training.step import TrainState
 from ftwt_jax.workdir.integrity import MISSING, damage, write_list
@@ -113,7 +113,7 @@ class Checkpoints:
             raise_if_lost(error)
             for path in _complete(self.path):
                 self._check_intact(int(path.name))
-            raise UserError(f"the checkpoints in {self.path} cannot be read: {_reason(error)}") from error
+            raise UserError(f"the checkpoints in {self.path} cannot be read: {shortened(error)}") from error
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
@@ -164,7 +164,7 @@ class Checkpoints:
             newest = self.latest_step()
             older = "there is no older one" if newest is None else f"the one of step {newest} is kept"
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.path}: {_reason(error)}; "
+                f"the checkpoint of step {step} cannot be written to {self.path}: {shortened(error)}; "
                 f"{older}; make room, then give the same command again"
             ) from error
 
@@ -282,7 +282,9 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         path = self.path / str(step)
-        return UserError(f"checkpoint {path} cannot be restored: {_reason(error)}; move it away to use the one before")
+        return UserError(
+            f"checkpoint {path} cannot be restored: {shortened(error)}; move it away to use the one before"
+        )
 
     def _missing(self) -> UserError:
         return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
@@ -290,12 +292,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for whatever is still being written."""
         self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    """The error on one line; of a long one, how it begins and, where the system's own words stand, how it ends."""
-    text = one_line(error)
-    return text if len(text) <= 240 else f"{text[:100]} ... {text[-120:]}"
 
 
 def _targets(tree: Any, sharding: NamedSharding) -> Any:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ftwt_jax.commands.parse import parse
 from ftwt_jax.data import FAMILIES, REGISTRY
-from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.training import optim
 from ftwt_jax.training.run import _check_fields, arch_options, gate_config
 from tests.conftest import ROOT, fails
@@ -182,7 +182,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
     figures = r"(\d+) images/s on (\d+) cores, (\d+) per core \(median of \d+ rounds, (\d+) to (\d+)\)"
     rate, cores, per_core, low, high = map(int, re.search(figures, printed).groups())
     assert 0 < low <= rate <= high
-    assert cores == threads()
+    assert cores == cpu_count()
     assert abs(per_core - rate / cores) <= 1
     assert f"1 of {PICTURES + 1} images cannot be decoded" in printed
 
