@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.data.described import describe_dataset
+from ftwt_jax.data import describe_dataset
 from ftwt_jax.errors import UserError, one_line, shortened
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.plan import hlo

@@ -230,7 +230,7 @@ def test_a_label_that_is_no_class_is_refused(augment, label):
         def __getitem__(self, index: int):
             return super().__getitem__(index) | {"label": label if index == 7 else 0, "name": f"number {index}"}
 
-    with pytest.raises(UserError, match=f"number 7 has the label {label}, and there are 3 classes"):
+    with pytest.raises(UserError, match=f"number 7 has label {label}, but there are 3 classes"):
         build_dataset(Labelled(), Labelled(), ["a", "b", "c"], 8, augment)
 
 

@@ -136,11 +136,11 @@ def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "options", "says"),
     [
-        ([], {}, ["no class in {root}"]),
-        (["ant/000.png"], {}, ["only one class, 'ant'", "{root}"]),
-        (["train/ant/0.png", "val/ant/0.png"], {}, ["only one class, 'ant'", "{root}/train"]),
-        (["ant/0.txt", "bee/0.png"], {}, ["no images in {root}/ant", "jpg, jpeg, png, webp"]),
-        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has one image"]),
+        ([], {}, ["{root} has no class folders"]),
+        (["ant/000.png"], {}, ["only one class folder, 'ant'", "{root}"]),
+        (["train/ant/0.png", "val/ant/0.png"], {}, ["only one class folder, 'ant'", "{root}/train"]),
+        (["ant/0.txt", "bee/0.png"], {}, ["no images in {root}/ant", ".jpg, .jpeg, .png, .webp"]),
+        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has only one image"]),
         (["train/ant/0.png", "train/bee/0.png"], {}, ["{root} has no val/ or test/", "folder:{root}/train"]),
         (["train/ant/0.png", "train/bee/0.png"], {"test_split": "judge"}, ["{root} has no judge/"]),
         (["val/ant/0.png", "val/bee/0.png"], {"train_split": "fit"}, ["{root} has no fit/"]),
@@ -194,8 +194,7 @@ def test_a_folder_that_is_missing_is_refused_by_its_name(tmp_path):
     file = write_image(tmp_path / "image.png")
     for place in (tmp_path / "nowhere", file, ""):
         error = refused(place)
-        assert f"no folder of images at {str(place)!r}" in error
-        assert "config.data.name=folder:PATH" in error
+        assert f"config.data.name=folder:PATH must name a folder of images; {str(place)!r} is not a folder" in error
 
 
 def test_a_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def test_nothing_that_is_held_out_is_trained_on(written, train, test):
     error = refused(written.array_record, train_split=train, test_split=test)
     assert repr(train or "train") in error
     assert repr(test or "test") in error
-    assert "share examples" in error
+    assert "share images" in error
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_a_split_that_is_not_there_or_empty(written, split, says, which):
     ("name", "says"),
     [
         ("cifarr10", "did you mean 'cifar10'"),
-        ("no_such_set_at_all", "unknown TFDS data set 'no_such_set_at_all': it is none of"),
+        ("no_such_set_at_all", "unknown TFDS data set 'no_such_set_at_all': not one of"),
         ("cifar10/", "cannot be opened"),
-        ("ftwt_words", "no set of images with classes"),
+        ("ftwt_words", "is not a set of images with classes"),
         ("ftwt_undivided", "train_split='train[:90%]' and config.data.test_split='train[90%:]'"),
     ],
 )

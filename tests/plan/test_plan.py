@@ -132,7 +132,7 @@ def test_what_the_compiler_refuses_for_want_of_memory_is_told_in_gib(capsys):
         (["--topology=v5e:3x5"], "is no slice of v5e"),
         (["--topology=v5e:2x4", "--config.batch_size=100"], "must be a positive multiple of the number of devices, 8"),
         (["--topology=v5e:2x4", "--config.accumulate=3"], "times config.accumulate, 3"),
-        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "give --num_classes"),
+        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "set --num_classes"),
         (["--topology=v5e:2x4", "--config.data.name=tfds:cifar11"], "did you mean 'cifar10"),
         (["--topology=v5e:2x4", "--config.data.name=digit"], "did you mean 'digits'"),
         (["--topology=v5e:2x4", "--num_classes=1"], "num_classes"),

@@ -133,7 +133,7 @@ def test_every_config_makes_a_run_for_every_network(path, arch):
 def test_every_config_gives_its_data_set_only_options_that_it_has(path):
     given = {name: value for name, value in module(path).get_config().data.items() if value is not None}
     kind, colon, place = given.pop("name").partition(":")
-    load = (FAMILIES if colon else REGISTRY)[kind]
+    load = (FAMILIES if colon else REGISTRY)[kind].load
     inspect.signature(load).bind(*([place] if colon else []), **given)
 
 
@@ -197,8 +197,8 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=nan", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=x", "--config=configs/digits.py"], "could not convert string to float"),
         (["--input", "--config=configs/digits.py", "--workdir=w"], "leave --workdir and --arch out"),
-        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH names one"),
-        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of images at"),
+        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH must name a folder"),
+        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "'missing' is not a folder"),
         (
             ["--input", "--config=configs/cifar10.py", "--config.data.data_dir=data"],
             "prepare tfds:cifar10 --data_dir=",

@@ -103,7 +103,7 @@ def test_a_stem_that_is_left_out_is_read_off_the_names(layout, name):
         check_equal(ftwt.from_torch(name, net.state_dict(), CLASSES, **NETWORKS[layout, name][0]), variables)
     # Only where the network that `create_model` builds by itself is another.
     assert len(caught) == ("mobilenet" in name)
-    assert all('give create_model stem="imagenet"' in str(warning.message) for warning in caught)
+    assert all('pass stem="imagenet" to create_model' in str(warning.message) for warning in caught)
 
 
 def test_a_whole_resnet18_computes_the_same():
@@ -205,7 +205,7 @@ def test_what_leaves_comes_in_again_equal(network, gates, seed, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ftwt.WeightsWarning)
         # Any stem is tried under any names, also under those of images of another kind.
-        warnings.filterwarnings("ignore", ".* it is to run with stem=", ftwt.WeightsWarning)
+        warnings.filterwarnings("ignore", ".* but stem=.* is requested", ftwt.WeightsWarning)
         found = flatten_dict(ftwt.from_torch(name, state, 7, gates, **arch))
     assert found.keys() == variables.keys()
     for path, leaf in variables.items():

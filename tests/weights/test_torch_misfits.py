@@ -1,4 +1,4 @@
-"""State dicts that do not fit what is asked: what is made anew or left out is said, the rest is refused by name."""
+"""State dicts that do not fit: what is re-initialised or left out is warned of, the rest is refused by name."""
 
 import functools
 import re
@@ -65,7 +65,8 @@ def check_shared(ours, expected, *except_in):
         np.testing.assert_array_equal(ours[path], leaf)
 
 
-NO_HEADS, HEADS, CLASSES = "no gate heads: fresh ones", "gate heads were left out", "10 classes.*, not 7: .*made anew"
+NO_HEADS, HEADS = "no gate heads: new ones are initialised", "gate heads are left out"
+CLASSES = "10 classes, not 7: the classifier is re-initialised"
 
 
 class TestWhatIsMadeAnew:
@@ -76,7 +77,7 @@ class TestWhatIsMadeAnew:
             ftwt.from_torch("resnet8", tensors(gates), 10, gates)
 
     @pytest.mark.parametrize("gates", [None, GATES])
-    def test_other_classes_make_the_classifier_anew_and_nothing_else(self, gates):
+    def test_other_classes_reinitialise_the_classifier_and_nothing_else(self, gates):
         variables = imported([CLASSES], tensors(gates), 7, gates)
         check_shared(variables, fitting(gates), "classifier")
         logits = run(variables, 7, gates).logits
@@ -140,7 +141,7 @@ class TestWhatIsRefused:
         lists = r".*missing: (.*); unexpected: (.*); wrong: (.*)"
         for names, text in zip((MISSING, ADDED, RESHAPED), re.fullmatch(lists, message).groups(), strict=True):
             assert {prefix + name for name in names} == {word for word in words(text) if word in bad}
-        assert "10x65, needs 10x64" in message
+        assert "10x65, not 10x64" in message
 
     @pytest.mark.parametrize(
         ("name", "copy"),
@@ -169,7 +170,7 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize("tensor", [torch.ones(10, device="meta"), torch.ones(10).to_sparse()])
     def test_a_tensor_without_plain_numbers_is_named(self, tensor):
-        assert "tensor fc.bias is no plain array" in refused({**tensors(), "fc.bias": tensor})
+        assert "tensor fc.bias is not a dense array" in refused({**tensors(), "fc.bias": tensor})
 
     @pytest.mark.parametrize(
         ("state", "reason"),
@@ -191,7 +192,7 @@ class TestWhatIsRefused:
     def test_the_file_of_another_network_is_refused_with_what_tells_them_apart(self, name, blocks, kind):
         message = refused(tensors(blocks=blocks), name=name)
         both = tensors(blocks=1).keys() ^ tensors(blocks=2).keys()
-        assert f"not that of this {name}: {kind}: " in message
+        assert f"does not fit this {name}: {kind}: " in message
         assert words(message) & tensors(blocks=2).keys() == both
 
     @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ class TestWhatIsRefused:
             ("resnet8", (0,), {}, "num_classes"),
             ("resnet8", (10, 0.9), {}, "gates must be"),
             ("resnet8", (10,), {"stem": "imagenet"}, "unknown resnet8 option 'stem'"),
-            ("resnet8", (10,), {"width": 0.5}, "conv1.weight is 16x3x3x3, needs 8x3x3x3"),
+            ("resnet8", (10,), {"width": 0.5}, "conv1.weight is 16x3x3x3, not 8x3x3x3"),
             ("mobilenet_v2", (10,), {}, "mobilenet_v2: missing: .*unexpected: "),
         ],
     )
@@ -243,5 +244,5 @@ class TestWhatDoesNotLeave:
         ],
     )
     def test_variables_of_another_network_are_refused_by_their_paths(self, name, classes, gates, variables, reason):
-        with pytest.raises(ftwt.UserError, match=f"^the variables are not those of this {name}: .*{reason}"):
+        with pytest.raises(ftwt.UserError, match=f"^the variables do not fit this {name}: .*{reason}"):
             ftwt.to_torch(name, variables(), classes, gates)

@@ -74,16 +74,19 @@ BROKEN = {
     "cut.pth": (cut_network, REFUSED),
     "cut_old_format.pth": (cut_old_format, REFUSED),
     "folder.pth": (pathlib.Path.mkdir, "is a folder"),
-    "missing.pth": (lambda path: None, "is not there"),
-    "list.pth": (lambda path: torch.save([torch.zeros(1)], path), "holds a list"),
-    "nothing.pth": (lambda path: torch.save({"epoch": 3}, path), "no tensors in it, but epoch"),
-    "sparse.pth": (lambda path: torch.save({"fc.weight": torch.eye(3).to_sparse()}, path), "fc.weight is no plain"),
+    "missing.pth": (lambda path: None, "does not exist"),
+    "list.pth": (lambda path: torch.save([torch.zeros(1)], path), "contains a list"),
+    "nothing.pth": (lambda path: torch.save({"epoch": 3}, path), "it contains no tensors, only epoch"),
+    "sparse.pth": (
+        lambda path: torch.save({"fc.weight": torch.eye(3).to_sparse()}, path),
+        "is not a dense array",
+    ),
     "lines.pth": (lambda path: torch.save({"fc.weight": torch.ones(10, 64), "a\nb\x1b[2J": torch.ones(1)}, path), "a"),
-    "junk.safetensors": (lambda path: path.write_bytes(b"junk" * 100), "no whole safetensors file"),
-    "empty.safetensors": (pathlib.Path.touch, "no whole safetensors file"),
-    "cut.safetensors": (cut_network, "no whole safetensors file"),
+    "junk.safetensors": (lambda path: path.write_bytes(b"junk" * 100), "not a complete safetensors file"),
+    "empty.safetensors": (pathlib.Path.touch, "not a complete safetensors file"),
+    "cut.safetensors": (cut_network, "not a complete safetensors file"),
     "folder.safetensors": (pathlib.Path.mkdir, "is a folder"),
-    "missing.safetensors": (lambda path: None, "is not there"),
+    "missing.safetensors": (lambda path: None, "does not exist"),
 }
 
 
@@ -151,8 +154,8 @@ def test_every_tensor_that_does_not_fit_is_named(capsys, tmp_path):
     missing, unexpected, wrong = (error.index(word) for word in ("missing: ", "unexpected: ", "wrong: "))
     assert missing < error.index("layer1.0.bn2.bias") < error.index("layer3.0.conv1.weight") < unexpected
     assert unexpected < error.index("extra.weight") < wrong
-    assert "bn1.weight is 5, needs 16" in error[wrong:]
-    assert "layer2.0.bn1.bias is 32 of int32, needs 32" in error[wrong:]
+    assert "bn1.weight is 5, not 16" in error[wrong:]
+    assert "layer2.0.bn1.bias is 32 of int32, not 32" in error[wrong:]
     assert not (tmp_path / "run").exists()
 
 
