@@ -1,11 +1,11 @@
-"""Programs for eight devices of which it is known what they do: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
+"""Programs for eight devices whose work is known: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
 
 import os
 import pathlib
 import sys
 
 DEVICES, TRIPS = 8, 5
-# Of the training step: parts of its batch, images on a device, filters of its two units.
+# Of the training step: parts of its batch, images per device, filters of its two units.
 PARTS, SHARE, FILTERS = 4, 16, (8, 16)
 # Changes of its config.
 STEPS = {"step": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}
@@ -19,7 +19,7 @@ def main(platform: str, folder: pathlib.Path) -> None:
     from ftwt_jax.plan.roofline import parse_slice
 
     devices = jax.devices() if platform == "cpu" else slice_devices(parse_slice("v5e:2x4"))
-    # A CPU's compiler is asked for less: nobody plans for one.
+    # Fewer programs for a CPU, for which nobody plans.
     wanted = STEPS if platform == "tpu" else ("step",)
     for name, lowered in {**exchanges(devices), **convolutions(devices), **steps(devices, wanted)}.items():
         (folder / f"{name}.txt").write_text(lowered.compile().as_text())
