@@ -83,13 +83,7 @@ def load_folder(
 
 
 def describe_folder(
-    place: str,
-    num_classes: int | None,
-    image_size: int,
-    augment: str,
-    flip: bool,
-    train_split: str | None,
-    **_: Any,
+    place: str, num_classes: int | None, image_size: int, augment: str, flip: bool, train_split: str | None, **_: Any
 ) -> Dataset:
     """`load_folder` without images: counts the class folders, if `num_classes` is None."""
     return build_blank(num_classes or _class_count(place, train_split), 3, image_size, augment, flip)

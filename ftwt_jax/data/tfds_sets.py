@@ -75,15 +75,8 @@ def load_tfds(
     height, width, channels = sources.shape
     if image_size is None:
         image_size = _default_size(height, width, augment)
-    return build_dataset(
-        sources.train,
-        sources.test,
-        sources.class_names,
-        image_size,
-        augment,
-        flip,
-        channels=1 if channels == 1 else 3,
-    )
+    splits, names = (sources.train, sources.test), sources.class_names
+    return build_dataset(*splits, names, image_size, augment, flip, channels=1 if channels == 1 else 3)
 
 
 def describe_tfds(

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.files import written_whole
 
 SAFETENSORS = ".safetensors"
@@ -51,7 +51,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
             names = file.keys()  # The file itself is not iterable.
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is not a complete safetensors file: {one_line(error)}") from None
+        raise UserError(f"checkpoint {path} is not a complete safetensors file: {os_reason(error)}") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {path} has a dtype that NumPy does not have: {one_line(error)}") from None
 
