@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.build import threads
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.printing import say
 from ftwt_jax.training.settings import check_settings
@@ -29,7 +29,7 @@ def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dic
     check_settings(config, data_mesh())
     dataset = load_dataset(**config.data)
     rates = measure_rates(dataset, config.batch_size, config.seed, seconds)
-    rate, cores = statistics.median(rates), threads()
+    rate, cores = statistics.median(rates), cpu_count()
     result = {
         "images_per_second": rate,
         "images_per_second_per_core": rate / cores,

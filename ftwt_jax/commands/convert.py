@@ -21,7 +21,7 @@ from ftwt_jax.commands.command import Arguments, Command, parse_numbers
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, current_fields
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
@@ -262,7 +262,10 @@ def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.chmod(0o755)
         partial.replace(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {folder}: {os_reason(error)}") from None
+    except UserError as error:
+        # The name of the unfinished folder would tell the user nothing.
+        raise UserError(str(error).replace(str(partial), str(folder))) from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.commands.command import Arguments, Command, Operand
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, os_reason
 from ftwt_jax.printing import say
 from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
@@ -97,7 +97,7 @@ def _make(folder: pathlib.Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
+        reason = os_reason(error)
         raise UserError(f"cannot write the report to {folder}: {reason}; choose another with --out") from None
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, shortened
 
 # Exit statuses for launchers: the run was stopped by SIGTERM and saved everything; another process was lost. After
 # both, the same command continues from the newest checkpoint.
@@ -83,7 +83,7 @@ def join(wanted: bool | None = None) -> None:
             "run a single process with --nodistributed"
         ) from None
     except RuntimeError as error:
-        raise Lost(f"not all processes of this run joined within {START} seconds: {_shorten(error)}") from None
+        raise Lost(f"not all processes of this run joined within {START} seconds: {shortened(error)}") from None
 
 
 def _number(text: str | None) -> int:
@@ -91,6 +91,11 @@ def _number(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return -1
+
+
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_first() -> bool:
@@ -154,7 +159,7 @@ def lost_process(error: Exception) -> Lost | None:
     """
     if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
         return None
-    return Lost(f"another process was lost; see its own output for the reason (error here: {_shorten(error)})")
+    return Lost(f"another process was lost; see its own output for the reason (error here: {shortened(error)})")
 
 
 def raise_if_lost(error: Exception) -> None:
@@ -162,11 +167,6 @@ def raise_if_lost(error: Exception) -> None:
     lost = lost_process(error)
     if lost is not None:
         raise lost from error
-
-
-def _shorten(error: BaseException) -> str:
-    text = one_line(error)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def end_when_told() -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ftwt_jax.data.described import describe_dataset
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.data import describe_dataset
+from ftwt_jax.errors import UserError, one_line, shortened
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.plan import hlo
 from ftwt_jax.plan.collectives import OTHER, Collective, find_collectives
@@ -162,7 +162,7 @@ def _explain_refusal(error: Exception, name: str, tpu_slice: Slice) -> UserError
     sizes = [float(number) * _UNITS[unit] for number, unit in re.findall(r"\b([\d.]+)([KMGT])i?B?\b", text)]
     if "RESOURCE_EXHAUSTED" in text and len(sizes) > 1:
         return _too_large(name, tpu_slice, sizes[0], sizes[1])
-    return UserError(f"cannot compile the {label(name)} step for {tpu_slice}: {text[:600]}")
+    return UserError(f"cannot compile the {label(name)} step for {tpu_slice}: {shortened(error, 600)}")
 
 
 def _too_large(name: str, tpu_slice: Slice, needed: float, available: float) -> UserError:

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from ftwt_jax.config import updated
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.files import written_whole
 from ftwt_jax.parallel.processes import barrier, is_first
 
@@ -41,7 +41,7 @@ def read_json(path: pathlib.Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it would hold the {what}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the {what} in {path}: {one_line(error)}") from None
+        raise UserError(f"cannot read the {what} in {path}: {os_reason(error)}") from None
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -85,11 +85,13 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if is_first():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / CONFIG).exists():
-                write_json(path / CONFIG, wanted)
+            exists = (path / CONFIG).exists()
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to the workdir {path}: {reason}; choose another --workdir") from None
+            raise UserError(
+                f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir"
+            ) from None
+        if not exists:
+            write_json(path / CONFIG, wanted)
     barrier("workdir made")
     if not (path / CONFIG).exists():
         raise UserError(

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
 from ftwt_jax.workdir.integrity import MISSING, damage, write_list
 
@@ -324,7 +324,7 @@ def _reason(error: Exception) -> str:
     for message in map(os.strerror, _SYSTEM_ERRORS):
         if message in text:
             return message.lower()
-    return text if len(text) <= 240 else f"{text[:100]} ... {text[-120:]}"
+    return shortened(error)
 
 
 def _targets(tree: Any, sharding: NamedSharding) -> Any:

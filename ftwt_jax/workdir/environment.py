@@ -8,8 +8,8 @@ import subprocess
 import jax
 
 from ftwt_jax.config import REPOSITORY
-from ftwt_jax.data.build import threads
 from ftwt_jax.errors import UserError
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.version import __version__
 from ftwt_jax.workdir import ENVIRONMENT, read_json, write_json
 
@@ -26,7 +26,7 @@ def environment() -> Environment:
         **versions,
         "ftwt_jax": __version__,
         "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "processor": f"{_processor()}, {threads()} cores",
+        "processor": f"{_processor()}, {cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}",
         **({"git commit": commit} if commit else {}),
     }

@@ -258,8 +258,8 @@ def test_a_set_of_tfds_is_evaluated_with_all_that_is_prepared_of_it(with_sets, t
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("tfds:ftwt_few_corrupted", "has 3 classes, and they are not the 10 of this network"),
-        ("tfds:ftwt_train_corrupted", "has neither of the splits test, validation"),
+        ("tfds:ftwt_few_corrupted", "has 3 classes, which are not the 10 of this network"),
+        ("tfds:ftwt_train_corrupted", "has no split to evaluate on: neither test nor validation"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_sets, tiny_run, tmp_path, source, says):
@@ -280,14 +280,14 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_se
         (["--corruptions", "--corruptions_from=cifar10_corrupted"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:cifar10_corupted"], "did you mean 'cifar10_corrupted'"),
-        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is no set of corrupted images with severities"),
+        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is not a set of corrupted images with severities"),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted/fog_1"],
-            "with all that is prepared of it: tfds:cifar10_corrupted",
+            "takes a data set without a configuration: tfds:cifar10_corrupted;",
         ),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted"],
-            "has images of 32x32x3, and this network is given 8x8x1",
+            "has images of 32x32x3, but this network takes 8x8x1",
         ),
         (["--corruptions", "--budgets=0.5"], "--budgets or --corruptions, not both"),
     ],
@@ -303,7 +303,7 @@ def coloured(classes: int, names: tuple[str, ...] = ()) -> Dataset:
 
 
 def test_a_set_of_which_nothing_is_prepared_is_refused_with_a_command(tmp_path):
-    with pytest.raises(UserError, match="nothing of tfds:cifar10_corrupted is prepared in") as caught:
+    with pytest.raises(UserError, match="no configuration of tfds:cifar10_corrupted is prepared in") as caught:
         open_corrupted("tfds:cifar10_corrupted", str(tmp_path), coloured(10, tuple("abcdefghij")))
     command, name, place = command_in(str(caught.value))
     assert (command, place) == ("prepare", f"--data_dir={tmp_path}")
@@ -311,5 +311,5 @@ def test_a_set_of_which_nothing_is_prepared_is_refused_with_a_command(tmp_path):
 
 
 def test_other_classes_are_refused_even_if_nothing_is_prepared(tmp_path):
-    with pytest.raises(UserError, match="has 10 classes, and they are not the 100 of this network"):
+    with pytest.raises(UserError, match="has 10 classes, which are not the 100 of this network"):
         open_corrupted("tfds:cifar10_corrupted", str(tmp_path), coloured(100))

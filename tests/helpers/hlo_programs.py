@@ -1,11 +1,11 @@
-"""Programs for eight devices of which it is known what they do: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
+"""Programs for eight devices whose work is known: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
 
 import os
 import pathlib
 import sys
 
 DEVICES, TRIPS = 8, 5
-# Of the training step: parts of its batch, images on a device, filters of its two units.
+# Of the training step: parts of its batch, images per device, filters of its two units.
 PARTS, SHARE, FILTERS = 4, 16, (8, 16)
 # Changes of its config.
 STEPS = {"step": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}

@@ -131,7 +131,7 @@ def test_memory_that_the_compiler_lacks_is_stated_in_gib(capsys):
         (["--topology=v5e:3x5"], "v5e has no slice of size 3x5; use 1x1, 2x2"),
         (["--topology=v5e:2x4", "--config.batch_size=100"], "must be a positive multiple of 8, the number of devices"),
         (["--topology=v5e:2x4", "--config.accumulate=3"], "multiple of 24: 8 devices times config.accumulate=3"),
-        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "give --num_classes"),
+        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "set --num_classes"),
         (["--topology=v5e:2x4", "--config.data.name=tfds:cifar11"], "did you mean 'cifar10"),
         (["--topology=v5e:2x4", "--config.data.name=digit"], "did you mean 'digits'"),
         (["--topology=v5e:2x4", "--num_classes=1"], "num_classes"),

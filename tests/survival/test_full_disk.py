@@ -108,8 +108,8 @@ def test_metrics_that_cannot_be_written_end_the_run_with_one_line(program, disk,
 def test_a_config_that_cannot_be_written_is_one_line(disk, capsys):
     fill(disk)
     error = fails(capsys, "train", *TINY, f"--workdir={disk / 'run'}")
-    for word in ("workdir", str(disk / "run"), "no space left"):
-        assert word in error.lower()
+    for word in ("cannot write", str(disk / "run"), "no space left"):
+        assert word in error
     assert contents(disk).keys() == {"filler"}
 
 
@@ -119,6 +119,6 @@ def test_results_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tiny_
     filler = fill(disk)
     before = contents(workdir)
     for command in (["evaluate"], ["export", f"--out={workdir / 'network.safetensors'}"]):
-        assert "no space left" in fails(capsys, *command, f"--workdir={workdir}").lower()
+        assert "no space left" in fails(capsys, *command, f"--workdir={workdir}")
         assert contents(workdir) == before
     os.unlink(filler)

@@ -21,8 +21,8 @@ from PIL import Image
 from ftwt_jax.commands.parse import parse
 from ftwt_jax.config import missing_fields
 from ftwt_jax.data import FAMILIES, REGISTRY
-from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.training import optim
 from ftwt_jax.training.settings import arch_options, gate_config
 from tests.conftest import ROOT, config_of, fails
@@ -130,7 +130,7 @@ def test_every_config_makes_a_run_for_every_network(path, arch):
 def test_every_config_gives_its_data_set_only_options_that_it_has(path):
     given = {name: value for name, value in module(path).get_config().data.items() if value is not None}
     kind, colon, place = given.pop("name").partition(":")
-    load = (FAMILIES if colon else REGISTRY)[kind]
+    load = (FAMILIES if colon else REGISTRY)[kind].load
     inspect.signature(load).bind(*([place] if colon else []), **given)
 
 
@@ -181,7 +181,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
     figures = r"(\d+) images/s on (\d+) cores, (\d+) per core \(median of \d+ rounds, (\d+) to (\d+)\)"
     rate, cores, per_core, low, high = map(int, re.search(figures, printed).groups())
     assert 0 < low <= rate <= high
-    assert cores == threads()
+    assert cores == cpu_count()
     assert abs(per_core - rate / cores) <= 1
     assert f"1 of {PICTURES + 1} images cannot be decoded" in printed
 
@@ -196,8 +196,8 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=nan", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=x", "--config=configs/digits.py"], "--seconds takes a number; got 'x'"),
         (["--input", "--config=configs/digits.py", "--workdir=w"], "drop --workdir and --arch"),
-        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH names one"),
-        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of images at"),
+        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH must name a folder"),
+        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "'missing' is not a folder"),
         (
             ["--input", "--config=configs/cifar10.py", "--config.data.data_dir=data"],
             "prepare tfds:cifar10 --data_dir=",
