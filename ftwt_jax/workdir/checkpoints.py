@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, one_line, shortened
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
 from ftwt_jax.workdir.integrity import MISSING, damage, write_list
 
