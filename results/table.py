@@ -1,7 +1,8 @@
-"""Prints the tables of results/README.md from the JSON files beside it: python results/table.py"""
+"""Prints the tables of a README.md in this folder from the figures beside it: python results/table.py [FOLDER]"""
 
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 
 import ftwt_jax as ftwt
 
-HERE = pathlib.Path(__file__).resolve().parent
+FOLDER = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
+FOLDER = FOLDER if FOLDER.is_dir() else FOLDER.parent
 NETWORKS = {"resnet20": "ResNet-20", "mobilenet_v1": "MobileNetV1, width .25"}
 # Each kind of run, and its name in the table.
 GATED = {
@@ -52,7 +54,7 @@ def _read_json(run: pathlib.Path, name: str) -> dict[str, Any] | None:
 def _find_runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
     """Network, kind, seed and folder of each run."""
     for arch in NETWORKS:
-        folders = sorted(HERE.glob(f"{arch}_*_seed*"))
+        folders = sorted(FOLDER.glob(f"{arch}_*_seed*"))
         for kind in DENSE | GATED | STATIC:
             for folder in folders:
                 stem, _, seed = folder.name.rpartition("_seed")
@@ -152,7 +154,7 @@ def tabulate_heads() -> list[str]:
     """A row for each design of gate heads."""
     lines = _start_table(STUDY)
     for name, design in HEADS.items():
-        for path in sorted(HERE.glob(f"mobilenet_v1_head_{name}_seed*/evaluation.json")):
+        for path in sorted(FOLDER.glob(f"mobilenet_v1_head_{name}_seed*/evaluation.json")):
             found = json.loads(path.read_text())
             lines.append(
                 _format_row(
@@ -171,4 +173,5 @@ def tabulate_heads() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*tabulate_accuracy(), "", *tabulate_gates(), "", *tabulate_heads()]))
+    tables = tabulate_accuracy(), tabulate_gates(), tabulate_heads()
+    print("\n\n".join("\n".join(table) for table in tables if len(table) > 2))

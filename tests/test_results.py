@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,29 +12,40 @@ import pytest
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
-KEPT = sorted(RESULTS.glob("*/evaluation.json"))
+# Folders of runs, each with a README.md, and how many tables it has.
+FOLDERS = {RESULTS: 3, RESULTS / "h200": 2}
+KEPT = sorted(path for folder in FOLDERS for path in folder.glob("*/evaluation.json"))
+
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request) -> pathlib.Path:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tables() -> list[str]:
+def tables(folder) -> list[str]:
     """The tables that are printed from the figures."""
-    command = [sys.executable, str(RESULTS / "table.py")]
+    command = [sys.executable, str(RESULTS / "table.py"), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip().split("\n\n")
 
 
-def test_the_tables_are_those_of_the_figures(tables):
-    text = (RESULTS / "README.md").read_text()
-    assert len(tables) == 3
+def test_the_tables_are_those_of_the_figures(folder, tables):
+    text = (folder / "README.md").read_text()
+    assert len(tables) == FOLDERS[folder]
     for table in tables:
         assert table in text
 
 
-def test_every_run_that_is_kept_has_a_row(tables):
+def test_every_run_that_is_kept_has_a_row(folder, tables):
     figures = [line for table in tables for line in table.splitlines()[2:]]
-    runs, heads = ([p for p in KEPT if ("_head_" in p.parent.name) == of_heads] for of_heads in (False, True))
-    assert len(tables[2].splitlines()[2:]) == len(heads)
+    kept = [
+        path.parent.name for path in KEPT if path.parents[1] == folder and not path.parent.name.startswith("digits")
+    ]
+    heads = [name for name in kept if "_head_" in name]
+    runs = [name for name in kept if name not in heads]
+    assert sum(len(table.splitlines()[2:]) for table in tables[2:]) == len(heads)
     assert len(tables[0].splitlines()[2:]) >= len(runs)
     assert all(re.search(r"\d\.\d{3}", line) for line in figures)
 
@@ -42,7 +54,7 @@ def test_every_run_that_is_kept_has_a_row(tables):
 def test_a_run_is_kept_with_its_config_and_names_no_folder_of_a_machine(path):
     config = json.loads((path.parent / "config.json").read_text())
     name = path.parent.name
-    assert name.startswith(config["model"]["name"])
+    assert name.startswith((config["model"]["name"], config["data"]["name"]))
     assert name.endswith(f"_seed{config['seed']}")
     for file in path.parent.glob("*.json"):
         assert not re.search(r'"/\w', file.read_text()), file
