@@ -22,7 +22,7 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options
 
 
 def _silence_asyncio() -> None:
-    """When a checkpoint cannot be written, Orbax leaves tasks behind, which would tell of it a second time."""
+    """When a checkpoint cannot be written, Orbax leaves tasks behind that would report the error a second time."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     usual = sys.unraisablehook
@@ -37,14 +37,14 @@ def _silence_asyncio() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    0 if it went well, 2 with one line on stderr if the user can mend it, 75 if told to stop (SIGTERM), with everything
-    saved, 76 if another process of the run was lost, 130 if interrupted.
+    0 if it went well; 2, with one line on stderr, for a mistake that the user can correct; 75 if SIGTERM stopped it,
+    with everything saved; 76 if another process of the run was lost; 130 if interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if arguments else 2
-    # What Orbax, Grain and XLA log does not belong in the output of a command; their errors come back as exceptions.
+    # Logs of Orbax, Grain and XLA do not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging as absl_logging
     from jax.errors import JaxRuntimeError
@@ -54,31 +54,32 @@ def main(arguments: list[str] | None = None) -> int:
     from ftwt_jax.parallel.processes import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
 
     absl_logging.set_verbosity(absl_logging.FATAL)
-    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It is compiled anew instead.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It recompiles instead.
     warnings.showwarning = _warn
-    warnings.filterwarnings("ignore", module="PIL")  # Of a file that it can read all the same, and without its name.
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # Pillow warns of files that it reads all the same, without naming them.
     try:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             keep_compiled()
             load_command(arguments[0]).run(values, Console())
     except (UserError, OSError) as error:
-        # Of a full disk or a folder that vanished, the system's own message says which.
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command goes on from its newest checkpoint" if arguments[0] == "train" else ""
+        hint = "; the same command continues from the newest checkpoint" if arguments[0] == "train" else ""
         print(f"ftwt: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Preempted as stopped:
         if is_first():
-            print(f"ftwt: {stopped}; the same command goes on from there", file=sys.stderr)
+            print(f"ftwt: {stopped}; the same command continues from there", file=sys.stderr)
         return PREEMPTED
     except (Lost, JaxRuntimeError, ValueError) as error:
         lost = error if isinstance(error, Lost) else lost_process(error)
         if lost is None:
             raise
-        print(f"ftwt: error: {lost}; the same command goes on from its newest checkpoint", file=sys.stderr)
+        print(f"ftwt: error: {lost}; the same command continues from the newest checkpoint", file=sys.stderr)
         return LOST
     return 0
 
@@ -93,14 +94,14 @@ def run() -> None:
     try:
         status = main()
     except Exception:
-        # A fault of ours must not keep the other processes waiting for this one.
+        # A bug of ours must not keep the other processes waiting for this one.
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     leave(status)
     if status == INTERRUPTED:
-        # What XLA is still compiling would keep the process for long, or crash it.
+        # A compilation that is still running would delay the exit, or crash it.
         os._exit(status)
     sys.exit(status)
 

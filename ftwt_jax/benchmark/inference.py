@@ -37,7 +37,9 @@ def benchmark(
       out: workdir to write `benchmark.json` into.
     """
     if batch < 1 or batch > len(subject.held_out):
-        raise UserError(f"--batch lies between 1 and the {len(subject.held_out)} held-out images; got {batch}")
+        raise UserError(
+            f"--batch must lie between 1 and {len(subject.held_out)}, the number of held-out images; got {batch}"
+        )
     start = time.perf_counter()
     quick = compact(subject.gated, subject.gated_variables, subject.calibration)
     ready = time.perf_counter() - start
@@ -142,7 +144,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{result['arch']}, {result['gates']} gates, batch {result['batch']} on {result['device']}")
     table.add_column("", no_wrap=True)
     table.add_column("ms", justify="right")
-    table.add_column("against dense", justify="right")
+    table.add_column("speed-up", justify="right")
     dense = result["dense_ms"]
     rows = [("dense", dense), ("masked", result["masked_ms"]), ("compact", result["compact_ms"])]
     for name, milliseconds in rows:
@@ -164,7 +166,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     if "train_overhead" in result:
         lines.append(
             f"training at batch {result['train_batch']}: dense {result['train_dense_images_per_second']:.0f}, gated "
-            f"{result['train_gated_images_per_second']:.0f} images/s; a gated step costs {result['train_overhead']:.2f}"
+            f"{result['train_gated_images_per_second']:.0f} images/s; a gated step takes "
+            f"{result['train_overhead']:.2f} times as long"
         )
     for line in lines:
         say(console, line)

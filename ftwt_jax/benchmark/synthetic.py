@@ -29,7 +29,7 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
       size: side of the images; None: 224 for networks that have ImageNet's stem by themselves, otherwise 32.
     """
     if not 0 < budget < 1:
-        raise UserError(f"--budget is the MACs reduction of the gates to make, between 0 and 1; got {budget}")
+        raise UserError(f"--budget is the wanted MACs reduction, between 0 and 1; got {budget}")
     model = create_model(arch, 10)
     size = size or (224 if getattr(model, "stem", "cifar") == "imagenet" else 32)
     classes = 10 if size < 64 else 1000
@@ -110,7 +110,7 @@ def random_gates(
     low, high = -_LARGEST_OFFSET, _LARGEST_OFFSET
     most, least = (float(compiled(variables, images, jnp.float32(end))[0]) for end in (low, high))
     if not least <= budget <= most:
-        raise UserError(f"no masks of this network save {budget:g} of its MACs; it can be cut by up to {most:.2f}")
+        raise UserError(f"random gates cannot cut this network by {budget:g} of its MACs; the most is {most:.2f}")
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         reduction, made = compiled(variables, images, jnp.float32(middle))

@@ -1,4 +1,4 @@
-"""Statistics of batch norm measured anew, for masks that were not those of training (Yu and Huang 2019, 1903.05134)."""
+"""Batch statistics measured again, for masks other than those of training (Yu and Huang 2019, arXiv 1903.05134)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class BatchStatistics:
             images = normalize(images)
             _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
             running = variables["batch_stats"]
-            # What the batch has added to the running mean.
+            # The running mean is MOMENTUM * old + (1 - MOMENTUM) * batch: solved for what the batch alone measures.
             return jax.tree.map(
                 lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), updates["batch_stats"], running
             )
@@ -35,12 +35,12 @@ class BatchStatistics:
         self._step: Callable[..., Any] = jit_on(mesh, step, in_shardings=(whole, split(mesh)), out_shardings=whole)
 
     def renewed(self, variables: dict[str, Any], batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The variables with mean and variance averaged over these batches, the full ones if there are any.
+        """The variables with mean and variance averaged over these batches; if any is full, over the full ones alone.
 
         Args:
           batches: training images, as `eval_batches` gives them.
         """
-        # A batch that is full here may not be so on another process; all have to leave out the same.
+        # A batch that is full here may be partial on another process, and all processes must leave out the same ones.
         partial = all_gather([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
         full = [batch for index, batch in enumerate(batches) if str(index) not in partial] or list(batches)
         images = (put_batch({"image": batch["image"]}, self._mesh)["image"] for batch in full)

@@ -234,7 +234,7 @@ def _class_count(source: Source) -> int:
         weight = source.arrays.get(f"{name}.weight")
         if weight is not None and weight.ndim == 2:
             return len(weight)
-    raise UserError(f"no classifier is in it: none of {', '.join(f'{name}.weight' for name in CLASSIFIERS)}")
+    raise UserError(f"it has no classifier: none of {', '.join(f'{name}.weight' for name in CLASSIFIERS)}")
 
 
 def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:

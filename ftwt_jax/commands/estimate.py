@@ -84,7 +84,7 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     console.print(_unit_table({r: found for r, found in swept.items() if r in shown}))
     if is_first():
         _plot(swept, chosen, path / ESTIMATE_PLOT)
-        say(console, f"r against the reduction of each unit: {path / ESTIMATE_PLOT}")
+        say(console, f"wrote {path / ESTIMATE_PLOT}: the reduction of each unit, by r")
     return rows
 
 

@@ -35,9 +35,11 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
 
 
 def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
-    """First step at which the gate loss no longer counts and the heads stand still."""
+    """First step at which the gate loss no longer counts and the heads are frozen."""
     if not 0 < gates.cooldown <= 1:
-        raise UserError(f"cooldown is the share of gate training after which heads freeze, in (0, 1]: {gates.cooldown}")
+        raise UserError(
+            f"config.gates.cooldown is the share of gate training after which heads freeze, in (0, 1]; got {gates.cooldown}"
+        )
     return round(gates.cooldown * total_steps)
 
 

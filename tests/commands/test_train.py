@@ -166,7 +166,7 @@ def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path,
     assert not (workdir / "evaluation.json").exists()
 
     printed = program.run("train", *TINY, f"--workdir={workdir}")
-    assert f"{stage}: going on from step" in printed
+    assert f"{stage}: resuming from step" in printed
     for name in (BASELINE, GATED):
         assert_same(variables(workdir, name), variables(tiny_run[0], name))
     assert json.loads((workdir / "evaluation.json").read_text()) == json.loads(
@@ -213,7 +213,7 @@ def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path):
     again = start("after")
     printed, error = again.communicate(timeout=300)
     assert again.returncode == 0, error
-    step = int(re.search(r"going on from step (\d+)", printed).group(1))
+    step = int(re.search(r"resuming from step (\d+)", printed).group(1))
     before, after = (
         [json.loads(row) for row in (tmp_path / log).read_text().splitlines()] for log in ("before", "after")
     )

@@ -71,7 +71,7 @@ def newest(workdir: pathlib.Path) -> tuple[int, int]:
 
 def went_on(printed: str) -> tuple[str, int] | None:
     """Stage and step from which a run reports that it goes on."""
-    found = re.search(r"^(\w+): going on from step (\d+) of", printed, re.MULTILINE)
+    found = re.search(r"^(\w+): resuming from step (\d+) of", printed, re.MULTILINE)
     return (found.group(1), int(found.group(2))) if found else None
 
 

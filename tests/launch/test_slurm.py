@@ -198,7 +198,7 @@ def test_a_job_that_slurm_requeues_continues_and_finishes(slurm, tmp_path):
     job.call("scontrol", "requeue", job.number)
     state, restarts, output = job.end(240)
     assert (state, restarts) == ("COMPLETED", 1), output
-    assert re.search(r"going on from step \d+", output)
+    assert re.search(r"resuming from step \d+", output)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["samples"] == 450
     steps = [(row["stage"], row["step"]) for row in read_metrics(tmp_path / "run")]
     assert steps == sorted(set(steps))

@@ -180,7 +180,7 @@ def test_one_process_continues_from_a_sharded_optimizer_of_two(together, alone, 
     # As if it had been stopped halfway.
     shutil.rmtree(workdir / "checkpoints" / BASELINE / str(STEPS))
     assert main([*DIVIDED, f"--workdir={workdir}"]) == 0
-    assert f"baseline: going on from step 5 of {STEPS}" in capsys.readouterr().out
+    assert f"baseline: resuming from step 5 of {STEPS}" in capsys.readouterr().out
     assert_close(divided.state(BASELINE), alone.state(BASELINE), 1e-5)
 
 

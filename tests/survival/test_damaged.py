@@ -164,7 +164,7 @@ def test_training_continues_from_the_checkpoint_before_a_damaged_one(
     (note,) = [line for line in printed.splitlines() if "damaged" in line]
     for word in (str(checkpoint), part, DAMAGES[name][2]):
         assert word in note
-    assert f"{GATED}: going on from step {BEFORE} of {TINY_STEPS}" in printed
+    assert f"{GATED}: resuming from step {BEFORE} of {TINY_STEPS}" in printed
     assert_ends_like(workdir, tiny_run[0])
     assert checkpoint.with_name(f"{DAMAGED}{TINY_STEPS}").is_dir()
     assert damage(checkpoint) is None
@@ -174,7 +174,7 @@ def test_a_checkpoint_damaged_again_is_set_aside_beside_the_first(damaged, tiny_
     workdir, checkpoint, _ = damaged("network gone")
     for _ in range(2):
         assert main(["train", *TINY, f"--workdir={workdir}"]) == 0
-        assert f"{GATED}: going on from step {BEFORE} of {TINY_STEPS}" in capsys.readouterr().out
+        assert f"{GATED}: resuming from step {BEFORE} of {TINY_STEPS}" in capsys.readouterr().out
         flip(max(checkpoint.glob("network/**/d/*")))
     set_damaged_aside(workdir, GATED)
     names = {path.name for path in checkpoint.parent.glob(f"{DAMAGED}*")}
