@@ -38,7 +38,8 @@ def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
     """First step at which the gate loss no longer counts and the heads are frozen."""
     if not 0 < gates.cooldown <= 1:
         raise UserError(
-            f"config.gates.cooldown is the share of gate training after which heads freeze, in (0, 1]; got {gates.cooldown}"
+            "config.gates.cooldown is the share of gate training after which heads freeze, in (0, 1]; got "
+            f"{gates.cooldown}"
         )
     return round(gates.cooldown * total_steps)
 
