@@ -111,7 +111,7 @@ def prepare(request, quick_compilation):
             return network
         if not native.available():
             pytest.skip("no C++ compiler")
-        return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
+        return CompactNetwork(network._forward, dataclasses.replace(network.execution, per_image=True))
 
     return compacted
 

@@ -105,7 +105,7 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     classes = 10 if size < 64 else 1000
     stem: dict[str, Any] = {"stem": "imagenet"} if size >= 64 and "stem" in options_of(arch) else {}
     dense = create_model(arch, classes, **stem)
-    gated = create_model(arch, classes, gates=GateConfig(norm="layer", depthwise="own"), **stem)
+    gated = create_model(arch, classes, gates=GateConfig(), **stem)
     keys = jax.random.split(jax.random.key(seed), 3)
     # Large blobs of colour, so that images differ by more than their noise.
     blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))

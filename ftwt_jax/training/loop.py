@@ -17,7 +17,7 @@ from ftwt_jax.commands.estimate import choose_r
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.parallel.processes import Preempted, Preemption
 from ftwt_jax.parallel.sharding import put_batch, put_whole, replicated
 from ftwt_jax.printing import say

@@ -150,7 +150,7 @@ def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
     def init() -> list[dict[str, Any]]:
         made = []
         for index, (features_in, features) in enumerate(entry.shape for entry in kernels):
-            head = GateHead(features, gates.pool, gates.softmax, gates.norm)
+            head = GateHead(features, gates.pool, gates.norm)
             made.append(head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"])
         return made
 
@@ -215,7 +215,7 @@ def from_torch(
     Understood are the names of the method's published code (dense and gated, CIFAR networks), and, dense, those of
     torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); which of them it
     is, is read off the names. A published gate head's kernel is divided by its number of inputs, which our heads
-    multiply their own by; published heads pool by the mean: `GateConfig(pool="mean")`.
+    multiply their own by; published heads pool by the mean: `GateConfig.paper(pool="mean")`.
 
     What differs from the state dict is said in a `WeightsWarning`: gates are asked for and it has no heads (fresh ones
     are made, every filter on), or the other way round (they are left out), or it has another number of classes (the
