@@ -80,8 +80,8 @@ struct Head {
     return zero * scale;
   }
 
-  // To mean 0 and standard deviation 1 over all channels. Zero stays zero here; the factor that is returned makes up
-  // for it.
+  // To mean 0 and standard deviation 1 over all channels. A channel that is zero stays zero here, and the factor that
+  // is returned makes up for it.
   float standardize(float* summary) const {
     const float all = channels + left_out;
     float mean = 0;
@@ -90,6 +90,11 @@ struct Head {
     float squares = left_out * mean * mean;
     for (int64_t c = 0; c < channels; ++c) squares += (summary[c] - mean) * (summary[c] - mean);
     const float scale = 1 / std::sqrt(squares / all + kNormEpsilon);
+    if (!left_out && std::find(summary, summary + channels, 0.0f) == summary + channels) {
+      // No row can be skipped, and the channels may differ by much less than their mean.
+      for (int64_t c = 0; c < channels; ++c) summary[c] = (summary[c] - mean) * scale;
+      return 0;
+    }
     for (int64_t c = 0; c < channels; ++c) summary[c] *= scale;
     return -mean * scale;
   }
