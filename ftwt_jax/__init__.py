@@ -7,9 +7,8 @@ from ftwt_jax.gating.losses import gate_loss
 from ftwt_jax.gating.macs import dense_macs, layer_macs, macs
 from ftwt_jax.gating.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
-from ftwt_jax.gating.transfer import init_from_dense
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
-from ftwt_jax.gating.variables import fix_gates, shift_gates
+from ftwt_jax.gating.variables import fix_gates, init_from_dense, shift_gates
 from ftwt_jax.inference.compact import CompactNetwork, compact
 from ftwt_jax.models import create_model
 from ftwt_jax.version import __version__

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.gating.gates import GateConfig, GateHead, gate_pool, normalized
+from ftwt_jax.gating.gates import GateHead, normalized, pooled
 
 
 def head_class(both: bool, hidden: int) -> type[nn.Module]:
@@ -26,10 +26,8 @@ def head_class(both: bool, hidden: int) -> type[nn.Module]:
         def __call__(self, inputs):
             if self.own:
                 return super().__call__(inputs)
-            norm = GateConfig(softmax=self.softmax, norm=self.norm).normalization
             pools = ("max", "mean") if both else (self.pool,)
-            maps = inputs.astype(jnp.float32)
-            summary = jnp.concatenate([normalized(gate_pool(pool)(maps), norm) for pool in pools], axis=-1)
+            summary = jnp.concatenate([normalized(pooled(inputs, pool), self.norm) for pool in pools], axis=-1)
             kernel_init = nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1]))
             if hidden:
                 summary = nn.relu(nn.Dense(hidden, dtype=jnp.float32, name="hidden")(summary))

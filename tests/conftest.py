@@ -115,7 +115,7 @@ def prepare(request, quick_compilation):
             return network
         if jax.default_backend() != "cpu" or not native.available():
             pytest.skip("needs a CPU and a C++ compiler")
-        return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
+        return CompactNetwork(network._forward, dataclasses.replace(network.execution, per_image=True))
 
     return compacted
 

@@ -1,4 +1,4 @@
-"""Gates that nobody trained: random heads of a wanted MACs reduction whose masks differ from sample to sample."""
+"""Gates that nobody trained: random heads of a wanted MACs reduction whose masks differ from image to image."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ftwt_jax.budget.trained import CALIBRATION, HELD_OUT, Subject
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, gate_pool, normalized
+from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.models import create_model, options_of
 from ftwt_jax.ops.batch_norm import MOMENTUM
@@ -35,7 +35,7 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     classes = 10 if size < 64 else 1000
     stem: dict[str, Any] = {"stem": "imagenet"} if size >= 64 and "stem" in options_of(arch) else {}
     dense = create_model(arch, classes, **stem)
-    gated = create_model(arch, classes, gates=GateConfig(norm="layer", depthwise="own"), **stem)
+    gated = create_model(arch, classes, gates=GateConfig(), **stem)
     keys = jax.random.split(jax.random.key(seed), 3)
     # Large blobs of colour, so that images differ by more than their noise.
     blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
@@ -60,22 +60,22 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
 def random_gates(
     model: nn.Module, variables: Any, images: Float[Array, "N H W channels"], budget: float, seed: int = 0
 ) -> tuple[Any, float]:
-    """Sets every gate head at random, such that the network saves the share `budget` of its MACs on these images.
+    """Sets every gate head at random so that the network saves the share `budget` of its MACs on these images.
 
-    Batch norm is given the statistics of these images, without which the layers of a random network hardly tell one
-    image from another.
+    Batch norm receives the statistics of these images, without which the layers of a random network hardly distinguish
+    one image from another.
 
-    Each gate logit is a random projection of the pooled input, brought to deviation 1 over the images, plus one offset
-    that all filters of the network share. So every filter of a unit is on equally often, hardly two samples have a mask
-    in common, and no filter is ever off or on for good: the worst case for whatever is learnt from calibration.
+    Each gate logit is a random projection of the pooled input, scaled to standard deviation 1 over the images, plus one
+    offset that all filters of the network share. So every filter of a unit is on equally often, hardly any two images
+    share a mask, and no filter is always off or always on: the worst case for whatever calibration learns.
 
     Args:
       model: a gated network, of any architecture.
       variables: its parameters and batch statistics; the heads' values do not matter.
-      images: 32 or more, as the network will be given them.
+      images: 32 or more, prepared as the network will receive them.
 
     Returns:
-      Variables with the new heads and statistics, and the exact MACs reduction that they reach.
+      Variables with the new heads and statistics, and the exact MACs reduction that they reach on these images.
 
     Raises:
       UserError: the network has no gates, or cannot save that much.
@@ -90,8 +90,7 @@ def random_gates(
                 return call(*args, **kwargs)
             head = context.module
             key = jax.random.fold_in(jax.random.key(seed), len(heads))
-            settings = GateConfig(pool=head.pool, softmax=head.softmax, norm=head.norm)
-            summary = normalized(gate_pool(head.pool)(args[0].astype(jnp.float32)), settings.normalization)
+            summary = head.summary(args[0])
             kernel = jax.random.normal(key, (1 if head.own else summary.shape[-1], head.features))
             logits = summary * kernel if head.own else summary @ kernel
             scale = 1 / jnp.maximum(jnp.std(logits, axis=0), 1e-6)
@@ -118,7 +117,7 @@ def random_gates(
     params = flatten_dict(variables["params"], sep="/")
     for name, leaves in made["heads"].items():
         params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
-    # The statistics of this batch, out of the step that was made towards them.
+    # The statistics of this batch, recovered from the step towards them.
     batch_stats = jax.tree.map(
         lambda old, new: (new - MOMENTUM * old) / (1 - MOMENTUM), variables["batch_stats"], made["batch_stats"]
     )

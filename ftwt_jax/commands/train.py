@@ -16,7 +16,7 @@ from ftwt_jax.budget.keeper import BudgetKeeper
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.parallel.processes import Preemption
 from ftwt_jax.printing import say
 from ftwt_jax.training.loop import Hook, Variables, train_stage

@@ -1,8 +1,8 @@
-"""The gate head, its settings, and what a gate gives back (sections 3.1 and 3.2 of the paper)."""
+"""The gate head, its settings, and what a gate returns (sections 3.1 and 3.2 of the paper)."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -18,9 +18,10 @@ from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
 HEAD_NAME = "gate_head"
 MODES = ("decoupled", "joint")
 POOLS = ("max", "mean")
-NORMS = ("softmax", "layer")
+# In this order for the C++ kernel too: `Norm` in inference/native/head.h.
+NORMS = ("none", "softmax", "layer")
 DEPTHWISE = ("full", "own")
-# Added to the variance.
+# Added to the variance, here and in inference/native/head.h.
 NORM_EPSILON = 1e-5
 MASK_SOURCES = ("heads", "targets", "open")
 
@@ -34,31 +35,32 @@ def check_r(r: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-    """How every unit of a network is gated.
+    """How every unit of a network is gated. The defaults are the head that our configs train.
 
     Attributes:
       r: mass threshold of the targets, in (0, 1]; smaller keeps fewer filters.
       mode: `decoupled`: the heads read their input through stop_gradient, so that the gate loss never moves the
         backbone; `joint`: it does.
-      pool: how a head sums up a feature map: `max` (the paper) or `mean` (the published code).
-      softmax: normalise the pooled channels; off: read them as they are.
-      norm: by what: `softmax`, times their number; `layer`: to mean 0 and deviation 1 over the channels of each sample
-        (a layer norm without parameters), from which heads learn sooner.
+      pool: how a head summarises a feature map: `max` (the paper) or `mean` (the published code).
+      norm: how a head normalises the pooled channels of each image: `softmax` (the paper), times the number of
+        channels; `layer`, to mean 0 and standard deviation 1 (a layer norm without parameters), from which heads learn
+        faster; `none`, as they are.
       depthwise: what the heads of depthwise convolutions read: `full`: all channels, as every other head does; `own`:
-        each gate the one channel that its filter sees, with C weights in place of C * C.
+        each gate only the channel that its filter sees, with C weights in place of C * C.
+      min_filters: fewest filters that a target keeps in an image that is not all zero. A setting for comparisons: 0 is
+        the published rule.
       after_block: in residual blocks of two 3x3 units, rank and mask after the addition and its activation instead of
-        before it. Bottlenecks and inverted residuals have no unit that ends with the addition; nothing changes there.
-      min_filters: fewest filters a target keeps in a sample that is not all zero (0: the published rule).
+        before it. A setting for studies: bottlenecks and inverted residuals do not end with a unit, and nothing
+        changes there.
     """
 
     r: float = 0.9
     mode: Literal["decoupled", "joint"] = "decoupled"
     pool: Literal["max", "mean"] = "max"
-    softmax: bool = True
-    after_block: bool = False
+    norm: Literal["none", "softmax", "layer"] = "layer"
+    depthwise: Literal["full", "own"] = "own"
     min_filters: int = 1
-    norm: Literal["softmax", "layer"] = "softmax"
-    depthwise: Literal["full", "own"] = "full"
+    after_block: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "r", check_r(self.r))
@@ -70,20 +72,44 @@ class GateConfig:
             raise unknown_name("norm of the gate heads", self.norm, NORMS)
         if self.depthwise not in DEPTHWISE:
             raise unknown_name("kind of depthwise head", self.depthwise, DEPTHWISE)
-        for name in ("softmax", "after_block"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name} is True or False; got {getattr(self, name)!r}")
+        if not isinstance(self.after_block, bool):
+            raise UserError(f"after_block is True or False; got {self.after_block!r}")
         if not isinstance(self.min_filters, int) or isinstance(self.min_filters, bool) or self.min_filters < 0:
             raise UserError(f"min_filters is a number of filters, 0 or more; got {self.min_filters!r}")
 
-    @property
-    def normalization(self) -> str:
-        """What a head does with the pooled channels: `softmax`, `layer` or `none`."""
-        return self.norm if self.softmax else "none"
+    @classmethod
+    def paper(cls, **changes: Any) -> "GateConfig":
+        """The gate head of the paper: softmax over the channels, and depthwise heads that read all channels.
+
+        The authors' code differs from their paper: `GateConfig.paper(pool="mean", min_filters=0)` are its gates.
+
+        Args:
+          **changes: other fields than the paper's, by name.
+        """
+        return cls(**{"pool": "max", "norm": "softmax", "depthwise": "full", **changes})
 
     def reads_own(self, inputs: int, features: int, groups: int) -> bool:
-        """Whether each gate of a convolution with so many channels, filters and groups reads its own channel alone."""
+        """Whether each gate of a convolution with this many channels, filters and groups reads only its own channel."""
         return self.depthwise == "own" and groups == inputs == features
+
+
+def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of gates as any version of this library wrote them, as the fields of today's `GateConfig`.
+
+    Files written earlier have a switch `softmax` beside `norm`: off, the pooled channels were not normalised, whatever
+    `norm` said. The oldest have neither `norm` nor `depthwise`, which meant `softmax` and `full`.
+
+    Args:
+      fields: by name; fields that `GateConfig` does not have pass through.
+
+    Raises:
+      UserError: `softmax` is neither True nor False.
+    """
+    current = {"norm": "softmax", "depthwise": "full", **fields}
+    switch = current.pop("softmax", True)
+    if not isinstance(switch, bool):
+        raise UserError(f"softmax is True or False; got {switch!r}")
+    return current if switch else {**current, "norm": "none"}
 
 
 @struct.dataclass
@@ -94,8 +120,8 @@ class GateControl:
       r: mass threshold to use in place of the config's; a scalar, traced under jit, so a sweep does not recompile.
       masks: where masks come from. `heads`: the gate logits; `targets`: the targets themselves, which needs no trained
         head (a dense network's variables will do); `open`: every filter on.
-      targets: compute targets. Off, `GateOutput.target` is None and ranking costs nothing.
-      offset: added to all gate logits: a larger one turns more filters on, and so one trained network serves any
+      targets: whether to compute targets. Off, `GateOutput.target` is None and no time goes into ranking.
+      offset: added to all gate logits. A larger one turns more filters on, so that one trained network serves any
         budget. A scalar, traced under jit.
     """
 
@@ -115,7 +141,7 @@ class GateControl:
 
 @struct.dataclass
 class GateOutput:
-    """What one gate said of a batch.
+    """What one gate returned for a batch.
 
     Attributes:
       logits: float32 [N, C], the gate logits P; None when the masks did not come from the heads.
@@ -128,45 +154,43 @@ class GateOutput:
     target: Bool[Array, "N C"] | None
 
 
-def gate_pool(pool: str) -> Callable[[Array], Array]:
-    """The pool by its name in `GateConfig`: [N, H, W, C] -> [N, C]."""
-    return {"max": max_pool_all, "mean": mean_pool_all}[pool]
+def pooled(maps: Float[Array, "N H W C"], pool: str) -> Float[Array, "N C"]:
+    """What a head sums up of each channel, in float32, by `GateConfig.pool`."""
+    return {"max": max_pool_all, "mean": mean_pool_all}[pool](maps.astype(jnp.float32))
 
 
-def normalized(pooled: Float[Array, "N C_in"], norm: str) -> Float[Array, "N C_in"]:
-    """What a head reads of the pooled channels, by `GateConfig.normalization`."""
+def normalized(channels: Float[Array, "N C_in"], norm: str) -> Float[Array, "N C_in"]:
+    """What a head reads of the pooled channels, by `GateConfig.norm`."""
     if norm == "softmax":
-        return jax.nn.softmax(pooled, axis=-1) * pooled.shape[-1]
-    return jax.nn.standardize(pooled, axis=-1, epsilon=NORM_EPSILON) if norm == "layer" else pooled
+        return jax.nn.softmax(channels, axis=-1) * channels.shape[-1]
+    return jax.nn.standardize(channels, axis=-1, epsilon=NORM_EPSILON) if norm == "layer" else channels
 
 
 class GateHead(nn.Module):
     """Predicts which filters of a unit will matter from the unit's input: P = e W + b.
 
-    e is the global pool of the input per channel, then `softmax(e) * C_in`, or another norm. The factor C_in is not in
-    the paper: a plain softmax hands the head numbers of size 1 / C_in, from which it learns little but each filter's
-    average at the published learning rate. It is the same class of functions: a published kernel divided by C_in gives
-    the published logits.
+    e is the global pool of each input channel, normalised over the channels. The paper's norm is a softmax; here it is
+    `softmax(e) * C_in`, since a plain softmax hands the head numbers of size 1 / C_in, from which it learns little more
+    than each filter's average at the published learning rate. It is the same class of functions: a published kernel
+    divided by C_in gives the published logits.
 
     The first logits lie near 1, that is, every filter is on: a gated network starts as the dense one it was made from.
     They are not quite 1, so that in `joint` mode the gate loss reaches the backbone from the first step.
 
     Attributes:
       features: number of filters of the unit, C.
-      pool, softmax, norm: see `GateConfig`.
+      pool, norm: see `GateConfig`.
       own: gate c reads channel c alone, `P_c = e_c W_c + b_c`; there are as many gates as channels then.
     """
 
     features: int
     pool: Literal["max", "mean"] = "max"
-    softmax: bool = True
-    norm: Literal["softmax", "layer"] = "softmax"
+    norm: Literal["none", "softmax", "layer"] = "layer"
     own: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
-        settings = GateConfig(pool=self.pool, softmax=self.softmax, norm=self.norm)
-        summary = normalized(gate_pool(self.pool)(inputs.astype(jnp.float32)), settings.normalization)
+        summary = self.summary(inputs)
         # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.
         kernel_init = nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1]))
         if self.own:
@@ -176,9 +200,14 @@ class GateHead(nn.Module):
         )
         return dense(summary)
 
+    @nn.nowrap
+    def summary(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C_in"]:
+        """e, which the head multiplies by its kernel; float32."""
+        return normalized(pooled(inputs, self.pool), self.norm)
+
 
 class _Scale(nn.Module):
-    """A dense layer whose matrix has nothing but a diagonal, under the names of one: kernel [1, C], bias [C]."""
+    """A dense layer with a diagonal matrix, under the parameter names of one: kernel [1, C], bias [C]."""
 
     kernel_init: Callable[..., Array]
 
@@ -186,10 +215,3 @@ class _Scale(nn.Module):
     def __call__(self, x: Float[Array, "N C"]) -> Float[Array, "N C"]:
         kernel = self.param("kernel", self.kernel_init, (1, x.shape[-1]))
         return x * kernel[0] + self.param("bias", nn.initializers.ones, (x.shape[-1],))
-
-
-def current_fields(fields: dict) -> dict:
-    """Placeholder until the branch with the real one is merged."""
-    fields = {"norm": "softmax", "depthwise": "full", **fields}
-    softmax = fields.pop("softmax", True)
-    return fields if softmax else {**fields, "norm": "none"}

@@ -13,7 +13,7 @@ REDUCTIONS = ("mean", "sum")
 
 
 def gate_loss(gates: Sequence[GateOutput], reduction: str = "mean") -> Float[Array, ""]:
-    """Binary cross-entropy between gate logits and targets: summed over filters, averaged over samples.
+    """Binary cross-entropy between gate logits and targets: summed over filters, averaged over images.
 
     Args:
       gates: `outputs.gates` of a call with targets.

@@ -40,7 +40,7 @@ def _active_per_group(active: Any, features: int, groups: int, xp: Any) -> Any:
 
 
 def _layer_exact(layer: LayerRecord, xp: Any) -> Any:
-    """MACs per sample of one layer, [N] or a plain int; a filter pays for the non-zero channels of its own group."""
+    """MACs per image of one layer, [N] or a plain int; a filter pays for the non-zero channels of its own group."""
     inputs = _active_per_group(layer.active_in, layer.in_features, layer.groups, xp)
     outputs = _active_per_group(layer.active_out, layer.out_features, layer.groups, xp)
     pairs = inputs * outputs
@@ -51,16 +51,16 @@ def _layer_exact(layer: LayerRecord, xp: Any) -> Any:
 
 
 def _as_float(counts: Any, xp: Any) -> Any:
-    # Sums over a network pass 2^31; float64 holds them exactly outside jit, float32 to 1e-7 inside.
+    # Sums over a network exceed 2^31; float64 holds them exactly outside jit, float32 to 1e-7 inside.
     if isinstance(counts, int):
         return float(counts)
     return counts.astype(np.float64 if xp is np else np.float32)
 
 
 def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") -> list[Float[Array, " N"] | float]:
-    """MACs of each layer per sample, in the order of `layers`: [N], or one number where no mask matters.
+    """MACs of each layer per image, in the order of `layers`: [N], or one number where no mask matters.
 
-    Under `published`, layers that are no gated unit cost nothing. Gate heads are part of their unit under `exact`.
+    Under `published`, layers that are not gated units cost nothing. Gate heads are part of their unit under `exact`.
     """
     _check(convention)
     concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
@@ -86,25 +86,25 @@ def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") 
 
 
 def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, " N"] | Float[np.ndarray, " N"]:
-    """MACs that each sample of a batch took.
+    """MACs that each image of a batch took.
 
     Args:
-      outputs: what a network returned; for a dense one every sample costs `dense_macs`.
+      outputs: what a network returned; for a dense one every image costs `dense_macs`.
       convention: `exact` or `published`.
 
     Returns:
       [N]: float64 and exact outside jit (NumPy); float32, to one part in 10^7, inside.
     """
     _check(convention)
-    samples = outputs.logits.shape[0]
+    images = outputs.logits.shape[0]
     if not outputs.gates:
-        return np.full(samples, dense_macs(outputs, convention))
+        return np.full(images, dense_macs(outputs, convention))
     total: Any = sum(layer_macs(outputs.layers, convention))
-    return total if np.ndim(total) else np.full(samples, total)
+    return total if np.ndim(total) else np.full(images, total)
 
 
 def dense_macs(outputs: Outputs, convention: Convention = "exact") -> float:
-    """MACs of the same network with every filter on and no gate heads; one number, known without running anything.
+    """MACs of the same network with every filter on and without gate heads; one number, known without running it.
 
     Under `published` these are the authors' own dense totals, which count a little more than their gated ones do:
     the classifier, projection shortcuts, biases of convolutions and, in some networks, the outputs of the last pool.

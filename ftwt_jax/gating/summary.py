@@ -1,4 +1,4 @@
-"""Are the gates right, and are they dynamic at all? Counts over a data set, and the figures made of them."""
+"""Are the gates right, and are they dynamic at all? Counts over a data set, and the figures computed from them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,13 @@ from ftwt_jax.gating.gates import GateOutput
 
 @struct.dataclass
 class GateCounts:
-    """For one unit, over all samples seen: how often each filter was on, wanted, and both alike. int32 [C] each."""
+    """Counts for one unit over all images seen; int32 [C] each.
+
+    Attributes:
+      on: images for which each filter was on.
+      wanted: images whose target holds the filter.
+      agreed: images for which mask and target say the same of the filter.
+    """
 
     on: Int[Array, " C"]
     wanted: Int[Array, " C"]
@@ -26,7 +32,7 @@ def count_gates(gates: Sequence[GateOutput], weight: Float[Array, " N"] | None =
 
     Args:
       gates: `outputs.gates` with targets.
-      weight: 1 for a sample that counts, 0 for one that pads the batch; None: all count.
+      weight: 1 for an image that counts, 0 for one that pads the batch; None: all count.
     """
 
     def total(marks: Array) -> Array:
@@ -45,12 +51,12 @@ class GateReport:
     """The figures of a gated network, each a fraction in [0, 1].
 
     Attributes:
-      gate_accuracy: share of (sample, filter) pairs where the mask equals the target, averaged over units (as the
+      gate_accuracy: share of (image, filter) pairs where the mask equals the target, averaged over units (as the
         published code does).
       static_gate_accuracy: what the best fixed mask (each filter's majority) would score on the same targets.
-      dynamic_filters: share of filters that are neither on for every sample nor off for every sample.
+      dynamic_filters: share of filters that are neither on for every image nor off for every image.
       density: share of filters on, per unit.
-      rates: for each unit, the share of samples for which each filter was on.
+      rates: for each unit, the share of images for which each filter was on.
     """
 
     gate_accuracy: float
@@ -61,13 +67,13 @@ class GateReport:
 
 
 def summarize_gates(counts: Sequence[GateCounts], samples: int) -> GateReport:
-    """The figures over `samples` samples.
+    """The figures over `samples` images.
 
     Raises:
-      UserError: there is no gate, or no sample.
+      UserError: there are no gates, or no images.
     """
     if not counts or samples < 1:
-        raise UserError(f"gate figures need gates with targets and samples; got {len(counts)} gates, {samples} samples")
+        raise UserError(f"gate figures need gates with targets and images; got {len(counts)} gates, {samples} images")
     host = jax.device_get(tuple(counts))
     on = np.concatenate([c.on for c in host])
     return GateReport(

@@ -41,7 +41,7 @@ class Outputs:
 
 
 def _convolution(features: int, kernel_size: int, strides: int, **options: Any) -> nn.Conv:
-    """The convolution of every layer here; call it inside a compact method."""
+    """The convolution of every layer in this file; call it inside a method with `nn.compact`."""
     init = nn.initializers.he_normal()
     return nn.Conv(
         features,
@@ -55,21 +55,21 @@ def _convolution(features: int, kernel_size: int, strides: int, **options: Any) 
 
 
 class GatedUnit(nn.Module):
-    """Convolution, batch norm, activation, and a gate head beside them that chooses filters per sample.
+    """Convolution, batch norm, activation, and a gate head beside them that chooses filters per image.
 
-    Takes the place of `nn.Conv` + `nn.BatchNorm` + activation in any Linen network. With `gates=None` it is just those
-    three, under the same parameter names, so a dense network's variables initialise a gated one.
+    Replaces `nn.Conv` + `nn.BatchNorm` + activation in any Linen network. With `gates=None` it is just those three,
+    under the same parameter names, so a dense network's variables initialise a gated one.
 
     Attributes:
       features: number of filters, C.
       kernel_size: side of the square kernel.
       strides: step in both directions.
       groups: number of groups; `groups == C_in` makes the convolution depthwise.
-      padding: rows added on each side; None: (kernel_size - 1) // 2 on all four, as the published networks have it.
+      padding: rows of zeros on each side; None: (kernel_size - 1) // 2, as in the published networks.
       use_bias: bias in the convolution (before batch norm).
-      act: activation, of each value by itself; None: none.
+      act: activation, applied to each value separately; None: none.
       gates: settings of the gate, or None for a dense unit.
-      dtype: of the computation; parameters, statistics, ranking and gate stay float32.
+      dtype: of the computation; parameters, statistics, ranking and gate remain float32.
     """
 
     features: int
@@ -89,7 +89,7 @@ class GatedUnit(nn.Module):
         """Runs the unit on [N, H, W, C_in]; returns [N, H', W', C] with the filters that are off at zero.
 
         Args:
-          inputs: feature maps, plain or with what is known of them.
+          inputs: feature maps, plain or as `Activations`.
           train: use the batch's statistics and update the running ones.
           shortcut: added after batch norm and before the activation, so that ranking and mask come after the addition.
         """
@@ -127,7 +127,7 @@ class GatedUnit(nn.Module):
         return (self.kernel_size - 1) // 2 if self.padding is None else self.padding
 
     def record(self, x: Activations, shape: tuple[int, ...], gate: GateOutput | None) -> LayerRecord:
-        """What is known of a call that turned `x` into maps of this shape."""
+        """The record of a call that turned `x` into maps of this shape."""
         inputs = x.values.shape[-1]
         return LayerRecord(
             name="/".join(self.path),
@@ -154,7 +154,7 @@ class GatedUnit(nn.Module):
         if control.masks == "heads" or self.is_initializing():
             source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
             own = gates.reads_own(source.shape[-1], self.features, self.groups)
-            logits = GateHead(self.features, gates.pool, gates.softmax, gates.norm, own, name=HEAD_NAME)(source)
+            logits = GateHead(self.features, gates.pool, gates.norm, own, name=HEAD_NAME)(source)
             logits = logits if control.offset is None else logits + control.offset
         if control.masks == "heads" and logits is not None:
             mask = logits > 0
@@ -166,7 +166,7 @@ class GatedUnit(nn.Module):
 
 
 class PlainConv(nn.Module):
-    """1x1 convolution and batch norm with no gate: a projection shortcut, or the last step of a bottleneck."""
+    """1x1 convolution and batch norm without a gate: a projection shortcut, or the last step of a bottleneck."""
 
     features: int
     strides: int = 1
@@ -181,7 +181,7 @@ class PlainConv(nn.Module):
         return x.replace(values=y, active=None, layers=(*x.layers, self.record(x, y.shape)))
 
     def record(self, x: Activations, shape: tuple[int, ...]) -> LayerRecord:
-        """What is known of a call that turned `x` into maps of this shape."""
+        """The record of a call that turned `x` into maps of this shape."""
         return LayerRecord(
             name="/".join(self.path),
             positions=shape[1] * shape[2],
@@ -197,7 +197,7 @@ class Classifier(nn.Module):
 
     Attributes:
       num_classes: number of logits.
-      counted_pool: whether the published dense total of this network contains the pool's outputs.
+      counted_pool: whether the published dense total of this network counts the pool's outputs.
       dtype: of the computation; logits come back in float32.
     """
 
@@ -214,7 +214,7 @@ class Classifier(nn.Module):
         return Outputs(dense(pooled).astype(jnp.float32), (*x.layers, self.record(x)))
 
     def record(self, x: Activations) -> LayerRecord:
-        """What is known of a call on `x`."""
+        """The record of a call on `x`."""
         features = x.values.shape[-1]
         return LayerRecord(
             name="/".join(self.path),

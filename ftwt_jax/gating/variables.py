@@ -1,8 +1,10 @@
-"""Moving all gates of a trained network at once: to another budget, or to masks that no longer follow the image."""
+"""The variables of gated networks: made from a dense network's, and all gates changed at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -11,13 +13,45 @@ from jaxtyping import Array, Float
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import HEAD_NAME
 
+# Problems that a message names before it counts the rest.
+LISTED = 5
 _KERNEL, _BIAS = ((HEAD_NAME, "dense", leaf) for leaf in ("kernel", "bias"))
 
 
-def shift_gates(variables: dict[str, Any], offset: Float[Array, ""] | float) -> dict[str, Any]:
-    """Variables whose gate logits are all larger by `offset`: the more, the more filters are on.
+def init_from_dense(
+    model: nn.Module, dense_variables: dict[str, Any], images: Float[Array, "N H W C"], rng: Array
+) -> dict[str, Any]:
+    """Variables of a gated network: the dense network's where it has them, fresh gate heads elsewhere.
 
-    What `GateControl(offset=…)` does for one call, for good: for compact execution, export and further training.
+    Args:
+      model: the gated network.
+      dense_variables: `params` and `batch_stats` of the same network without gates.
+      images: any batch of the right shape.
+      rng: key from which the heads are made.
+
+    Raises:
+      UserError: the two networks are not the same; every missing, unexpected or wrongly shaped array is counted and the
+        first ones are named.
+    """
+    fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
+    dense = flatten_dict({k: dense_variables.get(k, {}) for k in ("params", "batch_stats")}, sep="/")
+    problems = [f"{name} is not in this network" for name in dense if name not in fresh]
+    for name, value in fresh.items():
+        if name not in dense:
+            if f"/{HEAD_NAME}/" not in name:
+                problems.append(f"{name} is missing")
+        elif dense[name].shape != value.shape:
+            problems.append(f"{name} has shape {dense[name].shape}, needs {value.shape}")
+    if problems:
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise UserError(f"the dense variables do not fit: {'; '.join(problems[:LISTED])}{more}")
+    return unflatten_dict({**fresh, **dense}, sep="/")
+
+
+def shift_gates(variables: dict[str, Any], offset: Float[Array, ""] | float) -> dict[str, Any]:
+    """Variables whose gate logits are all larger by `offset`: the larger it is, the more filters are on.
+
+    Makes permanent what `GateControl(offset=…)` does for one call: for compact execution, export and further training.
 
     Raises:
       UserError: there is no gate head.
@@ -26,32 +60,33 @@ def shift_gates(variables: dict[str, Any], offset: Float[Array, ""] | float) -> 
 
 
 def fix_gates(variables: dict[str, Any], rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Variables whose masks are the same for every sample: the static alternative to dynamic gates, in one network.
+    """Variables whose masks are the same for every image: the static alternative to dynamic gates, in one network.
 
-    Of each unit those filters stay on that were on most often, as many as were on in the mean (at least one). The
-    plain majority would switch off whole units, whose filters are each on in less than half of the samples. Gate
-    logits become places in that order, as shares of the unit's filters: `shift_gates` by 0.1 turns on a tenth more.
+    Each unit keeps the filters that were on most often, as many as were on in the mean (at least one). The plain
+    majority would switch off whole units, whose filters are each on for less than half of the images. The gate logits
+    become ranks in that order, as shares of the unit's filters: `shift_gates` by 0.1 turns on a tenth more.
 
     Args:
-      rates: for each gated unit by its name in `Outputs.gate_names`, the share of samples for which each filter was on.
+      rates: for each gated unit by its name in `Outputs.gate_names`, the share of images for which each filter was on.
 
     Raises:
-      UserError: there is no gate head, or a unit without a rate for each of its filters.
+      UserError: there is no gate head, or a unit lacks a rate for each of its filters.
     """
 
     def fixed(unit: str, kernel: Array, bias: Array) -> tuple[Array, Array]:
         if len(rates.get(unit, ())) != len(bias):
-            wanted = f"give the share of samples for which each of its {len(bias)} filters was on"
+            wanted = f"give the share of images for which each of its {len(bias)} filters was on"
             raise UserError(f"no rates for {unit}: {wanted}")
         share = np.asarray(rates[unit], np.float32)
-        place = np.argsort(np.argsort(-share, kind="stable"))
-        logits = (max(round(float(share.sum())), 1) - 0.5 - place) / len(share)
+        rank = np.argsort(np.argsort(-share, kind="stable"))
+        logits = (max(round(float(share.sum())), 1) - 0.5 - rank) / len(share)
         return jnp.zeros_like(kernel), jnp.asarray(logits, bias.dtype)
 
     return _change(variables, fixed)
 
 
-def _change(variables: dict[str, Any], change: Any) -> dict[str, Any]:
+def _change(variables: dict[str, Any], change: Callable[[str, Array, Array], tuple[Array, Array]]) -> dict[str, Any]:
+    """Variables with `change(unit, kernel, bias)` as the kernel and bias of every gate head."""
     params = flatten_dict(variables["params"])
     units = [path[: -len(_BIAS)] for path in params if path[-len(_BIAS) :] == _BIAS]
     if not units:

@@ -1,41 +1,42 @@
-"""Which filters a compact network has to hold ready, from what its gates do on calibration data."""
+"""Which filters a compact network has to hold ready, from what its gates do on calibration images."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-Channels = tuple[int, ...]
+from ftwt_jax.inference.packed import Channels
+
 GateLogits = Mapping[str, Float[np.ndarray, "S C"]]
 # How far below zero the largest gate logit of a filter may stay for it to be kept, in standard deviations of it.
 MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-# Time of a sample that has to be computed again, in units of the dense network's.
+# Time of an image that has to be computed again, in units of the dense network's.
 REPEAT = 1.5
 
 
 def choose_kept(
     gate_logits: GateLogits, share_of_work: Callable[[Mapping[str, Channels]], float]
 ) -> dict[str, Channels]:
-    """The filters of each unit to hold ready: those that were on, and those that came so near that they will be.
+    """The filters of each unit to hold ready: those that were on, and those that came close enough to expect it.
 
-    Each filter more costs every sample a little; a filter too few costs a whole pass of the masked network to the
-    samples that want it. How often that happens is seen by choosing on one half of the samples and counting in the
-    other, and the margin with the least expected time wins.
+    One filter more costs every image a little; one filter too few costs the images that want it a whole pass of the
+    masked network. To see how often that happens, filters are chosen on one half of the images and the images that
+    want others are counted in the other half; the margin with the least expected time wins.
 
     Args:
-      gate_logits: of every gated unit, in any order of samples.
+      gate_logits: of every gated unit, the images in any order.
       share_of_work: MACs with these filters kept, as a share of the dense network's.
 
     Returns:
       Ascending filters for each unit that leaves some out.
     """
-    samples = len(next(iter(gate_logits.values())))
-    if samples == 1:
+    images = len(next(iter(gate_logits.values())))
+    if images == 1:
         return _named(gate_logits, MARGINS[0])
-    halves = np.arange(samples) % 2 == 0
+    halves = np.arange(images) % 2 == 0
 
     def expected_time(margin: float) -> float:
-        outside = np.zeros(samples, bool)
+        outside = np.zeros(images, bool)
         for logits in gate_logits.values():
             for half in (halves, ~halves):
                 dropped = ~_kept(logits[half], margin)

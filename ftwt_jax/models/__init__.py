@@ -27,7 +27,7 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
 }
-# What a caller may set besides `num_classes` and `gates`; everything else belongs to the architecture.
+# What a caller may set besides `num_classes` and `gates`; the architecture decides everything else.
 OPTIONS = ("width", "stem", "plan", "dtype")
 
 
@@ -48,7 +48,7 @@ def _options(name: str, build: Callable[..., nn.Module]) -> list[str]:
 
 
 def options_of(name: str) -> list[str]:
-    """What `create_model` takes for a network besides classes and gates; nothing for an unknown name."""
+    """What `create_model` takes for a network besides classes and gates; an empty list for an unknown name."""
     build = REGISTRY.get(name) or _cifar_resnet(name)
     return [] if build is None else _options(name, build)
 
@@ -63,7 +63,7 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
       name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`, any CIFAR
         `resnet(6n+2)` such as `resnet56`, `mobilenet_v1`, `mobilenet_v2`.
       num_classes: number of logits.
-      gates: settings of the gates; None: the dense network. Parameters have the same names in both, the gated network
+      gates: settings of the gates; None: the dense network. Parameters have the same names in both; the gated network
         only adds its heads.
       **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50 default to `imagenet`,
         MobileNets to `cifar`; MobileNetV2 also takes `published`, the CIFAR network of the authors' code); `plan` (VGG:
@@ -80,7 +80,7 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
     if gates is not None and not isinstance(gates, GateConfig):
         raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
     if arch.get("stem") == "cifar" and "stem" not in _options(name, build):
-        del arch["stem"]  # The only one that these networks have.
+        del arch["stem"]  # The only stem that these networks have.
     for option in arch:
         if option not in _options(name, build):
             raise unknown_name(f"{name} option", option, _options(name, build))

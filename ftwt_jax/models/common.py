@@ -13,10 +13,13 @@ def scaled(features: int, width: float) -> int:
 
 
 def start(images: Array, control: GateControl | None, shrinks: int) -> Activations:
-    """Images [N, H, W, channels] as activations; refuses images that the network would shrink to nothing.
+    """Images [N, H, W, channels] as activations.
 
     Args:
       shrinks: the product of all strides of the network.
+
+    Raises:
+      UserError: the images do not have four axes, or the network would shrink them to nothing.
     """
     if images.ndim != 4:
         raise UserError(f"images must have the four axes [N, H, W, channels]; got shape {tuple(images.shape)}")

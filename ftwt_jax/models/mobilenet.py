@@ -26,13 +26,13 @@ V2_STAGES = (
 
 
 def divisible(features: float, divisor: int = 8) -> int:
-    """Nearest multiple of 8 that loses at most a tenth: how ImageNet's MobileNetV2 rounds its widths."""
+    """Nearest multiple of `divisor` that loses at most a tenth: how ImageNet's MobileNetV2 rounds its widths."""
     rounded = max(divisor, int(features + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * features else rounded
 
 
 class MobileNetV1(nn.Module):
-    """Depthwise-separable pairs; every convolution is a unit. ImageNet's has stride 2 at the start and ReLU6."""
+    """Depthwise-separable pairs; every convolution is a unit. ImageNet's network starts with stride 2 and has ReLU6."""
 
     num_classes: int
     gates: GateConfig | None = None
@@ -61,7 +61,7 @@ class InvertedResidual(nn.Module):
     Attributes:
       features: filters of the projection.
       expansion: filters of the first two, as a multiple of the input's channels.
-      skip_unit_expansion: leave the first convolution out when it would not expand, as ImageNet's network does.
+      skip_unit_expansion: leave out the first convolution when it would not expand, as ImageNet's network does.
       projection: shortcut through a 1x1 convolution where stride is 1 and the number of channels changes (CIFAR).
     """
 
@@ -97,9 +97,9 @@ class MobileNetV2(nn.Module):
 
     Attributes:
       stem: `imagenet`; `cifar`: fewer strides, and projection shortcuts where only the number of channels changes: the
-        network of the authors' published total at width 1; `published`: the CIFAR network that the authors' code holds,
-        without those shortcuts and with a stride less, the one of their total at width .5. The last two are told apart
-        by their parameters as well: `cifar` runs variables that hold no projection as `published`.
+        network of the authors' published total at width 1; `published`: the CIFAR network of the authors' code, without
+        those shortcuts and with one stride fewer, which has their total at width .5. Parameters distinguish the last
+        two as well: `cifar` runs variables that hold no projection as `published`.
     """
 
     num_classes: int
@@ -142,7 +142,7 @@ class MobileNetV2(nn.Module):
         return Classifier(self.num_classes, counted_pool=False, dtype=self.dtype, name="classifier")(x)
 
     def _has_projections(self) -> bool:
-        """Whether the variables at hand are of the CIFAR network with projection shortcuts; those made anew are."""
+        """Whether the variables are those of the CIFAR network with projection shortcuts; fresh ones are."""
         if self.is_initializing() or scaled(32, self.width) == scaled(16, self.width):
             return True
         return "shortcut" in self.variables["params"].get("block0", {})

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from ftwt_jax.gating.activations import Activations, residual_add
@@ -14,20 +13,14 @@ from ftwt_jax.models.common import scaled, start
 
 
 def pooled_shortcut(x: Activations, features: int, strides: int) -> Activations:
-    """Shortcut without parameters: average pool for the size, zero channels behind the old ones for the number."""
+    """Shortcut without parameters: average pool to the new size, zero channels behind the old ones up to `features`."""
     if strides > 1:
-        # Odd sizes round up, as in the branch; the last window is then smaller.
+        # Odd sizes round up, as in the branch; the last window is smaller then.
         rest = [(0, -size % strides) for size in x.values.shape[1:3]]
         window = (strides, strides)
         x = x.map(lambda v: nn.avg_pool(v, window, strides=window, padding=rest, count_include_pad=False))
-    samples, _, _, inputs = x.values.shape
-    if features > inputs:
-        active = jnp.ones((samples, inputs), bool) if x.active is None else x.active
-        active = jnp.pad(active, ((0, 0), (0, features - inputs)))
-        values = jnp.pad(x.values, ((0, 0), (0, 0), (0, 0), (0, features - inputs)))
-        # The new channels are zero, so what is packed stays as it is.
-        x = x.replace(values=values, active=active, packed=x.packed)
-    return x
+    channels = x.values.shape[-1]
+    return x.append_zeros(features - channels) if features > channels else x
 
 
 class Block(nn.Module):

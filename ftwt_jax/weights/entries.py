@@ -83,7 +83,7 @@ def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
 
 def entries(model: nn.Module, layout: Layout, shapes: Shapes) -> list[Entry]:
     """Every array of a network with its name in a layout."""
-    scaled = model.gates is not None and model.gates.normalization == "softmax"
+    scaled = model.gates is not None and model.gates.norm == "softmax"
     return [_entry(path, shape, layout, scaled) for path, shape in shapes.items()]
 
 

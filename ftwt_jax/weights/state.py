@@ -151,7 +151,7 @@ def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
     def init() -> list[dict[str, Any]]:
         made = []
         for index, (features_in, features) in enumerate(entry.shape for entry in kernels):
-            head = GateHead(features, gates.pool, gates.softmax, gates.norm)
+            head = GateHead(features, gates.pool, gates.norm)
             made.append(head.init(jax.random.key(index), jnp.zeros((1, 1, 1, features_in)))["params"]["dense"])
         return made
 
@@ -216,7 +216,7 @@ def from_torch(
     Known are the names of the method's published code (dense and gated CIFAR networks) and, for dense networks, those
     of torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); the names tell
     which layout it is. A published gate head's kernel is divided by its number of inputs, by which our heads multiply
-    their inputs; published heads pool by the mean: `GateConfig(pool="mean")`.
+    their inputs; published heads pool by the mean: `GateConfig.paper(pool="mean")`.
 
     A `WeightsWarning` tells what differs from the state dict: gates are requested and it has no heads (new ones are
     initialised, with every filter on), or the other way round (they are left out), or it has another number of classes

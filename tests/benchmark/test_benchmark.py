@@ -58,7 +58,7 @@ def test_synthetic_gates_need_no_training_and_keep_the_budget(program, tmp_path)
 @pytest.mark.parametrize(("arch", "budget"), [("vgg_bn", 0.7), ("resnet8", 0.4)])
 def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, budget):
     options = {"plan": (16, "M", 24, 24)} if arch == "vgg_bn" else {}
-    model = ftwt.create_model(arch, 10, gates=ftwt.GateConfig(), **options)
+    model = ftwt.create_model(arch, 10, gates=ftwt.GateConfig.paper(), **options)
     images = jax.random.normal(jax.random.key(0), (96, 16, 16, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     gated, reduction = random_gates(model, variables, images[:48], budget)
@@ -71,7 +71,7 @@ def test_random_masks_keep_the_budget_and_differ_from_sample_to_sample(arch, bud
 
 
 def test_a_reduction_that_no_masks_reach_is_refused():
-    model = ftwt.create_model("vgg_bn", 10, gates=ftwt.GateConfig(), plan=(16,))
+    model = ftwt.create_model("vgg_bn", 10, gates=ftwt.GateConfig.paper(), plan=(16,))
     images = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     with pytest.raises(ftwt.UserError, match="can be cut by up to"):

@@ -9,7 +9,7 @@ import ftwt_jax as ftwt
 from ftwt_jax.budget.estimate import Estimator
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
-from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.training.evaluator import Evaluator
 

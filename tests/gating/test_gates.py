@@ -1,5 +1,6 @@
 """Gate settings, the gate head, which loss trains what, and whether gates are right and dynamic at all."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import ftwt_jax as ftwt
+from ftwt_jax.gating.gates import current_fields
 from ftwt_jax.models.resnet import ResNet
 from tests.conftest import random_like
 
@@ -80,11 +82,10 @@ class TestGateConfig:
             ftwt.GateConfig(min_filters=value)
         assert repr(value) in str(refused.value)
 
-    @pytest.mark.parametrize("field", ["softmax", "after_block"])
     @pytest.mark.parametrize("value", ["off", "false", None])
-    def test_a_switch_is_on_or_off_and_nothing_else(self, field, value):
-        with pytest.raises(ftwt.UserError, match=field):
-            ftwt.GateConfig(**{field: value})
+    def test_a_switch_is_on_or_off_and_nothing_else(self, value):
+        with pytest.raises(ftwt.UserError, match="after_block"):
+            ftwt.GateConfig(after_block=value)
 
     def test_an_unknown_norm_names_the_nearest(self):
         with pytest.raises(ftwt.UserError, match=r"norm of the gate heads.*'layer'\?"):
@@ -94,10 +95,56 @@ class TestGateConfig:
         assert ftwt.GateConfig(r=1) == ftwt.GateConfig(r=1.0) != ftwt.GateConfig(r=0.5)
         assert len({ftwt.GateConfig(), ftwt.GateConfig(), ftwt.GateConfig(pool="mean")}) == 2
 
-    def test_defaults_are_those_of_the_paper(self):
+    def test_the_default_head_is_the_one_that_the_configs_train(self):
         config = ftwt.GateConfig()
-        assert (config.mode, config.pool, config.softmax) == ("decoupled", "max", True)
-        assert (config.after_block, config.min_filters) == (False, 1)
+        assert (config.pool, config.norm, config.depthwise) == ("max", "layer", "own")
+        assert (config.mode, config.after_block, config.min_filters) == ("decoupled", False, 1)
+
+    def test_the_head_of_the_paper_differs_in_norm_and_depthwise_heads_alone(self):
+        assert ftwt.GateConfig.paper() == ftwt.GateConfig(pool="max", norm="softmax", depthwise="full")
+
+    def test_the_head_of_the_paper_takes_changes(self):
+        published = ftwt.GateConfig.paper(r=0.8, pool="mean", min_filters=0)
+        assert published == ftwt.GateConfig(0.8, pool="mean", norm="softmax", depthwise="full", min_filters=0)
+        assert ftwt.GateConfig.paper(norm="none").norm == "none"
+        with pytest.raises(TypeError, match="softmax"):
+            ftwt.GateConfig.paper(softmax=True)
+
+
+class TestCurrentFields:
+    @pytest.mark.parametrize(
+        ("written", "norm", "depthwise"),
+        [
+            ({}, "softmax", "full"),
+            ({"softmax": True}, "softmax", "full"),
+            ({"softmax": False}, "none", "full"),
+            ({"softmax": True, "norm": "layer", "depthwise": "own"}, "layer", "own"),
+            ({"softmax": True, "norm": "softmax"}, "softmax", "full"),
+            ({"softmax": False, "norm": "layer", "depthwise": "own"}, "none", "own"),
+            ({"norm": "none", "depthwise": "own"}, "none", "own"),
+            ({"norm": "layer", "depthwise": "full"}, "layer", "full"),
+        ],
+    )
+    def test_files_of_every_age_name_the_head_that_they_trained(self, written, norm, depthwise):
+        fields = current_fields({"r": 0.7, "pool": "mean", "min_filters": 0, **written})
+        assert ftwt.GateConfig(**fields) == ftwt.GateConfig(
+            r=0.7, pool="mean", min_filters=0, norm=norm, depthwise=depthwise
+        )
+
+    @pytest.mark.parametrize("config", [ftwt.GateConfig(), ftwt.GateConfig.paper(r=0.5), ftwt.GateConfig(norm="none")])
+    def test_fields_of_today_stay_as_they_are(self, config):
+        fields = dataclasses.asdict(config)
+        assert current_fields(fields) == fields
+
+    def test_other_fields_pass_through_and_the_argument_stays(self):
+        written = {"softmax": False, "budget": 0.5}
+        assert current_fields(written) == {"norm": "none", "depthwise": "full", "budget": 0.5}
+        assert written == {"softmax": False, "budget": 0.5}
+
+    @pytest.mark.parametrize("value", ["no", None, 1])
+    def test_a_switch_that_is_neither_on_nor_off_is_refused(self, value):
+        with pytest.raises(ftwt.UserError, match=r"softmax is True or False; got"):
+            current_fields({"softmax": value})
 
 
 class TestGateControl:
@@ -150,10 +197,6 @@ class TestGateControl:
             np.testing.assert_array_equal(kept(min_filters), min_filters)
 
 
-# Arguments of a head for each normalization.
-SETTINGS = {"softmax": (True, "softmax"), "layer": (True, "layer"), "none": (False, "layer")}
-
-
 def reference_head(inputs, kernel, bias, pool, norm):
     samples, _, _, channels = inputs.shape
     summary = np.zeros((samples, channels))
@@ -176,16 +219,16 @@ class TestGateHead:
         rng = np.random.default_rng(0)
         inputs = rng.normal(size=(5, 4, 3, 7)).astype(np.float32)
         kernel, bias = rng.normal(size=(7, 9)), rng.normal(size=9)
-        head = ftwt.GateHead(9, pool, *SETTINGS[norm])
+        head = ftwt.GateHead(9, pool, norm)
         logits = head.apply({"params": {"dense": {"kernel": kernel, "bias": bias}}}, inputs)
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, reference_head(inputs, kernel, bias, pool, norm), rtol=1e-4, atol=1e-5)
 
-    def test_defaults_are_maximum_and_softmax(self):
+    def test_defaults_are_maximum_and_layer_norm(self):
         inputs = np.random.default_rng(1).normal(size=(2, 3, 3, 4)).astype(np.float32)
         variables = random_variables(ftwt.GateHead(5), inputs)
         np.testing.assert_array_equal(
-            ftwt.GateHead(5).apply(variables, inputs), ftwt.GateHead(5, "max", True).apply(variables, inputs)
+            ftwt.GateHead(5).apply(variables, inputs), ftwt.GateHead(5, "max", "layer").apply(variables, inputs)
         )
 
     def test_a_published_kernel_divided_by_c_in_gives_the_published_logits(self):
@@ -193,36 +236,33 @@ class TestGateHead:
         inputs = rng.normal(size=(3, 4, 4, 16)).astype(np.float32)
         kernel, bias = rng.normal(size=(16, 6)), rng.normal(size=6)
         published = np.asarray(jax.nn.softmax(inputs.max(axis=(1, 2)), axis=-1)) @ kernel + bias
-        logits = ftwt.GateHead(6).apply({"params": {"dense": {"kernel": kernel / 16, "bias": bias}}}, inputs)
+        logits = ftwt.GateHead(6, norm="softmax").apply(
+            {"params": {"dense": {"kernel": kernel / 16, "bias": bias}}}, inputs
+        )
         np.testing.assert_allclose(logits, published, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("channels", [16, 512, 2048])
     def test_every_filter_starts_on_even_where_one_channel_takes_the_whole_softmax(self, channels):
         inputs = 1000 * jnp.eye(channels)[:8, None, None, :]
-        logits, _ = ftwt.GateHead(512).init_with_output(KEY, inputs)
+        logits, _ = ftwt.GateHead(512, norm="softmax").init_with_output(KEY, inputs)
         assert (logits > 0).all()
 
     @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
     def test_every_filter_starts_on(self, norm):
         inputs = 100 * jax.random.normal(KEY, (3, 4, 4, 8))
-        logits, variables = ftwt.GateHead(6, "max", *SETTINGS[norm]).init_with_output(KEY, inputs)
+        logits, variables = ftwt.GateHead(6, "max", norm).init_with_output(KEY, inputs)
         assert (logits > 0).all()
         assert variables["params"]["dense"]["kernel"].shape == (8, 6)
 
     def test_huge_activations_do_not_overflow_the_softmax(self):
         inputs = jnp.asarray([1e30, -1e30, 0]).reshape(1, 1, 1, 3)
         variables = {"params": {"dense": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}}}
-        np.testing.assert_allclose(ftwt.GateHead(3).apply(variables, inputs), [[3, 0, 0]])
-
-    @pytest.mark.parametrize("norm", ["softmax", "layer"])
-    def test_the_switch_turns_any_norm_off(self, norm):
-        assert ftwt.GateConfig(norm=norm).normalization == norm
-        assert ftwt.GateConfig(norm=norm, softmax=False).normalization == "none"
+        np.testing.assert_allclose(ftwt.GateHead(3, norm="softmax").apply(variables, inputs), [[3, 0, 0]])
 
     @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
     def test_a_head_of_own_channels_is_one_whose_matrix_is_a_diagonal(self, norm):
         inputs = jax.random.normal(KEY, (3, 4, 4, 8))
-        own, full = ftwt.GateHead(8, "max", *SETTINGS[norm], own=True), ftwt.GateHead(8, "max", *SETTINGS[norm])
+        own, full = ftwt.GateHead(8, "max", norm, own=True), ftwt.GateHead(8, "max", norm)
         variables = random_variables(own, inputs)
         dense = variables["params"]["dense"]
         assert dense["kernel"].shape == (1, 8)
@@ -410,5 +450,5 @@ class TestGateStats:
 
     @pytest.mark.parametrize(("gates", "samples"), [((), 4), (random_gates(), 0)])
     def test_no_gates_or_no_samples_is_refused(self, gates, samples):
-        with pytest.raises(ftwt.UserError, match=rf"got {len(gates)} gates, {samples} samples"):
+        with pytest.raises(ftwt.UserError, match=rf"got {len(gates)} gates, {samples} images"):
             ftwt.summarize_gates(ftwt.count_gates(gates), samples)

@@ -34,7 +34,7 @@ def test_ranking_matches_every_published_mask(case):
 @pytest.fixture(scope="module")
 def golden():
     data = np.load(GOLDEN / "resnet8_decoupled.npz")
-    gates = ftwt.GateConfig(r=float(data["r"]), pool="mean")
+    gates = ftwt.GateConfig.paper(r=float(data["r"]), pool="mean")
     variables = ftwt.from_torch("resnet8", under(data, "state/"), 10, gates)
     images = jnp.asarray(data["x_nchw"].transpose(0, 2, 3, 1))
     return ftwt.create_model("resnet8", 10, gates=gates), variables, images, data

@@ -117,8 +117,8 @@ def walk_mobilenet_v2(walk, x, imagenet=False):
     walk.finish(walk.unit(x, kernel=1))
 
 
-GATES = ftwt.GateConfig(r=0.7)
-AFTER_BLOCK = ftwt.GateConfig(r=0.7, after_block=True)
+GATES = ftwt.GateConfig.paper(r=0.7)
+AFTER_BLOCK = ftwt.GateConfig.paper(r=0.7, after_block=True)
 PLAN = (6, 8, "M", 12, "M", 10)
 VGG16 = (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M")
 IMAGENET = {"stem": "imagenet"}
@@ -314,7 +314,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "width"), PUBLISHED)
-@pytest.mark.parametrize("gates", [None, ftwt.GateConfig()])
+@pytest.mark.parametrize("gates", [None, ftwt.GateConfig.paper()])
 def test_dense_totals_on_cifar_are_the_published_ones(name, width, gates):
     outputs, _ = shapes_of(ftwt.create_model(name, 10, gates=gates, width=width), 32)
     total, beside = PUBLISHED[name, width]
@@ -397,7 +397,7 @@ def test_an_unknown_convention_names_the_nearest(count):
 
 @pytest.mark.parametrize(("depthwise", "head"), [("full", 24 * 24), ("own", 24)])
 def test_a_depthwise_head_that_reads_its_own_channel_costs_one_mac_a_gate(depthwise, head):
-    unit = ftwt.GatedUnit(24, groups=24, gates=ftwt.GateConfig(depthwise=depthwise))
+    unit = ftwt.GatedUnit(24, groups=24, gates=ftwt.GateConfig.paper(depthwise=depthwise))
     images = jnp.ones((2, 5, 5, 24))
     outputs = unit.apply(unit.init(jax.random.key(0), images), images)
     assert outputs.active.all()

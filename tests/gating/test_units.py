@@ -16,7 +16,7 @@ from tests.conftest import random_like
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (3, 8, 8, 4))
-GATES = ftwt.GateConfig(r=0.7)
+GATES = ftwt.GateConfig.paper(r=0.7)
 
 
 def random_variables(model, images, seed=0):
@@ -187,7 +187,7 @@ NETWORKS = {
 def test_a_dense_checkpoint_starts_a_gated_network_that_answers_as_the_dense_one(network):
     name, arch, settings = NETWORKS[network]
     dense = ftwt.create_model(name, 5, **arch)
-    gated = ftwt.create_model(name, 5, gates=ftwt.GateConfig(r=0.7, **settings), **arch)
+    gated = ftwt.create_model(name, 5, gates=ftwt.GateConfig.paper(r=0.7, **settings), **arch)
     checkpoint = random_variables(dense, IMAGES)
     ours, theirs = paths(jax.eval_shape(gated.init, KEY, IMAGES)), paths(checkpoint)
     assert theirs.items() <= ours.items()
@@ -205,7 +205,7 @@ def test_a_dense_checkpoint_starts_a_gated_network_that_answers_as_the_dense_one
 def test_with_every_gate_open_a_network_answers_as_the_dense_one(network):
     name, arch, settings = NETWORKS[network]
     dense = ftwt.create_model(name, 5, **arch)
-    gated = ftwt.create_model(name, 5, gates=ftwt.GateConfig(r=0.7, **settings), **arch)
+    gated = ftwt.create_model(name, 5, gates=ftwt.GateConfig.paper(r=0.7, **settings), **arch)
     variables = random_variables(dense, IMAGES)
     control = ftwt.GateControl(masks="open", targets=False)
     outputs = jax.jit(gated.apply)(variables, IMAGES, control=control)
@@ -215,7 +215,7 @@ def test_with_every_gate_open_a_network_answers_as_the_dense_one(network):
 
 def residual_block(after_block, strides=1, features=4):
     """A block of a CIFAR ResNet on a stream of which some channels are known to be zero, and its dense branch."""
-    block = Block(features, strides, projection=False, gates=ftwt.GateConfig(r=0.7, after_block=after_block))
+    block = Block(features, strides, projection=False, gates=ftwt.GateConfig.paper(r=0.7, after_block=after_block))
     variables = random_variables(block, ftwt.Activations(IMAGES), seed=3)
     head = variables["params"]["conv2"]["gate_head"]["dense"]
     head["kernel"][:] = 0
@@ -264,7 +264,7 @@ def test_a_shortcut_without_parameters_pools_and_appends_zero_channels():
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_channel_that_is_not_active_is_zero_wherever_it_is_read(network):
     name, arch, settings = NETWORKS[network]
-    model = ftwt.create_model(name, 5, gates=ftwt.GateConfig(r=0.7, **settings), **arch)
+    model = ftwt.create_model(name, 5, gates=ftwt.GateConfig.paper(r=0.7, **settings), **arch)
     variables = random_variables(model, IMAGES, seed=1)
     read = []
 

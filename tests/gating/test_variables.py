@@ -42,7 +42,7 @@ class Network:
 @pytest.fixture(scope="module", params=["vgg_bn", "resnet8", "mobilenet_v1"])
 def network(request, quick_compilation) -> Network:
     options = {"vgg_bn": {"plan": PLAN}, "resnet8": {"width": 0.5}, "mobilenet_v1": {"width": 0.125}}[request.param]
-    model = ftwt.create_model(request.param, 4, gates=ftwt.GateConfig(depthwise="own"), **options)
+    model = ftwt.create_model(request.param, 4, gates=ftwt.GateConfig.paper(depthwise="own"), **options)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
 
     @jax.jit

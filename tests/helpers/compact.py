@@ -11,8 +11,8 @@ from tests.conftest import random_like
 
 KEY = jax.random.key(0)
 BARE = ftwt.GateControl(targets=False)
-GATES = ftwt.GateConfig()
-PLAIN_HEADS = ftwt.GateConfig(softmax=False)
+GATES = ftwt.GateConfig.paper()
+PLAIN_HEADS = ftwt.GateConfig.paper(norm="none")
 NEVER = -1e3
 few_examples = functools.partial(settings, deadline=None, derandomize=True, database=None)
 

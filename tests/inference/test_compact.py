@@ -38,10 +38,10 @@ def network_of(name, gates, arch):
 
 
 SMALL_RESNET = {"features": 8, "stage_sizes": (1, 2)}
-AFTER_BLOCK = ftwt.GateConfig(after_block=True)
-MEAN = ftwt.GateConfig(pool="mean")
-MEAN_PLAIN = ftwt.GateConfig(pool="mean", softmax=False)
-OWN = ftwt.GateConfig(norm="layer", depthwise="own")
+AFTER_BLOCK = ftwt.GateConfig.paper(after_block=True)
+MEAN = ftwt.GateConfig.paper(pool="mean")
+MEAN_PLAIN = ftwt.GateConfig.paper(pool="mean", norm="none")
+OWN = ftwt.GateConfig()
 NETWORKS = {
     "vgg": ("vgg_bn", GATES, {"plan": (24, "M", 40, 8)}, 8),
     "vgg mean": ("vgg_bn", MEAN, {"plan": (24, "M", 40, 8)}, 8),
@@ -83,7 +83,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
     assert np.any(on != on[0])
 
     compact = prepare(model, variables, random_images(6, side, seed=2))
-    assert len(compact.plan.kept) > len(expected.gates) / 2
+    assert len(compact.execution.kept) > len(expected.gates) / 2
     if name in IN_BATCHES:
         outputs, outside = compact.run(images)
         assert_same(outputs, expected)
@@ -102,7 +102,7 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepar
     images = random_images(5, side, seed=1)
     variables = random_variables(model, images, seed=1)
     compact = prepare(model, variables)
-    assert not compact.plan.kept
+    assert not compact.execution.kept
     outputs, outside = compact.run(images)
     assert_same(outputs, masked(model, variables, images, control=BARE))
     assert not np.any(outside)
@@ -114,8 +114,7 @@ def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepar
     gates=st.builds(
         ftwt.GateConfig,
         pool=st.sampled_from(["max", "mean"]),
-        norm=st.sampled_from(["softmax", "layer"]),
-        softmax=st.booleans(),
+        norm=st.sampled_from(["none", "softmax", "layer"]),
     ),
     samples=st.sampled_from([1, 2, 5, 9]),
     never=st.sampled_from([0, 0.5, 0.9, 1]),
@@ -132,18 +131,18 @@ def test_any_stack_of_units_answers_as_the_masked_one(prepare, plan, gates, samp
 @pytest.mark.parametrize("never", [0, 0.5], ids=["all filters in use", "some never on"])
 def test_all_ways_to_run_are_timed_and_one_is_taken(monkeypatch, never):
     timed = []
-    monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.plan) or 0)
+    monkeypatch.setattr(CompactNetwork, "__call__", lambda self, images: timed.append(self.execution) or 0)
     model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=GATES)
     variables = random_variables(model, random_images(1), never=never)
     for head in heads_of(variables):
         head["kernel"][:] = 0
         head["bias"][:] = np.where(head["bias"] == NEVER, NEVER, 1)
     compact = ftwt.compact(model, variables, random_images(9))
-    ways = {(bool(plan.kept), plan.per_sample) for plan in timed}
+    ways = {(bool(execution.kept), execution.per_image) for execution in timed}
     if native.available():
         assert ways == ({(True, False), (True, True), (False, True)} if never else {(False, False), (False, True)})
         assert len(timed) == 10 * len(ways)
-    assert compact.plan in timed or not native.available()
+    assert compact.execution in timed or not native.available()
 
 
 def test_logits_alone_are_the_same_logits():
@@ -165,7 +164,7 @@ def test_a_unit_with_no_filter_on_or_all(prepare, bias):
     assert_same(outputs, masked(model, variables, images, control=BARE))
     assert np.all(np.asarray(outputs.gates[1].mask) == (bias > 0))
     assert not np.any(outside)
-    assert ("unit1" in compact.plan.kept) == (bias < 0)
+    assert ("unit1" in compact.execution.kept) == (bias < 0)
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -177,7 +176,7 @@ def test_a_dense_network_keeps_its_logits(calibrated):
     outputs, outside = compact.run(images)
     assert_same(outputs, masked(model, variables, images))
     assert not np.any(outside)
-    assert not compact.plan.kept
+    assert not compact.execution.kept
 
 
 def test_a_network_in_bfloat16_answers_within_its_rounding(prepare):
@@ -190,7 +189,7 @@ def test_a_network_in_bfloat16_answers_within_its_rounding(prepare):
     outputs = compact(images)
     expected = masked(model, variables, images, control=BARE)
     assert outputs.logits.dtype == jnp.float32
-    assert len(compact.plan.kept) == 2
+    assert len(compact.execution.kept) == 2
     assert_close(outputs.logits, expected.logits, share=0.03)
 
 

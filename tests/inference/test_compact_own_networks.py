@@ -111,7 +111,7 @@ def test_a_users_own_network_answers_as_it_does_itself(prepare, name):
     variables = random_variables(model, images, never=0.4, **options)
     expected = masked(model, variables, images, **options)
     compact = prepare(model, variables, random_images(8), **options)
-    assert compact.plan.kept
+    assert compact.execution.kept
     actual = compact(images)
     assert type(actual) is type(expected)
     for field in ("logits", "values"):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax.gating.activations import Packed
 from ftwt_jax.inference.compact import CompactNetwork
 from ftwt_jax.inference.kept import choose_kept
+from ftwt_jax.inference.packed import Packed
 from tests.helpers.compact import (
     BARE,
     GATES,
@@ -72,7 +72,7 @@ def wants_more(levels):
 
 
 def test_filters_never_on_in_calibration_leave_and_all_others_stay(drawable):
-    kept = drawable[1].plan.kept
+    kept = drawable[1].execution.kept
     assert kept == {"unit0": tuple(range(PREPARED)), "unit1": tuple(range(PREPARED // 2))}
 
 
@@ -104,7 +104,7 @@ def test_any_images_are_answered_as_by_the_masked_network(drawable, seed, share,
 
 
 def test_a_network_is_compiled_once_for_each_shape_of_images(drawable):
-    compact = CompactNetwork(drawable[1]._forward, drawable[1].plan)
+    compact = CompactNetwork(drawable[1]._forward, drawable[1].execution)
     for shapes, samples in enumerate((3, 1), start=1):
         for count in (0, 5, PREPARED, FILTERS):
             for shift in (0, 9):
@@ -114,7 +114,7 @@ def test_a_network_is_compiled_once_for_each_shape_of_images(drawable):
 
 def test_a_network_runs_within_a_function_that_is_compiled_and_outside_it_again(drawable):
     apply, prepared = drawable
-    compact = CompactNetwork(prepared._forward, prepared.plan)
+    compact = CompactNetwork(prepared._forward, prepared.execution)
     images = drawn([levels_of(10, 5), levels_of(FILTERS)])
     expected = apply(images).logits
     assert_close(jax.jit(lambda x: compact(x).logits)(images), expected)
@@ -122,12 +122,10 @@ def test_a_network_runs_within_a_function_that_is_compiled_and_outside_it_again(
     assert_close(jax.jit(lambda x: 2 * compact(x).logits)(images), 2 * expected)
 
 
-NO_PICTURES = np.zeros((0, 8, 8, 3), np.float32)
+NO_IMAGES = np.zeros((0, 8, 8, 3), np.float32)
 
 
-@pytest.mark.parametrize(
-    "empty", [NO_PICTURES, [], iter(()), [NO_PICTURES]], ids=["array", "list", "iterator", "batch"]
-)
+@pytest.mark.parametrize("empty", [NO_IMAGES, [], iter(()), [NO_IMAGES]], ids=["array", "list", "iterator", "batch"])
 def test_a_calibration_without_images_is_refused(empty):
     model = ftwt.create_model("vgg_bn", 5, plan=(6,), gates=GATES)
     with pytest.raises(ftwt.UserError) as error:
@@ -149,9 +147,9 @@ def test_calibration_in_batches_of_any_size_is_the_same_calibration():
     model = ftwt.create_model("vgg_bn", 5, plan=(24, 8), gates=GATES)
     images = random_images(70, 4)
     variables = random_variables(model, images, never=0.3)
-    whole = ftwt.compact(model, variables, images, portable=True).plan
+    whole = ftwt.compact(model, variables, images, portable=True).execution
     batches = (images[start:stop] for start, stop in ((0, 6), (6, 6), (6, 70)))
-    assert ftwt.compact(model, variables, batches, portable=True).plan.kept == whole.kept
+    assert ftwt.compact(model, variables, batches, portable=True).execution.kept == whole.kept
     assert whole.kept
 
 

@@ -42,10 +42,10 @@ def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu,
     """In the order in which the paper has it: pool, head, convolution of everything, mask."""
     summary = x.max((1, 2)) if gates.pool == "max" else x.mean((1, 2))
     summary = np.concatenate([summary, np.zeros((len(x), left_out), np.float32)], axis=1)
-    if gates.normalization == "layer":
+    if gates.norm == "layer":
         summary = summary - summary.mean(1, keepdims=True)
         summary = summary / np.sqrt(np.square(summary).mean(1, keepdims=True) + 1e-5)
-    if gates.normalization == "softmax":
+    if gates.norm == "softmax":
         powers = np.exp(summary - summary.max(1, keepdims=True))
         summary = powers / powers.sum(1, keepdims=True) * summary.shape[1]
     logits = summary @ head["kernel"] + head["bias"]
@@ -80,8 +80,7 @@ def cases(draw, depthwise):
             st.builds(
                 ftwt.GateConfig,
                 pool=st.sampled_from(["max", "mean"]),
-                norm=st.sampled_from(["softmax", "layer"]),
-                softmax=st.booleans(),
+                norm=st.sampled_from(["none", "softmax", "layer"]),
             )
         ),
         "seed": draw(st.integers(0, 1000)),
@@ -154,10 +153,10 @@ def test_without_a_compiler_compact_execution_does_without(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert not native.available.__wrapped__()
     monkeypatch.setattr(native, "available", lambda: False)
-    model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=ftwt.GateConfig())
+    model = ftwt.create_model("vgg_bn", 5, plan=(8,), gates=ftwt.GateConfig.paper())
     images = np.random.default_rng(0).normal(size=(3, 4, 4, 3)).astype(np.float32)
     compact = ftwt.compact(model, model.init(jax.random.key(0), images), images)
-    assert not compact.plan.per_sample
+    assert not compact.execution.per_image
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from ftwt_jax.models import REGISTRY, STEMS
 from tests.conftest import random_like
 
 KEY = jax.random.key(0)
-GATES = ftwt.GateConfig(r=0.7)
+GATES = ftwt.GateConfig.paper(r=0.7)
 IMAGENET = {"stem": "imagenet"}
 
 
@@ -92,7 +92,7 @@ V2_NAMES = [f"block{i}/{step}" for i in range(17) for step in ("expand", "depthw
     [
         ("vgg11_bn", GATES, [f"unit{i}" for i in range(8)]),
         ("resnet14", GATES, ["stem", *block_names((2, 2, 2), 2)]),
-        ("resnet14", ftwt.GateConfig(after_block=True), ["stem", *block_names((2, 2, 2), 2)]),
+        ("resnet14", ftwt.GateConfig.paper(after_block=True), ["stem", *block_names((2, 2, 2), 2)]),
         ("resnet18", GATES, ["stem", *block_names((2, 2, 2, 2), 2)]),
         ("resnet50", GATES, ["stem", *block_names((3, 4, 6, 3), 2)]),
         ("mobilenet_v1", GATES, ["stem", *V1_NAMES]),

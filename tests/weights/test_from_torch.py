@@ -22,8 +22,8 @@ from tests.helpers import torch_networks as theirs
 
 pytestmark = pytest.mark.long
 
-GATES = ftwt.GateConfig(r=0.9, pool="mean", min_filters=0)
-AFTER = ftwt.GateConfig(r=0.9, pool="mean", min_filters=0, after_block=True)
+GATES = ftwt.GateConfig.paper(r=0.9, pool="mean", min_filters=0)
+AFTER = ftwt.GateConfig.paper(r=0.9, pool="mean", min_filters=0, after_block=True)
 IMAGES = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
 LABELS = np.array([3, 1, 4, 1])
 PLAN = (16, "M", 24, 24, "M", 20)

@@ -20,7 +20,7 @@ from tests.conftest import random_like
 from tests.helpers import torch_imagenet as imagenet
 from tests.helpers import torch_networks as theirs
 
-GATES = ftwt.GateConfig(pool="mean")
+GATES = ftwt.GateConfig.paper(pool="mean")
 CLASSES = 1000
 QUARTER, NARROW = {"width": 0.25}, {"width": 0.35}
 BASIC, DEEP = (2, 2, 2, 2), (3, 4, 6, 3)

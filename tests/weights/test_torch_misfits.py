@@ -15,7 +15,7 @@ import ftwt_jax as ftwt
 from tests.conftest import random_like
 from tests.helpers import torch_networks as theirs
 
-GATES = ftwt.GateConfig(pool="mean", min_filters=0)
+GATES = ftwt.GateConfig.paper(pool="mean", min_filters=0)
 IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 HEAD = "mask.model.1Conv2dMask"
 

@@ -1,7 +1,7 @@
-"""A kernel of our own for CPUs, in C++, for what XLA has no operation for: a convolution that differs by sample.
+"""A kernel of our own for CPUs, in C++, for what XLA has no operation for: a convolution that differs by image.
 
-It is built on first use by the machine's own compiler and kept in the user's cache folder. Where there is none,
-`available()` is False, and compact execution makes do with what XLA offers.
+The machine's own compiler builds it on first use; the user's cache folder keeps it. Without a compiler, `available()`
+is False, and compact execution uses XLA's operations alone.
 """
 
 import ctypes
@@ -26,17 +26,17 @@ from ftwt_jax.ops.compiling import cache_folder
 _FOLDER = pathlib.Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-# In this order, until one is understood: processors differ, and so do compilers.
+# Tried in this order until the compiler accepts one: processors differ, and so do compilers.
 _TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernel can be had here. `CXX` names the compiler."""
+    """Whether the kernel works here, which builds it if need be. The variable `CXX` may name the compiler."""
     try:
         register(build(cache_folder()))
     except (OSError, UserError):
-        try:  # A cache that cannot be written.
+        try:  # The cache is not writable.
             register(build(pathlib.Path(tempfile.mkdtemp(prefix="ftwt_jax-"))))
         except OSError:
             return False
@@ -50,10 +50,10 @@ def register(library: pathlib.Path, target: str = TARGET) -> None:
 
 
 def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> pathlib.Path:
-    """The built library in this folder, made if it is not there.
+    """The built library in this folder; builds it if it is not there.
 
     Args:
-      tunings: compiler flags for the processor, of which the first that the compiler understands are taken.
+      tunings: sets of compiler flags for the processor; the first that the compiler accepts is used.
 
     Raises:
       OSError: there is no compiler, or it failed.
@@ -64,8 +64,8 @@ def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> 
         raise FileNotFoundError("no C++ compiler")
     sources = sorted(_FOLDER.glob("*.cc"))
     contents = [file.read_bytes() for file in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    made_of = repr((contents, jaxlib.__version__, compiler, tunings, _processor())).encode()
-    library = folder / f"gated_unit-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    ingredients = repr((contents, jaxlib.__version__, compiler, tunings, _processor())).encode()
+    library = folder / f"gated_unit-{hashlib.sha256(ingredients).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(library) as temporary:
@@ -75,7 +75,7 @@ def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> 
 
 
 def _processor() -> list[str]:
-    """What tells processors apart that do not run each other's code; a cache may be shared by several machines."""
+    """What distinguishes processors that cannot run each other's code; several machines may share a cache."""
     known = pathlib.Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else []
     return [platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})]

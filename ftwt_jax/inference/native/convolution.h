@@ -1,10 +1,10 @@
-// Convolution that computes, for each sample, only the filters that are on, from only the input channels that live.
+// Convolution that computes, for each image, only the filters that are on, from only the live input channels.
 //
-// The kernel comes in blocks of filters, [blocks, kh * kw, C, width], so that a block is read from front to end. For a
-// sample, the rows of its dead input channels are never read. Of the other rows, the columns of the filters that are on
-// are packed side by side into a panel a few vectors wide, which stays in a core's cache, and multiplied with every
-// position. Packing has to be worth it: where the map has few positions, or nearly all filters are on, whole rows are
-// used as they stand.
+// The kernel comes in blocks of filters, [blocks, kh * kw, C, width], so that a block is read from start to end. The
+// rows of an image's dead input channels are never read. Of the other rows, the columns of the filters that are on are
+// packed side by side into a panel a few vectors wide, which stays in a core's cache, and multiplied with every
+// position. Packing has to be worth its time: where the map has few positions, or nearly all filters are on, whole rows
+// are used as they are.
 #pragma once
 
 #include <algorithm>
@@ -14,20 +14,22 @@
 #include <utility>
 #include <vector>
 
+#include "geometry.h"
 #include "parallel.h"
 #include "pieces.h"
 #include "vectors.h"
 
 namespace ftwt {
 
-// Packing a vector of the kernel takes as long as multiplying it with so many positions (measured).
+// Packing a vector of the kernel takes as long as multiplying it with this many positions (measured).
 constexpr int64_t kPackingPositions = 16;
-// Maps of so few positions take a panel in slices of so many rows, which stay in a core's first cache: packing competes
-// with reading the kernel from afar. Larger ones have too many sums for that, and more use for a whole panel.
+// Maps of at most kSlicedPositions use a panel in slices of kSlice rows, which stay in a core's first cache: packing
+// competes with reading the kernel from main memory. Larger maps have too many sums for that, and reuse a whole panel
+// more often.
 constexpr int64_t kSlicedPositions = 64, kSlice = 64;
-// Filters of a block of the kernel are a multiple of so many.
+// The number of filters in a block of the kernel is a multiple of this.
 constexpr int64_t kBlock = 16;
-// Rows of the kernel between the one in use and the one that is being fetched.
+// Rows of the kernel between the one in use and the one being prefetched.
 constexpr int kAhead = 16;
 
 // Products of `positions` rows of `inputs` numbers under each tap with the rows of a kernel: packed ones, or, with
@@ -67,10 +69,10 @@ void multiply(const Product& product) {
       } else {
         row = kernel + product.rows[k];
         const int64_t later = k + kAhead;
-        const float* ahead = later < product.inputs
-                                 ? kernel + product.rows[later]
-                                 : kernel + product.tap_stride +
-                                       product.rows[std::min(later - product.inputs, product.inputs - 1)];
+        const float* ahead =
+            later < product.inputs
+                ? kernel + product.rows[later]
+                : kernel + product.tap_stride + product.rows[std::min(later - product.inputs, product.inputs - 1)];
 #pragma GCC unroll 8
         for (int v = 0; v < kWidth; ++v) __builtin_prefetch(ahead + v * kLanes);
       }
@@ -108,11 +110,7 @@ constexpr std::array<std::array<Multiply, kPositions>, sizeof...(kWidths)> by_wi
 constexpr auto kPackedProducts = by_width<true>(std::make_integer_sequence<int, kVectors>{});
 constexpr auto kRowProducts = by_width<false>(std::make_integer_sequence<int, 2>{});
 
-struct Convolution {
-  int64_t height, width, inputs;
-  int64_t kernel_height, kernel_width;
-  int64_t out_height, out_width, filters;
-  int64_t stride, pad;
+struct Convolution : Geometry {
   bool relu;
   int64_t width_of_block;
   const float* kernel;
@@ -120,9 +118,9 @@ struct Convolution {
 
   int64_t positions() const { return out_height * out_width; }
 
-  // One sample.
+  // One image.
   void run(const float* x, const bool* on, const float* shortcut, float* y, const Team& team) const {
-    // Which input channels live: a channel that is zero in the whole map adds nothing.
+    // Which input channels are live: a channel that is zero in the whole map adds nothing.
     std::vector<int32_t> non_zero(inputs, 0);
     for (int64_t position = 0; position < height * width; ++position) {
       const float* row = x + position * inputs;
@@ -143,7 +141,7 @@ struct Convolution {
         float* to = padded + ((i + pad) * padded_width + j + pad) * live;
         for (const Piece& piece : input_pieces) pack(piece, x + (i * width + j) * inputs + piece.first, to);
       }
-      // Packing may have written behind the last of them, into the padding.
+      // Packing may have written past the last of them, into the padding.
       float* behind = padded + ((i + pad) * padded_width + width + pad) * live;
       const int64_t left = padded_height * padded_width * live - (behind - padded);
       std::fill_n(behind, std::min<int64_t>(kLanes, left), 0.0f);
@@ -170,7 +168,8 @@ struct Convolution {
     const std::vector<int64_t> cuts = packed ? panel_cuts(on) : even_cuts(row_vectors * kLanes);
     const int64_t panels = cuts.size() - 1;
     const int64_t products = kernel_height * kernel_width * live * (filters - off) * (positions() + kPackingPositions);
-    // Enough parts that all threads end at about the same time, none smaller than packing its panel is worth.
+    // Enough parts for all threads to finish at about the same time, none so small that packing its panel is not worth
+    // it.
     const bool shared = team.size() > 1 && products > kWorthSharing;
     const int64_t wanted = shared ? 4 * team.size() : 1;
     const int64_t parts =
@@ -251,7 +250,7 @@ struct Convolution {
     return cuts;
   }
 
-  // Where the filters are cut so that each panel has about as many that are on, in whole vectors.
+  // Cuts the filters so that about equally many in each panel are on, in whole vectors.
   std::vector<int64_t> panel_cuts(const bool* on) const {
     const int64_t count = std::count(on, on + filters, true);
     const int64_t vectors = (count + kLanes - 1) / kLanes;
@@ -266,7 +265,7 @@ struct Convolution {
     return cuts;
   }
 
-  // Where a filter's column begins.
+  // The start of a filter's column.
   const float* column(int64_t filter) const {
     const int64_t block = filter / width_of_block;
     return kernel + block * kernel_height * kernel_width * inputs * width_of_block + filter % width_of_block;

@@ -1,4 +1,4 @@
-// Depthwise convolution of the filters that are on, for one sample.
+// Depthwise convolution of the filters that are on, for one image.
 #pragma once
 
 #include <algorithm>
@@ -6,21 +6,18 @@
 #include <memory>
 #include <vector>
 
+#include "geometry.h"
 #include "parallel.h"
 #include "pieces.h"
 #include "vectors.h"
 
 namespace ftwt {
 
-struct Depthwise {
-  int64_t height, width, inputs;
-  int64_t kernel_height, kernel_width;
-  int64_t out_height, out_width, filters;
-  int64_t stride, pad;
+struct Depthwise : Geometry {
   bool relu;
   const float* kernel;    // [kernel_height * kernel_width, filters]
   const float* bias;      // [filters]
-  const int32_t* source;  // [filters], the input channel of each, or -1 where that is zero in every map
+  const int32_t* source;  // [filters], the input channel of each, or -1 if that is zero in every map
 
   void run(const float* x, const bool* on, const float* shortcut, float* y, const Team& team) const {
     std::vector<Piece> found;
@@ -35,7 +32,7 @@ struct Depthwise {
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (const Piece& piece : found) pack(piece, kernel + tap * filters + piece.first, packed_kernel + tap * row);
     }
-    // Filters in the order of the input channels, as they nearly always are, are packed whole vectors at a time.
+    // Filters in the order of the input channels, which they nearly always have, are packed whole vectors at a time.
     bool in_order = inputs == filters;
     for (int64_t filter = 0; filter < filters; ++filter) in_order = in_order && source[filter] == filter;
     for (int64_t i = 0; i < height; ++i) {
@@ -43,7 +40,7 @@ struct Depthwise {
         const float* from = x + (i * width + j) * inputs;
         float* to = padded + ((i + pad) * padded_width + j + pad) * row;
         if (in_order) {
-          // The last vector may overrun the row by what is then written, or set to zero, below.
+          // The last vector may run past the row, over numbers that are then written, or set to zero, below.
           for (const Piece& piece : found) pack(piece, from + piece.first, to);
         } else {
           for (int64_t filter = 0; filter < filters; ++filter) {
@@ -56,7 +53,7 @@ struct Depthwise {
         std::fill_n(behind, std::min<int64_t>(kLanes, padded + padded_size - behind), 0.0f);
       }
     }
-    // Read from the first cache and used once, numbers take several times as long as products of a matrix.
+    // Numbers that are read from the first cache and used once take several times as long as products of a matrix.
     const bool shared = 4 * out_height * out_width * row * taps > kWorthSharing;
     const int64_t parts = shared ? std::min(2 * team.size(), out_height) : 1;
     team.run(parts, [&](int64_t part) {
@@ -81,7 +78,7 @@ struct Depthwise {
   }
 
  private:
-  // One vector of filters along one row of the output; kSide: the side of the kernel, 0 if only known here.
+  // One vector of filters along one row of the output. kSide: the side of the kernel, or 0 if only known at run time.
   template <int kSide>
   void multiply_row(const float* from, int64_t line, int64_t row, const float* weights, float* sums) const {
     const int64_t rows = kSide ? kSide : kernel_height, columns = kSide ? kSide : kernel_width;

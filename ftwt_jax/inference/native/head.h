@@ -1,7 +1,7 @@
 // Gate logits of a unit: pooled input channels, their norm, and the product with the head's matrix.
 //
-// Only the rows of channels that live are read: a channel that is zero in the whole map of a sample has the same
-// summary as all others of its kind, so one number and the sum of all rows stand for them.
+// Only the rows of live channels are read: all channels that are zero in the whole map of an image have the same
+// summary, so one number and the sum of all rows stand for them.
 #pragma once
 
 #include <algorithm>
@@ -15,22 +15,23 @@ namespace ftwt {
 
 // Added to the variance, as in gates.py.
 constexpr float kNormEpsilon = 1e-5f;
-// Columns of the matrix that are added up at once, and products that take as long as reading a number of it from afar.
+// Columns of the matrix that are summed at once, and how many products take as long as reading one number of it from
+// main memory.
 constexpr int64_t kColumns = 8 * kLanes, kReading = 8;
 
-// What is done with the pooled channels, in the order of the names in gates.py.
-enum class Norm : int64_t { kSoftmax, kLayer, kNone };
+// What is done with the pooled channels, in the order of `NORMS` in gates.py.
+enum class Norm : int64_t { kNone, kSoftmax, kLayer };
 
 struct Head {
   int64_t positions, channels, filters, left_out;
   bool max_pool;
   Norm norm;
-  const float* kernel;    // [channels, filters]
-  const float* row_sum;   // [filters], of all rows of the head, those of channels that were left out too
-  const float* bias;      // [filters]
-  const int32_t* place;   // [channels], the gate that each channel alone speaks for, by kernel [channels]; or null
+  const float* kernel;   // [channels, filters]
+  const float* row_sum;  // [filters], the sum of all rows, including those of channels that are left out
+  const float* bias;     // [filters]
+  const int32_t* place;  // [channels], the one gate that reads each channel, by kernel [channels]; or null
 
-  // The logits of one sample.
+  // The logits of one image.
   void run(const float* x, float* logits, const Team& team) const {
     static thread_local Scratch scratch;
     float* of_rows = scratch.of(channels);
@@ -49,7 +50,7 @@ struct Head {
   }
 
  private:
-  // What each channel adds to the logits: the factors of its row, and the factor of the sum of all rows.
+  // Writes the factor of each channel's row into `summary`; returns the factor of the sum of all rows.
   float factors(const float* x, float* summary) const {
     std::copy_n(x, channels, summary);
     for (int64_t position = 1; position < positions; ++position) {
@@ -70,7 +71,7 @@ struct Head {
     const float zero = std::exp(-top);
     float total = left_out * zero;
     for (int64_t c = 0; c < channels; ++c) {
-      // Exactly zero for a channel that is, so that its row is left out.
+      // Exactly zero for a channel that is zero, so that its row is skipped.
       summary[c] = summary[c] == 0 ? 0 : std::exp(summary[c] - top) - zero;
       total += summary[c] + zero;
     }
@@ -79,7 +80,8 @@ struct Head {
     return zero * scale;
   }
 
-  // To mean 0 and deviation 1 over all channels; zero stays zero here, and its share is in the factor that is returned.
+  // To mean 0 and standard deviation 1 over all channels. A channel that is zero stays zero here, and the factor that
+  // is returned makes up for it.
   float standardize(float* summary) const {
     const float all = channels + left_out;
     float mean = 0;
@@ -88,6 +90,11 @@ struct Head {
     float squares = left_out * mean * mean;
     for (int64_t c = 0; c < channels; ++c) squares += (summary[c] - mean) * (summary[c] - mean);
     const float scale = 1 / std::sqrt(squares / all + kNormEpsilon);
+    if (!left_out && std::find(summary, summary + channels, 0.0f) == summary + channels) {
+      // No row can be skipped, and the channels may differ by much less than their mean.
+      for (int64_t c = 0; c < channels; ++c) summary[c] = (summary[c] - mean) * scale;
+      return 0;
+    }
     for (int64_t c = 0; c < channels; ++c) summary[c] *= scale;
     return -mean * scale;
   }

@@ -1,4 +1,4 @@
-"""A gated unit run by a kernel of our own: float32, on a CPU, for inference; see `available`."""
+"""A gated unit run by a kernel of our own: float32, on a CPU, for inference; see `native.available`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ _BLOCK, _LEAST = 64, 16
 
 @struct.dataclass
 class BlockedKernel:
-    """The kernel of a convolution in blocks of filters, each of which is read from front to end.
+    """The kernel of a convolution in blocks of filters, each of which is read from start to end.
 
     Attributes:
-      blocks: [blocks, kh * kw, C, filters of a block]; the last one is filled up with zeros.
+      blocks: [blocks, kh * kw, C, filters of a block]; the last one is padded with zeros.
     """
 
     blocks: Float[Array | np.ndarray, "B T C F"]
@@ -39,14 +39,15 @@ class UnitWeights:
     """What a gated unit computes with.
 
     Attributes:
-      kernel: of a convolution in blocks, or of a depthwise one [kh * kw, K].
+      kernel: in blocks for an ordinary convolution, [kh * kw, K] for a depthwise one.
       bias: [K].
-      head_kernel: the gate head's rows for the input channels that are here, [C, F].
-      head_sum: the sum of all its rows, also of those that are not, [F].
+      head_kernel: the gate head's rows for the input channels that are there, [C, F].
+      head_sum: the sum of all its rows, including those of channels that are left out, [F].
       head_bias: [F].
-      head_place: int32 [C], the gate that each input channel alone speaks for, head_kernel being [C, 1]; or empty.
-      kept: int32 [K], which of the F filters are computed where they are on, ascending.
-      source: int32 [K], the input channel of each filter of a depthwise convolution; -1 where that one is not here.
+      head_place: int32 [C], the one gate that reads each input channel, where each gate reads only its own channel
+        (head_kernel is [C, 1] then); otherwise empty.
+      kept: int32 [K], ascending: which of the F filters are held ready, to be computed where they are on.
+      source: int32 [K], the input channel of each filter of a depthwise convolution; -1 where it is left out.
     """
 
     kernel: BlockedKernel | Float[Array | np.ndarray, "T K"]
@@ -72,12 +73,12 @@ def gated_unit(
 ) -> tuple[Float[Array, "N H2 W2 K"], Float[Array, "N F"]]:
     """[relu](conv(x) + bias [+ shortcut]) where a filter's gate logit is above zero, zero elsewhere; and the logits.
 
-    Each sample computes its own filters alone, and from those input channels alone that are not zero in its whole map.
-    Nothing is prepared and nothing is gathered: rows and columns of kernel and head are left out as they are read.
+    Each image computes only its own filters, from only those input channels that are not zero in its whole map.
+    Nothing is prepared and nothing is gathered: rows and columns of kernel and head are skipped as they are read.
 
     Args:
       pad: rows of zeros on every side.
-      left_out: input channels that are not here, since they are zero in every map.
+      left_out: number of input channels that are not in `x`, since they are zero in every map.
     """
     height, width = (
         (side + 2 * pad - length) // strides + 1 for side, length in zip(x.shape[1:3], window, strict=True)
@@ -99,6 +100,6 @@ def gated_unit(
         depthwise=depthwise,
         left_out=left_out,
         max_pool=gates.pool == "max",
-        norm=(*NORMS, "none").index(gates.normalization),
+        norm=NORMS.index(gates.norm),
     )
     return y, logits

@@ -12,7 +12,7 @@
 
 namespace ftwt {
 
-// Products that take as long as it takes to wake another thread, about.
+// About how many products take as long as waking another thread.
 constexpr int64_t kWorthSharing = 500'000;
 
 // Memory that a thread keeps from one call to the next, aligned to lines of the cache.
@@ -30,12 +30,12 @@ class Scratch {
   std::vector<float> memory_;
 };
 
-// Threads that help this one for a while. To wake one takes as long as a small layer, so they are asked for early, and
-// wait for work without going to sleep again. Work that none of them has begun is done by the thread that has it to do,
-// so a pool whose threads are all busy elsewhere, or all wait like this one, cannot stand still.
+// Threads that help this one for a while. Waking one takes as long as a small layer, so they are requested early and
+// wait for work without sleeping again. The calling thread does whatever work none of them has begun, so a pool whose
+// threads are all busy elsewhere, or all wait like this one, cannot deadlock.
 class Team {
  public:
-  // `helpers`: at most so many; 0: none, and everything is done here.
+  // `helpers`: at most this many; 0: none, and the calling thread does everything.
   Team(xla::ffi::ThreadPool& pool, int64_t helpers) : size_(1 + std::max<int64_t>(0, helpers)) {
     if (size_ == 1) return;
     work_ = std::make_shared<Work>();
@@ -85,9 +85,9 @@ class Team {
   };
 
   struct Work {
-    // Which round of work this is, how many tasks it has, and the next of them. A task is taken by adding one to a
-    // number that holds all three, so nobody takes a task of a round that is over; and a round is not over while a task
-    // that was taken is not done, so what it needs stays in place.
+    // Which round of work this is, how many tasks it has, and the next of them. A thread takes a task by adding one to
+    // a number that holds all three, so none takes a task of a round that is over; and a round is not over until every
+    // task that was taken is done, so what a task needs remains valid.
     std::atomic<uint64_t> next{0};
     std::atomic<int64_t> done{0};
     std::atomic<bool> closed{false};

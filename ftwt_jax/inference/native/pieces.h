@@ -1,4 +1,4 @@
-// Channels of which some are wanted, a vector at a time.
+// Selecting some of many channels, a vector at a time.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace ftwt {
 
-// Neighbouring channels that fit into a vector, of which some are wanted; those are packed from place `at` on.
+// Neighbouring channels that fit into a vector. Some of them are wanted, and packed from index `at` on.
 struct Piece {
   int64_t first;
   int64_t at;
   uint32_t own;     // bit i: channel first + i belongs to this piece
-  uint32_t wanted;  // bit i: and is wanted
+  uint32_t wanted;  // bit i: it is wanted as well
 };
 
 // Cuts channels from ... to - 1 into pieces; returns how many are wanted.
@@ -34,7 +34,8 @@ inline int64_t pieces(const bool* wanted, int64_t from, int64_t to, std::vector<
   return at;
 }
 
-// Writes the wanted ones of the piece, which starts at `from`, to packed[at ...], and up to kLanes numbers from there.
+// Writes the wanted channels of the piece, which starts at `from`, to packed[at ...]; may overwrite up to kLanes
+// numbers from there.
 inline void pack(const Piece& piece, const float* from, float* packed) {
 #if defined(__AVX512F__)
   const __mmask16 wanted = piece.wanted;
@@ -46,7 +47,7 @@ inline void pack(const Piece& piece, const float* from, float* packed) {
 #endif
 }
 
-// The way back, through bias, shortcut and ReLU; zero for what is not wanted.
+// The inverse, with bias, shortcut and ReLU; zero for channels that are not wanted.
 inline void unpack(const Piece& piece, const float* packed, const float* bias, const float* shortcut, bool relu,
                    float* row) {
 #if defined(__AVX512F__)
@@ -56,7 +57,7 @@ inline void unpack(const Piece& piece, const float* packed, const float* bias, c
   if (shortcut) {
     values = _mm512_maskz_add_ps(wanted, values, _mm512_maskz_loadu_ps(wanted, shortcut + piece.first));
   }
-  // The second of the two is what comes out where either is not a number.
+  // The instruction returns its second operand where either is NaN.
   if (relu) values = _mm512_max_ps(_mm512_setzero_ps(), values);
   _mm512_mask_storeu_ps(row + piece.first, own, values);
 #else

@@ -1,4 +1,4 @@
-// Vectors as wide as the processor has them.
+// Vectors as wide as the processor's.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace ftwt {
 
-// Lanes of a vector, and how many positions by vectors of filters fit into a processor's registers at once.
+// Lanes of a vector, and how many positions times vectors of filters fit into a processor's registers at once.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kPositions = 8, kVectors = 3;
 #elif defined(__AVX2__)
