@@ -35,6 +35,8 @@ LARGE: dict[str, tuple[float, ...]] = {
     "jpeg_compression": (25, 18, 15, 10, 7),
 }
 CORRUPTIONS = tuple(SMALL)
+# How tables call images that are corrupted here, images that are not, and the mean over all corruptions.
+APPLIED, CLEAN, ALL = "applied", "clean", "all corruptions"
 # How many deviations the kernel of a blur reaches to either side, as in the authors' library.
 REACH = 4
 

@@ -1,4 +1,4 @@
-"""The command `plan`: what a config's training step needs on a TPU slice, which need not be there.
+"""A config's training step, compiled for a TPU slice that you need not have.
 
 The step is the real one, compiled ahead of time by Google's compiler for the slice. From the compiled program come its
 memory, its floating point operations, its traffic with HBM and its collectives; from these and the published peaks of
@@ -9,26 +9,21 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from rich.console import Console
 
-from ftwt_jax import workdir
 from ftwt_jax.data.described import describe_dataset
 from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.plan import hlo
 from ftwt_jax.plan.collectives import OTHER, Collective, collectives
 from ftwt_jax.plan.cost import flops, traffic
-from ftwt_jax.plan.roofline import GIB, Bound, Slice, bound, parse_slice, slices_up_to
-from ftwt_jax.plan.tables import print_plan
-from ftwt_jax.printing import say
-from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
+from ftwt_jax.plan.roofline import GIB, Bound, Slice, bound
+from ftwt_jax.training.run import BASELINE, Run, make_run
 from ftwt_jax.training.stage import make_stage
 
 PLAN = "plan.json"
@@ -102,42 +97,13 @@ class Step:
         return sorted(found.values(), key=lambda group: -group["bytes"])
 
 
-def plan(
-    config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: pathlib.Path | None = None
-) -> dict[str, Any]:
-    """Compiles the gated and the dense training step for a slice, and prints what they need and how fast they can be.
-
-    Args:
-      topology: the slice, such as v5e:16x16.
-      num_classes: of a data set that is not here and says nothing of itself.
-      out: file to write the figures into, as JSON.
-
-    Raises:
-      UserError: no such slice, no compiler for it, a config that cannot work there, or one that does not fit into the
-        chips' memory.
-    """
-    where = parse_slice(topology)
-    run = planned_run(config, where, num_classes)
-    steps = []
-    for name in (GATED, BASELINE) if config.gates.epochs > 0 else (BASELINE,):
-        with console.status(f"compiling the {_step(name)} step for {where.size} chips; this can take minutes"):
-            steps.append(compile_step(run, name, where))
-    result = _result(config, where, steps)
-    print_plan(result, where, console)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(out, result)
-        say(console, f"wrote {out}")
-    return result
-
-
 def planned_run(config: ConfigDict, where: Slice, num_classes: int | None = None) -> Run:
     """A run on a slice that is not there, with data that need not be; it can be compiled and nothing else."""
     # What has to be computed on the way is little, and must not take a TPU from those who train on it.
     jax.config.update("jax_platforms", "cpu")
     mesh = data_mesh(slice_devices(where))
     dataset = describe_dataset(num_classes=num_classes, **config.data)
-    return make_run(config, pathlib.Path(os.devnull) / "plan", mesh, dataset)
+    return make_run(config, mesh=mesh, dataset=dataset)
 
 
 @functools.cache
@@ -190,61 +156,16 @@ def _refused(error: Exception, name: str, where: Slice) -> UserError:
     sizes = [float(number) * _UNITS[unit] for number, unit in re.findall(r"\b([\d.]+)([KMGT])i?B?\b", text)]
     if "RESOURCE_EXHAUSTED" in text and len(sizes) > 1:
         return _too_large(name, where, sizes[0], sizes[1])
-    return UserError(f"the {_step(name)} step cannot be compiled for {where}: {text[:600]}")
+    return UserError(f"the {label(name)} step cannot be compiled for {where}: {text[:600]}")
 
 
 def _too_large(name: str, where: Slice, needed: float, available: float) -> UserError:
     return UserError(
-        f"the {_step(name)} step does not fit: it needs {needed / GIB:.2f} GiB on each chip of {where}, which has "
+        f"the {label(name)} step does not fit: it needs {needed / GIB:.2f} GiB on each chip of {where}, which has "
         f"{available / GIB:.2f} GiB: take {MEND}"
     )
 
 
-def _step(name: str) -> str:
+def label(name: str) -> str:
+    """What tables call a stage's step."""
     return "dense" if name == BASELINE else name
-
-
-def _result(config: ConfigDict, where: Slice, steps: list[Step]) -> dict[str, Any]:
-    """Everything that is printed, as JSON data; seconds, bytes, and shares."""
-    batch = config.batch_size // where.size
-
-    def timed(step: Step, place: Slice) -> dict[str, Any]:
-        found = step.bound(place)
-        return {
-            "topology": str(place),
-            "chips": place.size,
-            "batch_size": batch * place.size,
-            "compute_s": found.compute,
-            "hbm_s": found.memory,
-            "interconnect_s": found.interconnect,
-            "step_s": found.step,
-            "images_per_second": batch * place.size / found.step,
-            "limit": found.limit,
-            "efficiency": found.efficiency,
-        }
-
-    return {
-        "arch": config.model.name,
-        "dtype": config.model.dtype,
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-        "topology": str(where),
-        "chips": where.size,
-        "hbm_bytes": where.chip.memory,
-        "steps": {
-            _step(step.name): {
-                "argument_bytes": step.arguments,
-                "output_bytes": step.outputs,
-                "temporary_bytes": step.temporaries,
-                "program_bytes": step.program,
-                "memory_bytes": step.memory,
-                "flops": step.flops,
-                "hbm_traffic_bytes": step.traffic,
-                "accessed_bytes": step.accessed,
-                "collectives": step.groups(),
-                "bound": timed(step, where),
-                "growth": [timed(step, place) for place in slices_up_to(where)],
-            }
-            for step in steps
-        },
-    }

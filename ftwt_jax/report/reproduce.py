@@ -7,8 +7,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from ftwt_jax.commands.evaluate.corruptions import APPLIED
-from ftwt_jax.commands.parse import REPOSITORY, parse
+from ftwt_jax import config as configs
+from ftwt_jax.data.corruptions import APPLIED
 from ftwt_jax.errors import UserError
 from ftwt_jax.report.runs import RecordedRun
 from ftwt_jax.workdir import as_dict
@@ -28,7 +28,7 @@ def train_command(run: RecordedRun) -> str | None:
 
 
 def _bases(arch: str) -> list[str]:
-    files = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
+    files = sorted(path.name for path in configs.config_folder().glob("*.py"))
     return [f"--config=configs/{file}{end}" for file in files for end in ("", f":{arch}")]
 
 
@@ -45,9 +45,7 @@ def _flags_from(base: str, run: RecordedRun) -> list[str] | None:
 
 
 def _config(flags: list[str]) -> dict[str, Any]:
-    values = parse("train", flags)
-    assert values is not None
-    return as_dict(values.config)
+    return as_dict(configs.read(flags))
 
 
 def _text(value: Any) -> str:

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ftwt_jax.commands.evaluate.corruptions import CLEAN
+from ftwt_jax.data.corruptions import CLEAN
 from ftwt_jax.report.plotting import COLORS, INK, look, new_grid, new_plot
 from ftwt_jax.report.runs import RecordedRun, Row, is_number, printable
-from ftwt_jax.training.run import BASELINE, STAGES
+from ftwt_jax.training.settings import BASELINE, STAGES
 
 # Inches; on a telephone this is as wide as the page, and text still has its size.
 WIDTH, HEIGHT = 4.8, 3.3

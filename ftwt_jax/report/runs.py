@@ -10,11 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.evaluate.budgets import CURVE
-from ftwt_jax.commands.evaluate.corruptions import FILE as CORRUPTIONS
-from ftwt_jax.commands.evaluate.held_out import EVALUATION
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.training.progress import METRICS
+from ftwt_jax.workdir import BUDGETS, CORRUPTIONS, EVALUATION, METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
 
 Row = dict[str, Any]
@@ -112,7 +109,7 @@ def _read(number: int, name: str, path: pathlib.Path) -> RecordedRun:
         path=path,
         config=config,
         evaluation=_evaluation(path),
-        curve=_table(path / CURVE, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
+        curve=_table(path / BUDGETS, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
         sweep=_table(path / CORRUPTIONS, CORRUPTION_FIGURES, "evaluate --corruptions"),
         metrics=read_metrics(path / METRICS),
         environments=recorded_environments(path),

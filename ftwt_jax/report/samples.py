@@ -16,7 +16,8 @@ from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.parallel.sharding import jit_on, put_batch, replicated, split
-from ftwt_jax.training.run import GATED, Run
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import GATED
 
 # Longest side of an image on the page, in pixels, and its number of colours.
 SIDE, PALETTE = 96, 64

@@ -18,9 +18,9 @@ from tensorboardX.summary import scalar
 from ftwt_jax.errors import UserError
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.printing import say
+from ftwt_jax.workdir import METRICS
 
 Scalars = dict[str, float]
-METRICS = "metrics.jsonl"
 
 
 def rewind(path: pathlib.Path, stage: str, step: int) -> None:
@@ -90,7 +90,7 @@ class MetricsWriter:
 
 
 class _Figures(ProgressColumn):
-    """The newest figures beside the bar."""
+    """The latest figures beside the bar."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"])

@@ -7,13 +7,12 @@ import subprocess
 
 import jax
 
-from ftwt_jax.commands.parse import REPOSITORY
+from ftwt_jax.config import REPOSITORY
 from ftwt_jax.data.build import threads
 from ftwt_jax.errors import UserError
 from ftwt_jax.version import __version__
-from ftwt_jax.workdir import read_json, write_json
+from ftwt_jax.workdir import ENVIRONMENT, read_json, write_json
 
-FILE = "environment.json"
 Environment = dict[str, str]
 
 
@@ -37,7 +36,7 @@ def record_environment(folder: pathlib.Path) -> None:
     """Adds what this process runs on to the workdir's list, unless the last one that trained there ran on the same."""
     found, here = recorded_environments(folder), environment()
     if found[-1:] != [here]:
-        write_json(folder / FILE, [*found, here])
+        write_json(folder / ENVIRONMENT, [*found, here])
 
 
 def recorded_environments(folder: pathlib.Path) -> list[Environment]:
@@ -46,7 +45,7 @@ def recorded_environments(folder: pathlib.Path) -> list[Environment]:
     Raises:
       UserError: the file is broken.
     """
-    path = folder / FILE
+    path = folder / ENVIRONMENT
     if not path.exists():
         return []
     found = read_json(path, "list of environments")
