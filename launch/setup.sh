@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the other launchers: makes .venv beside the code if it is missing and installs the project into it.
 # usage: extra=GROUP; . setup.sh     GROUP: an optional group of pyproject.toml, such as "test"; empty: none
+# environment=FOLDER is another name than .venv.
 # PYTHON=python3.12 picks the interpreter; anything from 3.11 on will do.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=$root/${environment:-.venv}
 extra=${extra:-}
 
 find_python() {

@@ -54,6 +54,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.newest
 def test_workdir_holds_config_checkpoints_metrics_and_evaluation(tiny_run):
     workdir, printed = tiny_run
     config = json.loads((workdir / "config.json").read_text())
@@ -72,6 +73,7 @@ def test_workdir_holds_config_checkpoints_metrics_and_evaluation(tiny_run):
         assert text in printed
 
 
+@pytest.mark.newest
 def test_estimate_is_printed_before_gate_training_and_beside_what_was_reached(tiny_run):
     workdir, printed = tiny_run
     predicted = json.loads((workdir / "estimate.json").read_text())["macs_reduction"]

@@ -313,6 +313,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("name", "width"), PUBLISHED)
 @pytest.mark.parametrize("gates", [None, ftwt.GateConfig.paper()])
 def test_dense_totals_on_cifar_are_the_published_ones(name, width, gates):

@@ -68,6 +68,7 @@ def feature_maps(low: int = -20) -> st.SearchStrategy[np.ndarray]:
 thresholds = st.one_of(st.floats(0.01, 0.99), st.sampled_from([0.25, 0.5, 0.75, 0.9, 0.999]))
 
 
+@pytest.mark.newest
 @PROPERTIES
 @given(maps=feature_maps(), r=thresholds, min_filters=st.sampled_from([0, 1, 3]))
 def test_target_is_the_reference_rule(maps, r, min_filters):
@@ -203,6 +204,7 @@ def test_ranking_sorts_once_and_scatters_nothing():
         assert not re.search(r"\bscatter\b", text)
 
 
+@pytest.mark.newest
 def test_ranking_agrees_under_jit_and_vmap():
     maps = np.random.default_rng(3).normal(size=(3, 2, 2, 12)).astype(np.float32)
     levels = jnp.asarray([0.3, 0.6, 0.9, 1.0])

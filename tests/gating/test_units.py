@@ -102,6 +102,7 @@ def test_a_unit_trains_its_batch_statistics_as_flax_does():
     assert np.any(ours["batch_stats"]["bn"]["mean"] != before)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("ours", "flaxs"), UNITS.values(), ids=UNITS)
 def test_filters_that_are_on_are_the_dense_ones_and_those_off_are_zero(ours, flaxs):
     unit = ftwt.GatedUnit(**{"features": 6, **ours}, gates=GATES)

@@ -95,6 +95,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
         assert outside.shape == (1,)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ["vgg", "projection after block", "bottleneck"])
 def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepare, name):
     network, gates, arch, side = NETWORKS[name]

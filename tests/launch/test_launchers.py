@@ -2,12 +2,15 @@
 
 import json
 import os
+import pathlib
 import shutil
+import signal
 import subprocess
 
 import pytest
 
 from tests.conftest import ROOT, TINY, read_metrics
+from tests.helpers.processes import wait_until
 
 needs_environment = pytest.mark.skipif(
     not (ROOT / ".venv" / "bin" / "python").exists(), reason="launch/test.sh makes the environment that is used here"
@@ -38,6 +41,65 @@ def test_local_hands_on_the_status_of_a_mistake(program, tmp_path):
     )
     assert done.returncode == 2
     assert "did you mean 'seed'" in done.stderr
+
+
+# In place of the environment's Python: installs at once, and trains until it is told to stop, or ends with STATUS.
+PYTHON = """#!/bin/bash
+case "$*" in
+    *"ftwt_jax train"*)
+        if [ -n "${STATUS:-}" ]; then exit "$STATUS"; fi
+        trap 'echo saved; exit 75' TERM
+        touch started
+        while :; do sleep 0.05; done
+        ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> pathlib.Path:
+    """A copy of the launchers with an environment that only looks like one."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("status", [0, 2, 76])
+def test_local_says_how_the_environment_is_entered_and_passes_the_status_on(checkout, status):
+    done = launch(checkout / "launch" / "local.sh", cwd=checkout, env=os.environ | {"STATUS": str(status)})
+    assert done.returncode == status
+    assert (f". {checkout}/.venv/bin/activate" in done.stderr) == (status == 0)
+    assert not done.stdout
+
+
+def test_local_told_to_stop_stops_the_training_and_waits_for_it(checkout):
+    script = checkout / "launch" / "local.sh"
+    process = subprocess.Popen([script], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until((checkout / "started").exists, process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert printed == "saved\n"
+
+
+@pytest.mark.parametrize("missing", ["Python", "packages"])
+def test_the_newest_part_is_skipped_with_a_line_where_it_cannot_run(checkout, missing):
+    """A folder stands for the programs that are found; its python3.13 makes no environment."""
+    programs = checkout / "programs"
+    programs.mkdir()
+    for name in ("bash", "dirname", "env", "cat", "cksum"):
+        (programs / name).symlink_to(shutil.which(name))
+    if missing == "packages":
+        (programs / "python3.13").write_text('#!/bin/bash\ncase "$*" in *-m*) exit 1 ;; esac\n')
+        (programs / "python3.13").chmod(0o755)
+    done = launch(checkout / "launch" / "newest.sh", cwd=checkout, env={"PATH": str(programs), "HOME": str(checkout)})
+    assert done.returncode == 0
+    assert "skipped" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
