@@ -1,4 +1,4 @@
-"""The shape of the code: the method stands by itself, and what the README shows works."""
+"""The shape of the code: the method stands by itself."""
 
 import pathlib
 import re
@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-from ftwt_jax.commands.parse import parse
-from tests.conftest import ROOT, readme_blocks
-
-README = (ROOT / "README.md").read_text()
+from tests.conftest import ROOT
 
 # What the trainer needs and the method does not.
 TRAINER = {
@@ -66,28 +63,6 @@ def test_a_target_is_computed_in_one_place():
     assert {path.name for path in users} == {"ranking.py", "units.py"}
     sorts = [p for p in (ROOT / "ftwt_jax").rglob("*.py") if "jnp.sort" in p.read_text()]
     assert [path.name for path in sorts] == ["ranking.py"]
-
-
-@pytest.mark.parametrize("block", readme_blocks("python"))
-def test_python_in_the_readme_runs(block):
-    subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True, timeout=300)
-
-
-@pytest.mark.parametrize("flags", sorted(set(re.findall(r"`(--config=\S+:\S+ --config[^`]*)`", README))))
-def test_flags_in_the_readme_are_understood(flags):
-    config = parse("train", ["--workdir=DIR", *flags.split()]).config
-    for path, value in re.findall(r"--config\.(\S+)=(\S+)", flags):
-        found = config
-        for key in path.split("."):
-            found = found[key]
-        assert str(found) == value or float(found) == float(value)
-
-
-def test_files_that_the_readme_names_are_there():
-    named = set(re.findall(r"(?<!\w/)\b(?:ftwt_jax|configs|launch|tests)/[\w./]+\w", README))
-    assert len(named) > 5
-    for name in named:
-        assert (ROOT / name).exists(), name
 
 
 def test_nothing_in_the_repository_leans_on_one_machine():
