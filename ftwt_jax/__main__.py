@@ -7,8 +7,7 @@ import traceback
 import warnings
 from typing import Any
 
-from ftwt_jax.commands import COMMANDS
-from ftwt_jax.commands.parse import parse, usage
+from ftwt_jax.commands.parse import load_command, parse, usage
 from ftwt_jax.errors import SkippedImageWarning, UserError, one_line
 
 INTERRUPTED = 130
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             keep_compiled()
-            COMMANDS[arguments[0]].run(values, Console())
+            load_command(arguments[0]).run(values, Console())
     except (UserError, OSError) as error:
         # Of a full disk or a folder that vanished, the system's own message says which.
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)

@@ -1,33 +1,54 @@
-"""The library's own exception and warning, and the message that goes with a misspelt name."""
+"""The library's own exception and warnings, and how errors become one line of text."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that its reader can mend; the message says what, where and how, on one line.
+    """A mistake that the user can fix; the message says on one line what is wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with status 2. In a program it is an ordinary `ValueError`.
     """
 
 
 class SkippedImageWarning(UserWarning):
-    """An image was left out; the message, on one line, says which and why."""
+    """An image was skipped; the message says on one line which and why."""
 
 
 class WeightsWarning(UserWarning):
-    """Imported weights are not all as they were; the message, on one line, says which."""
+    """Imported weights were changed; the message says on one line which and how."""
+
+
+def os_reason(error: BaseException) -> str:
+    """The operating system's reason, such as "no space left on device", for a message that names the file itself.
+
+    The error number is left out; of an error that is not the system's, this is `one_line`.
+    """
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"{reason[0].lower()}{reason[1:]}" if reason else one_line(error)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line that any terminal can show; its kind if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The message of an error on one line that any terminal can show; the error's type if it has no message."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error)
+    text = " ".join(text.split()) or type(error).__name__
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
+def shortened(error: BaseException, most: int = 240) -> str:
+    """`one_line`, with the middle left out if it is longer than `most` characters.
+
+    Libraries put the cause at either end: their own words first, those of the operating system last.
+    """
+    text, half = one_line(error), most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """An error for a name that is not one of `known`: gives the nearest one and the whole list."""
+    """An error for a name that is not one of `known`: suggests the closest and lists all."""
     choices = list(known)
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    closest = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {closest[0]!r}? " if closest else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(choices) or 'none'}")

@@ -6,21 +6,33 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+from ftwt_jax.errors import UserError, os_reason
+
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary file beside `path` to write; it takes that name if all went well, and goes away if not.
+    """Yields a temporary file beside `path` to write to; it is renamed to `path` if all goes well, else removed.
 
     A reader sees the old file or the new one, never half of one.
+
+    Raises:
+      UserError: the operating system refuses, as when the disk is full. What was at `path` is unchanged.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = pathlib.Path(name)
+        os.close(handle)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None:  # The caller's own, not the system's.
+            raise
+        unchanged = "; the previous file is intact" if path.is_file() else ""
+        raise UserError(f"cannot write {path}: {os_reason(error)}{unchanged}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

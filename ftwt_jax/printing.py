@@ -1,8 +1,8 @@
-"""Lines of text on a console, as they are."""
+"""Plain lines of text on a console."""
 
 from rich.console import Console
 
 
 def say(console: Console, text: str) -> None:
-    """Prints one line, however long: not coloured, not wrapped, and with brackets that are no markup."""
+    """Prints one line of any length as it is: not coloured, not wrapped, brackets not taken for markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains on all workers of a Cloud TPU slice: makes it, makes it again when it was preempted, deletes it at the end.
+# Trains on all workers of a Cloud TPU slice: creates the slice, again after each preemption, and deletes it at the end.
 # usage: launch/tpu_pod.sh --zone=ZONE --type=v5litepod-16 {--bucket=NAME | --nfs=HOST:/SHARE} [--spot] [--keep]
 #            [--name=SLICE] [--runtime=VERSION] [--dry-run]
 #            --config=FILE[:ARCH] --workdir=/mnt/NAME/DIR [--config.FIELD=VALUE ...]
-#   --bucket   a bucket of Cloud Storage, at /mnt/NAME on every worker; best with a hierarchical namespace
-#   --nfs      an NFS share, such as Filestore's, at /mnt/SHARE
-#   --keep     leaves the slice there at the end, at your cost; the same command, or --name=SLICE, uses it again
-#   --dry-run  prints the commands
-# The same command again goes on, on the slice if it is still there. gcloud has to know your project and, for more than
-# one worker, its key has to be in the agent: ssh-add ~/.ssh/google_compute_engine
+#   --bucket   a Cloud Storage bucket, mounted at /mnt/NAME on every worker; best with a hierarchical namespace
+#   --nfs      an NFS share, such as one of Filestore, mounted at /mnt/SHARE
+#   --keep     keeps the slice at the end, at your cost; the same command, or --name=SLICE, uses it again
+#   --dry-run  prints the commands without running them
+# The same command continues an interrupted run, on the same slice if it still exists. gcloud must be configured for
+# your project; with more than one worker, its key must be in the SSH agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 
 DONE=0 MISTAKE=2 PREEMPTED=75
@@ -41,20 +41,21 @@ for argument in "$@"; do
         *) arguments+=("$argument") ;;
     esac
 done
-[ -n "$zone" ] || stop "--zone=ZONE is missing, such as --zone=us-west4-a"
-[ -n "$type" ] || stop "--type=TYPE is missing, such as --type=v5litepod-16"
-[ -n "$source" ] || stop "--bucket=NAME or --nfs=HOST:/SHARE is missing: the workers need a folder that all of them see"
-[[ $workdir == "$folder"/?* ]] || stop "--workdir=$workdir is not where all workers see it; give --workdir=$folder/DIR"
+[ -n "$zone" ] || stop "--zone=ZONE is missing, for example --zone=us-west4-a"
+[ -n "$type" ] || stop "--type=TYPE is missing, for example --type=v5litepod-16"
+[ -n "$source" ] || stop "--bucket=NAME or --nfs=HOST:/SHARE is missing; the workers need a shared folder"
+[[ $workdir == "$folder"/?* ]] ||
+    stop "--workdir=$workdir is not in the folder that all workers share; use --workdir=$folder/DIR"
 if [ -z "$runtime" ]; then
     case $type in
         v6e-*) runtime=v2-alpha-tpuv6e ;;
         v5p-*) runtime=v2-alpha-tpuv5 ;;
         v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
         v[234]-*) runtime=tpu-ubuntu2204-base ;;
-        *) stop "--type=$type is not known here; say which software its workers run: --runtime=VERSION" ;;
+        *) stop "unknown type --type=$type; name the software of its workers with --runtime=VERSION" ;;
     esac
 fi
-# Two runs never meet on one slice.
+# The name depends on the run, so that two runs never share a slice.
 name=${name:-ftwt-$(echo "$zone $type $workdir $source" | cksum | cut -d ' ' -f 1)}
 
 tpus() {
@@ -85,13 +86,13 @@ state() {
     fi
 }
 
-# With these flags a worker that is gone is noticed in minutes; without, gcloud tries for a quarter of an hour and more.
+# With these flags a lost worker is noticed within minutes; without them, gcloud retries for 15 minutes or more.
 on_workers() {
     tpus tpu-vm ssh "$name" --worker=all "--command=$1" \
         --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4
 }
 
-# The status of the training, or 1.
+# Returns the exit status of the training, or 1 if a worker could not be reached.
 launch() {
     local quoted worker=ftwt_jax/launch/tpu_worker.sh
     launches=$((launches + 1))
@@ -114,23 +115,23 @@ if [ -n "$dry_run" ]; then
 fi
 
 command -v gcloud >/dev/null || stop "gcloud is not installed; see https://cloud.google.com/sdk/docs/install"
-# gcloud asks for this when it copies to several workers, which may be hours from now.
+# gcloud needs its key to copy to several workers; checked now, because that may be hours later.
 key=$HOME/.ssh/google_compute_engine
 if keys=$(ssh-add -l 2>/dev/null) && print=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2) &&
     [ -n "$print" ] && [[ $keys != *"$print"* ]]; then
-    stop "the agent does not have gcloud's key; give it: ssh-add $key"
+    stop "the SSH agent does not have the key of gcloud; add it with: ssh-add $key"
 fi
 
 temporary=$(mktemp -d)
-there='' # Whether there may be a slice to delete.
+there='' # Whether a slice may exist that must be deleted.
 finish() {
     if [ -n "$there" ] && [ "$(state || echo UNKNOWN)" != NONE ]; then
         if [ -n "$keep" ]; then
-            say "slice $name is kept, and costs money until it is deleted:"
+            say "slice $name is kept and costs money until you delete it:"
             dry_run=1 delete >&2
         else
             say "deleting slice $name"
-            delete || say "slice $name is still there and costs money; delete it by hand"
+            delete || say "slice $name could not be deleted and still costs money; delete it by hand"
         fi
     fi
     rm -rf "$temporary"
@@ -141,24 +142,26 @@ trap 'exit 130' INT TERM
 tar -C "$root" --exclude='./.[!.]*' --exclude=./workdirs --exclude=./results --exclude=__pycache__ \
     -czf "$temporary/ftwt_jax.tgz" .
 
-failures=0 # Since training was last preempted, or went on for an hour.
+failures=0 # Since the last preemption, or the last hour of training.
 failed() { # STATUS WHAT
     failures=$((failures + 1))
     say "$2 (status $1)"
     if [ "$failures" -gt "$MAX_FAILURES" ]; then
-        say "that was the $failures. time in a row; the same command goes on"
+        say "giving up after $failures failures in a row; run the same command again to continue"
         exit "$1"
     fi
 }
 
 now='' before='' unanswered=0
-status='' # What training on this slice has ended with.
+status='' # The exit status of the last training on this slice.
 while :; do
     if now=$(state); then
         unanswered=0
     else
         unanswered=$((unanswered + 1)) now=UNKNOWN
-        if [ -z "$before" ] || [ "$unanswered" -gt 20 ]; then stop "gcloud cannot tell the state of slice $name"; fi
+        if [ -z "$before" ] || [ "$unanswered" -gt 20 ]; then
+            stop "gcloud cannot read the state of slice $name; see its error above"
+        fi
     fi
     [ "$now" = "$before" ] || say "slice $name: $now"
     before=$now
@@ -166,8 +169,8 @@ while :; do
         NONE)
             status='' there=1
             if ! create; then
-                [ "$launches" -gt 0 ] || stop "gcloud cannot make slice $name"
-                failed 1 "gcloud cannot make slice $name"
+                [ "$launches" -gt 0 ] || stop "gcloud cannot create slice $name; see its error above"
+                failed 1 "gcloud cannot create slice $name"
             fi
             ;;
         SUSPENDED | FAILED)
@@ -178,7 +181,7 @@ while :; do
         ACTIVE)
             there=1
             if [ -n "$status" ] && [ "$status" != "$PREEMPTED" ]; then
-                # The slice is there, so that was no preemption; the second time, a new slice may have sound machines.
+                # The slice still exists, so it was not preempted. After two failures, a new slice may have better machines.
                 failed "$status" "training ended"
                 if [ "$failures" -gt 1 ]; then
                     delete || true

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh runs on every worker of a slice, from the copy of the code that it has put there.
-# usage: tpu_worker.sh prepare {BUCKET | HOST:/SHARE} FOLDER     the shared folder, and the environment
-#        tpu_worker.sh train LAUNCH [ARGUMENT ...]                one launch of the training; LAUNCH: its name
+# launch/tpu_pod.sh runs this on every worker of a slice, from the copy of the code that it has put there.
+# usage: tpu_worker.sh prepare {BUCKET | HOST:/SHARE} FOLDER     mounts the shared folder, sets up the environment
+#        tpu_worker.sh train LAUNCH [ARGUMENT ...]                one launch of the training, named LAUNCH
 set -euo pipefail
 
 LOST=76
@@ -23,14 +23,14 @@ mount_share() { # SOURCE FOLDER
         install_packages /tmp/gcsfuse.deb
     fi
     sudo chown "$(id -u)" "$2"
-    # What one worker writes, the others have to see at once: nothing is remembered. Checkpoints are renamed into place.
+    # No caching: what one worker writes, the others must see at once. Orbax renames whole folders of checkpoints.
     gcsfuse --implicit-dirs --rename-dir-limit=1000000 \
         --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$2"
 }
 
 prepare() { # SOURCE FOLDER
     mount_share "$@"
-    # The software of TPU VMs still comes with Python 3.10.
+    # The software of TPU VMs still ships Python 3.10.
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         python3 -m pip install --quiet --user uv
         python3 -m uv python install --quiet 3.12
@@ -43,11 +43,11 @@ prepare() { # SOURCE FOLDER
 }
 
 train() { # LAUNCH ARGUMENT...
-    # gcloud gives the command again to a worker that it has lost the connection to; the others would not start anew
-    # with it, so that launch is over.
+    # When gcloud loses the connection to a worker, it sends the command again. The other workers would not restart, so
+    # this launch is over.
     if ! mkdir "$HOME/.ftwt-$1" 2>/dev/null; then exit "$LOST"; fi
     shift
-    # The lock goes with the process. One that an earlier launch has left behind saves and ends first.
+    # The process holds the lock until it exits. One that is left of an earlier launch saves and exits first.
     exec 9>>"$HOME/.ftwt.lock"
     if ! flock -n 9; then
         kill -TERM "$(cat "$HOME/.ftwt.pid")" || true

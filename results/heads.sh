@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains gate heads of several designs for one epoch each, on the baseline of `results/run.sh mobilenet_v1 SEED 8 4 dense`.
+# Trains several designs of gate heads for one epoch each, from the baseline of
+# `results/run.sh mobilenet_v1 SEED 8 4 dense`.
 # usage: results/heads.sh SEED [NAME…]
-#   NAME: of paper full full_mean own own_mean both hidden rare joint; all of them without
-# PYTHON=…, WORKDIRS=…: see run.sh. What is finished is not trained again.
+#   NAME: paper full full_mean own own_mean both hidden rare joint (default: all)
+# PYTHON=…, WORKDIRS=…: see run.sh. Finished runs are not trained again.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 SEED [NAME…]" >&2; exit 2; }
 seed=$1

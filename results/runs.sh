@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by run.sh and heads.sh: where runs go, which of them are wanted, and what is kept of each.
-# usage: chosen=(NAME…); . runs.sh     none chosen: all of them
+# Sourced by run.sh and heads.sh: the folder of the runs, which of them to train, and which files to keep.
+# usage: chosen=(NAME…); . runs.sh     an empty list chooses all
 
 # shellcheck disable=SC2034,SC2154 # shared with the file that sources this one
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,11 +8,11 @@ python=${PYTHON:-$root/.venv/bin/python}
 runs=${WORKDIRS:-$root/workdirs/results}
 cd -- "$root" || exit
 
-wanted() { # NAME RUN: whether it was asked for, and is not kept yet
+wanted() { # NAME RUN: whether to train it: it was chosen, and its results are not here yet
     [[ ${#chosen[@]} = 0 || " ${chosen[*]} " == *" $1 "* ]] && [ ! -f "results/$2/evaluation.json" ]
 }
 
-keep() { # RUN: what is small of it, without the folder of this machine
+keep() { # RUN: copies its small files here, without the path of this machine
     mkdir -p "results/$1"
     for file in config.json environment.json estimate.json evaluation.json budgets.json; do
         if [ -f "$runs/$1/$file" ]; then sed "s#$runs/##g" "$runs/$1/$file" >"results/$1/$file"; fi

@@ -1,4 +1,4 @@
-"""Prints the tables of README.md in this folder from the figures beside it: python results/table.py"""
+"""Prints the tables of results/README.md from the JSON files beside it: python results/table.py"""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ import ftwt_jax as ftwt
 
 HERE = pathlib.Path(__file__).resolve().parent
 NETWORKS = {"resnet20": "ResNet-20", "mobilenet_v1": "MobileNetV1, width .25"}
-# Each kind of run, and how the table calls it.
+# Each kind of run, and its name in the table.
 GATED = {
     "half": "gated, budget .5",
     "half_early": "gated, budget .5, early",
@@ -44,13 +44,13 @@ GATES = "| network | seed | gates | r | budget | predicted | exact | gate accura
 STUDY = "| heads | accuracy | fixed masks | gate accuracy | static gate accuracy | dynamic | exact |"
 
 
-def _read(run: pathlib.Path, name: str) -> dict[str, Any] | None:
+def _read_json(run: pathlib.Path, name: str) -> dict[str, Any] | None:
     path = run / name
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
-    """Network, kind and seed of each run, and its folder."""
+def _find_runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
+    """Network, kind, seed and folder of each run."""
     for arch in NETWORKS:
         folders = sorted(HERE.glob(f"{arch}_*_seed*"))
         for kind in DENSE | GATED | STATIC:
@@ -60,17 +60,17 @@ def _runs() -> Iterator[tuple[str, str, int, pathlib.Path]]:
                     yield arch, kind, int(seed), folder
 
 
-def _line(cells: list[str]) -> str:
+def _format_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _heading(head: str) -> list[str]:
+def _start_table(head: str) -> list[str]:
     """The first two lines of a table."""
-    return [head, _line(["---"] * (head.count("|") - 1))]
+    return [head, _format_row(["---"] * (head.count("|") - 1))]
 
 
-def _macs(config: dict[str, Any]) -> float:
-    """MACs of the dense network of a run."""
+def _count_macs(config: dict[str, Any]) -> float:
+    """Exact MACs of the dense network of a run."""
     size = config["data"]["image_size"]
     options = {key: value for key, value in config["model"].items() if value is not None and key != "dtype"}
     model = ftwt.create_model(num_classes=10, **options)
@@ -78,43 +78,43 @@ def _macs(config: dict[str, Any]) -> float:
     return ftwt.dense_macs(jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), image)[0]))
 
 
-def _epochs(config: dict[str, Any]) -> str:
-    """Of the baseline, and of the gates."""
+def _format_epochs(config: dict[str, Any]) -> str:
+    """Epochs of the baseline and of the gates, such as "3 + 3"."""
     baseline, gates = (config[stage]["epochs"] for stage in ("baseline", "gates"))
     return f"{baseline} + {gates}" if gates else str(baseline)
 
 
-def accuracy_table() -> list[str]:
-    """A row for each run and reduction: accuracy, and how many points that is above the dense network's."""
+def tabulate_accuracy() -> list[str]:
+    """A row for each run and reduction: accuracy, and the points gained over the dense network."""
     dense, work = {}, {}
-    for arch, kind, seed, folder in _runs():
-        found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
+    for arch, kind, seed, folder in _find_runs():
+        found, config = _read_json(folder, "evaluation.json"), _read_json(folder, "config.json")
         if kind == "dense" and found is not None and config is not None:
-            dense[arch, seed], work[arch, seed] = found["dense_accuracy"], _macs(config)
-    lines = _heading(HEAD)
-    for arch, kind, seed, folder in _runs():
-        found, curve = _read(folder, "evaluation.json"), _read(folder, "budgets.json")
-        config, whole = _read(folder, "config.json"), dense.get((arch, seed))
-        if found is None or config is None or whole is None:
+            dense[arch, seed], work[arch, seed] = found["dense_accuracy"], _count_macs(config)
+    lines = _start_table(HEAD)
+    for arch, kind, seed, folder in _find_runs():
+        found, curve = _read_json(folder, "evaluation.json"), _read_json(folder, "budgets.json")
+        config, baseline = _read_json(folder, "config.json"), dense.get((arch, seed))
+        if found is None or config is None or baseline is None:
             continue
         rows = [found]
         if kind in DENSE:
-            rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": 1 - _macs(config) / work[arch, seed]}]
+            rows = [{"accuracy": found["dense_accuracy"], "macs_reduction": 1 - _count_macs(config) / work[arch, seed]}]
         elif kind == "any" and curve is not None:
             rows = curve["rows"]
         for row in rows:
             published, fixed = row.get("macs_reduction_published"), row.get("static_accuracy")
             lines.append(
-                _line(
+                _format_row(
                     [
                         NETWORKS[arch],
                         str(seed),
                         (DENSE | GATED | STATIC)[kind],
-                        _epochs(config),
+                        _format_epochs(config),
                         f"{row['macs_reduction']:.3f}",
                         "" if published is None else f"{published:.3f}",
                         f"{row['accuracy']:.4f}",
-                        "" if kind == "dense" else f"{100 * (row['accuracy'] - whole):+.2f}",
+                        "" if kind == "dense" else f"{100 * (row['accuracy'] - baseline):+.2f}",
                         "" if fixed is None or kind in STATIC else f"{fixed:.4f}",
                     ]
                 )
@@ -122,15 +122,15 @@ def accuracy_table() -> list[str]:
     return lines
 
 
-def gate_table() -> list[str]:
-    """A row for each gated run: what was asked, predicted and reached, and what its gates have learnt."""
-    lines = _heading(GATES)
-    for arch, kind, seed, folder in _runs():
-        found, config = _read(folder, "evaluation.json"), _read(folder, "config.json")
+def tabulate_gates() -> list[str]:
+    """A row for each gated run: budget, predicted and measured reduction, and what its gates have learned."""
+    lines = _start_table(GATES)
+    for arch, kind, seed, folder in _find_runs():
+        found, config = _read_json(folder, "evaluation.json"), _read_json(folder, "config.json")
         if found is None or config is None or found["gate_accuracy"] is None:
             continue
         lines.append(
-            _line(
+            _format_row(
                 [
                     NETWORKS[arch],
                     str(seed),
@@ -148,14 +148,14 @@ def gate_table() -> list[str]:
     return lines
 
 
-def head_table() -> list[str]:
+def tabulate_heads() -> list[str]:
     """A row for each design of gate heads."""
-    lines = _heading(STUDY)
+    lines = _start_table(STUDY)
     for name, design in HEADS.items():
         for path in sorted(HERE.glob(f"mobilenet_v1_head_{name}_seed*/evaluation.json")):
             found = json.loads(path.read_text())
             lines.append(
-                _line(
+                _format_row(
                     [
                         design,
                         f"{found['accuracy']:.4f}",
@@ -171,4 +171,4 @@ def head_table() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*accuracy_table(), "", *gate_table(), "", *head_table()]))
+    print("\n".join([*tabulate_accuracy(), "", *tabulate_gates(), "", *tabulate_heads()]))

@@ -1,9 +1,9 @@
-"""Gate heads of other designs than the library's, trained by the library's own trainer, to choose between them.
+"""Compares gate heads of other designs than the library's, trained by the library's own trainer.
 
 python -m studies.head_study --hidden=32 train --config=configs/fashion_mnist.py:mobilenet_v1 --workdir=DIR …
 
-Everything after the flags of the study is a command of `python -m ftwt_jax`; pool, norm, depthwise, mode and the like
-are fields of its config. The MACs of a hidden layer are not counted.
+After the flags of the study comes a command of `python -m ftwt_jax`; pool, norm, depthwise, mode and so on are fields
+of its config. The MACs of a hidden layer are not counted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ftwt_jax.gating.gates import GateConfig, GateHead, gate_pool, normalized
 
 
 def head_class(both: bool, hidden: int) -> type[nn.Module]:
-    """A stand-in for `ftwt_jax.gating.gates.GateHead`: reads both pools, or has a hidden layer of so many features."""
+    """A replacement for `ftwt_jax.gating.gates.GateHead` that reads both pools or has `hidden` hidden features."""
 
     class StudiedHead(GateHead):
         @nn.compact
@@ -43,7 +43,7 @@ def head_class(both: bool, hidden: int) -> type[nn.Module]:
 
 
 def weighted_loss(power: float):
-    """The gate loss with each filter's rarer side weighted by (0.5 / its share in the batch) ** power."""
+    """The gate loss, in which each filter's targets are weighted by (0.5 / their share in the batch) ** power."""
 
     def loss(gates, reduction="mean"):
         total = 0.0
@@ -60,9 +60,9 @@ def weighted_loss(power: float):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--both", action="store_true", help="maximum and mean, side by side")
-    parser.add_argument("--hidden", type=int, default=0, help="features of a hidden layer")
-    parser.add_argument("--rare", type=float, default=0.0, help="power of the weight of a filter's rarer side")
+    parser.add_argument("--both", action="store_true", help="pool by maximum and mean, concatenated")
+    parser.add_argument("--hidden", type=int, default=0, help="features of a hidden layer; 0 for none")
+    parser.add_argument("--rare", type=float, default=0.0, help="power by which rare targets weigh more; 0 for none")
     known, rest = parser.parse_known_args()
     if known.both or known.hidden:
         mock.patch("ftwt_jax.gating.units.GateHead", head_class(known.both, known.hidden)).start()

@@ -1,10 +1,10 @@
-"""Images/s of this project's input and of a PyTorch `DataLoader` with Pillow, in turns, on the same images and cores.
+"""Compares images/s of this project's input and of a PyTorch `DataLoader` with Pillow, on the same images and cores.
 
 python -m studies.input_against_torch [--images=FOLDER] [--batch=64] [--seconds=4] [--rounds=5]     needs PyTorch
 
-Both read the files, take a random region by the same rule, resize it to 224x224 and give batches of uint8; converting
-to float, which the `DataLoader` of a usual program does on the CPU as well, is left out. Without --images: 200 JPEGs
-of 500x375 pixels, cut out of the photographs that scikit-learn brings.
+Both take turns. Both read the files, resize a random region by the same rule to 224x224 and yield batches of uint8; the
+conversion to float, which a typical `DataLoader` does on the CPU as well, is left out. Without --images: 200 JPEGs of
+500x375 pixels, cropped from scikit-learn's sample photographs.
 """
 
 import pathlib
@@ -21,34 +21,34 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.build import threads
 from ftwt_jax.data.folder import EXTENSIONS
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.views import random_region
+from ftwt_jax.parallel.processes import cpu_count
 
 SIDE = 224
-PICTURES = flags.DEFINE_string("images", "", "folder with train/ and val/")
+IMAGES = flags.DEFINE_string("images", "", "folder with train/ and val/")
 BATCH = flags.DEFINE_integer("batch", 64, "images per batch")
-SECONDS = flags.DEFINE_float("seconds", 4.0, "length of a turn")
+SECONDS = flags.DEFINE_float("seconds", 4.0, "length of a turn in seconds")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each")
 
 
 def write_photographs(folder: pathlib.Path, count: int = 200) -> None:
-    """Cuts images of about the size and weight of ImageNet's out of two photographs."""
+    """Crops images of about the dimensions and file size of ImageNet's from two photographs."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     for index in range(count):
         photograph = photographs[index % 2]
         width, height = (int(side * rng.uniform(0.7, 1)) for side in photograph.size)
         left, top = (rng.integers(0, a - b + 1) for a, b in zip(photograph.size, (width, height), strict=True))
-        cut = photograph.crop((left, top, left + width, top + height))
+        region = photograph.crop((left, top, left + width, top + height))
         path = folder / ("val" if index % 20 < 2 else "train") / f"class{index % 2}" / f"{index:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        cut.resize((500, 375) if index % 3 else (375, 500), Image.Resampling.BICUBIC).save(path, quality=90)
+        region.resize((500, 375) if index % 3 else (375, 500), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 class Pillow(torch.utils.data.Dataset):
-    """What a usual program does: open, convert, cut and resize with Pillow."""
+    """A typical data set in PyTorch: open, convert, crop and resize with Pillow."""
 
     def __init__(self, folder: pathlib.Path):
         self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
@@ -68,14 +68,14 @@ class Pillow(torch.utils.data.Dataset):
 def loader(folder: pathlib.Path) -> Iterator[object]:
     """Endless batches from a `DataLoader` with a worker process per core."""
     batches = torch.utils.data.DataLoader(
-        Pillow(folder), BATCH.value, shuffle=True, num_workers=threads(), persistent_workers=True, drop_last=True
+        Pillow(folder), BATCH.value, shuffle=True, num_workers=cpu_count(), persistent_workers=True, drop_last=True
     )
     while True:
         yield from batches
 
 
-def rate(step: Callable[[], object]) -> float:
-    """Images per second of one turn, once what was made ahead is used up."""
+def measure_rate(step: Callable[[], object]) -> float:
+    """Images per second of one turn, measured once the batches prepared ahead are used up."""
     deadline = time.perf_counter() + SECONDS.value / 2
     while time.perf_counter() < deadline:
         step()
@@ -88,19 +88,19 @@ def rate(step: Callable[[], object]) -> float:
 
 def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(PICTURES.value or scratch)
-        if not PICTURES.value:
+        folder = pathlib.Path(IMAGES.value or scratch)
+        if not IMAGES.value:
             write_photographs(folder)
         ours = train_batches(load_dataset(f"folder:{folder}"), BATCH.value, seed=0)
         theirs = loader(folder / "train")
-        found: dict[str, list[float]] = {"ours": [], "DataLoader": []}
+        rates: dict[str, list[float]] = {"ours": [], "DataLoader": []}
         for _ in range(ROUNDS.value):
-            found["ours"].append(rate(lambda: next(ours)))
-            found["DataLoader"].append(rate(lambda: next(theirs)))
-        medians = {name: statistics.median(rates) for name, rates in found.items()}
-        for name, rates in found.items():
-            print(f"{name:10}  {medians[name]:6.0f} images/s   ({', '.join(f'{r:.0f}' for r in rates)})")
-        print(f"ratio       {medians['ours'] / medians['DataLoader']:.2f} on {threads()} cores")
+            rates["ours"].append(measure_rate(lambda: next(ours)))
+            rates["DataLoader"].append(measure_rate(lambda: next(theirs)))
+        medians = {name: statistics.median(turns) for name, turns in rates.items()}
+        for name, turns in rates.items():
+            print(f"{name:10}  {medians[name]:6.0f} images/s   ({', '.join(f'{r:.0f}' for r in turns)})")
+        print(f"ratio       {medians['ours'] / medians['DataLoader']:.2f} on {cpu_count()} cores")
     sys.exit(0)
 
 

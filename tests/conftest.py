@@ -11,12 +11,16 @@ import sys
 
 # Commands that a test runs in its own process keep nothing in the user's cache.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# GPUs multiply float32 matrices in TF32 by default, which is too coarse for what is compared here.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import ftwt_jax as ftwt
+from ftwt_jax import config as configs
 from ftwt_jax.__main__ import main
 from ftwt_jax.inference import native
 from ftwt_jax.inference.compact import CompactNetwork
@@ -109,11 +113,16 @@ def prepare(request, quick_compilation):
         network = ftwt.compact(model, variables, calibration, portable=True, **options)
         if request.param == "XLA's operations":
             return network
-        if not native.available():
-            pytest.skip("no C++ compiler")
+        if jax.default_backend() != "cpu" or not native.available():
+            pytest.skip("needs a CPU and a C++ compiler")
         return CompactNetwork(network._forward, dataclasses.replace(network.plan, per_sample=True))
 
     return compacted
+
+
+def config_of(arguments: list[str]) -> ConfigDict:
+    """The config that a command line asks for."""
+    return configs.read(configs.split_flags(arguments)[0])
 
 
 def fails(capsys, *arguments: str) -> str:

@@ -1,130 +1,25 @@
-"""The command `benchmark`: what a gated network's masks save in time, against the dense network in the same run."""
+"""What a gated network's masks save in time, against the dense network in the same run."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ftwt_jax import workdir
-from ftwt_jax.benchmark.synthetic import random_gates
+from ftwt_jax.benchmark.training import time_steps
+from ftwt_jax.budget.trained import Subject
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.inference.compact import compact, fold
-from ftwt_jax.models import create_model, options_of
 from ftwt_jax.printing import say
-from ftwt_jax.workdir.checkpoints import has_checkpoint
 
-BENCHMARK = "benchmark.json"
-# Images from which compact execution learns, and those that it is timed and compared on; never the same.
-CALIBRATION, HELD_OUT = 256, 128
-# Synthetic heads are made on so many images, fewer of large ones: on few, a deep network misses its budget on others.
-_HEAD_IMAGES, _LARGE_HEAD_IMAGES = CALIBRATION, 64
-# Each network runs so many batches before the next one's turn: in use it would find its own weights in the caches too.
+# Batches that each network runs before the next one's turn: in use, too, it would find its weights in the caches.
 _BLOCK, _ROUNDS = 16, 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-      gates: "trained", or "synthetic": random heads on random weights.
-      dense, gated: the two networks.
-      dense_variables, gated_variables: theirs.
-      calibration, held_out: images as the networks are given them, [S, H, W, channels].
-      normalize: makes such images from those of the data set, uint8.
-    """
-
-    arch: str
-    gates: str
-    dense: nn.Module
-    gated: nn.Module
-    dense_variables: Any
-    gated_variables: Any
-    calibration: jax.Array
-    held_out: jax.Array
-    normalize: Callable[[jax.Array], jax.Array]
-
-
-def trained_subject(folder: str, best: bool = False, budget: float | None = None) -> Subject:
-    """The newest (or best) networks of a workdir, on its data: training images to calibrate, held-out to measure.
-
-    Args:
-      budget: MACs reduction to bring the gates to; None: as they were trained.
-    """
-    from ftwt_jax.commands.estimate import known_estimate
-    from ftwt_jax.commands.evaluate.budgets import any_budget
-    from ftwt_jax.data.pipeline import eval_batches
-    from ftwt_jax.training.run import BASELINE, GATED, make_run
-
-    path, config = workdir.load(folder)
-    if not has_checkpoint(path, GATED):
-        raise UserError(f"{path} has no trained gates: train them, or take --arch and --budget for synthetic ones")
-    run = make_run(config, path)
-    gated = run.trained(GATED, best)
-    if budget is not None:
-        gated = any_budget(run, gated, known_estimate(run)["r"]).at(budget)
-
-    def first_images(split: Any, most: int) -> jax.Array:
-        batches = eval_batches(run.dataset, split, config.eval_batch_size, limit=most)
-        found = [run.normalize(jnp.asarray(batch["image"][batch["weight"] > 0])) for batch in batches]
-        return jnp.concatenate(found)[:most]
-
-    return Subject(
-        config.model.name,
-        "trained",
-        run.models[BASELINE],
-        run.models[GATED],
-        run.trained(BASELINE),
-        gated,
-        first_images(run.dataset.train, CALIBRATION),
-        first_images(run.dataset.test, HELD_OUT),
-        run.normalize,
-    )
-
-
-def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: int = 0) -> Subject:
-    """A network of random weights whose gates are random too and save the share `budget` of its MACs.
-
-    Args:
-      size: side of the images; None: 224 for networks that have ImageNet's stem by themselves, otherwise 32.
-    """
-    if not 0 < budget < 1:
-        raise UserError(f"--budget is the MACs reduction of the gates to make, between 0 and 1; got {budget}")
-    model = create_model(arch, 10)
-    size = size or (224 if getattr(model, "stem", "cifar") == "imagenet" else 32)
-    classes = 10 if size < 64 else 1000
-    stem: dict[str, Any] = {"stem": "imagenet"} if size >= 64 and "stem" in options_of(arch) else {}
-    dense = create_model(arch, classes, **stem)
-    gated = create_model(arch, classes, gates=GateConfig(norm="layer", depthwise="own"), **stem)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    # Large blobs of colour, so that images differ by more than their noise.
-    blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
-    images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
-    images += 0.3 * jax.random.normal(keys[2], images.shape)
-    variables = jax.jit(gated.init)(keys[1], images[:1])
-    seen = images[: _HEAD_IMAGES if size < 64 else _LARGE_HEAD_IMAGES]
-    variables, _ = random_gates(gated, variables, seen, budget, seed)
-    return Subject(
-        arch,
-        "synthetic",
-        dense,
-        gated,
-        variables,
-        variables,
-        images[:CALIBRATION],
-        images[CALIBRATION:],
-        lambda x: x / 128 - 1,
-    )
 
 
 def benchmark(
@@ -173,20 +68,18 @@ def benchmark(
     if torch:
         result["torch_ms"], result["torch_compact_ms"] = _against_torch(subject, quick.logits, batches)
     if train:
-        from ftwt_jax.benchmark.training import time_steps
-
         result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:])
     _print(result, console)
     if out is not None:
         folder = workdir.absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(folder / BENCHMARK, result)
-        say(console, f"wrote {folder / BENCHMARK}")
+        workdir.write_json(folder / workdir.BENCHMARK, result)
+        say(console, f"wrote {folder / workdir.BENCHMARK}")
     return result
 
 
 def _dense_part(variables: Any) -> Any:
-    """Variables that a dense network can take; the heads of a gated one are in nobody's way."""
+    """Variables for a dense network; heads of a gated one do no harm."""
     return {kind: variables[kind] for kind in ("params", "batch_stats")}
 
 
@@ -258,15 +151,13 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_row("PyTorch, dense", f"{result['torch_ms']:.2f}", "")
     console.print(table)
     lines = [
-        f"MACs reduction {result['macs_reduction']:.3f}, of which {result['realisation']:.2f} are realised in time",
+        f"MACs reduction {result['macs_reduction']:.3f}; share of the possible speed-up: {result['realisation']:.2f}",
         f"largest difference of a logit from the masked network {result['max_abs_diff']:.1e}, "
         f"the largest logit {result['max_abs_logit']:.3g}",
-        f"samples outside what calibration prepared: {result['outside']:.3f}",
+        f"images recomputed with all filters: {result['outside']:.3f}",
     ]
     if result["flipped"]:
-        lines.append(
-            f"samples not compared, a gate within rounding of zero fell on either side: {result['flipped']:.3f}"
-        )
+        lines.append(f"images not compared, as a gate within rounding of zero went either way: {result['flipped']:.3f}")
     if "torch_ms" in result:
         factor = result["torch_ms"] / result["torch_compact_ms"]
         lines.append(f"compact against PyTorch's dense, in alternating blocks: {factor:.2f} x")

@@ -1,4 +1,4 @@
-"""The command `benchmark --input`: how many images a second the input of training gives, without a network."""
+"""How many images a second the input of training delivers, without a network."""
 
 import statistics
 import time
@@ -8,13 +8,13 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.build import threads
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.printing import say
-from ftwt_jax.training.run import check_settings
+from ftwt_jax.training.settings import check_settings
 
 ROUNDS = 5
 
@@ -22,14 +22,14 @@ ROUNDS = 5
 def benchmark_input(config: ConfigDict, seconds: float, console: Console) -> dict[str, Any]:
     """Reads training batches for a while and prints images/s, the median of several rounds.
 
-    What small images are put through on the device is not part of it.
+    Augmentation of small images, which runs on the device, is not part of it.
     """
     if not seconds > 0:
         raise UserError(f"--seconds is how long to measure and must be positive; got {seconds}")
     check_settings(config, data_mesh())
     dataset = load_dataset(**config.data)
     rates = measure_rates(dataset, config.batch_size, config.seed, seconds)
-    rate, cores = statistics.median(rates), threads()
+    rate, cores = statistics.median(rates), cpu_count()
     result = {
         "images_per_second": rate,
         "images_per_second_per_core": rate / cores,

@@ -9,13 +9,52 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from ftwt_jax.budget.trained import CALIBRATION, HELD_OUT, Subject
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, gate_pool, normalized
 from ftwt_jax.gating.macs import dense_macs, macs
+from ftwt_jax.models import create_model, options_of
 from ftwt_jax.ops.batch_norm import MOMENTUM
 from ftwt_jax.ops.compiling import compiler_options
 
 _LARGEST_OFFSET, _ROUNDS = 6.0, 12
+# Images that heads are made on, fewer of large ones; on few, a deep network misses its budget on others.
+_HEAD_IMAGES, _LARGE_HEAD_IMAGES = CALIBRATION, 64
+
+
+def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: int = 0) -> Subject:
+    """A network of random weights whose gates are random too and save the share `budget` of its MACs.
+
+    Args:
+      size: side of the images; None: 224 for networks that have ImageNet's stem by themselves, otherwise 32.
+    """
+    if not 0 < budget < 1:
+        raise UserError(f"--budget is the MACs reduction of the gates to make, between 0 and 1; got {budget}")
+    model = create_model(arch, 10)
+    size = size or (224 if getattr(model, "stem", "cifar") == "imagenet" else 32)
+    classes = 10 if size < 64 else 1000
+    stem: dict[str, Any] = {"stem": "imagenet"} if size >= 64 and "stem" in options_of(arch) else {}
+    dense = create_model(arch, classes, **stem)
+    gated = create_model(arch, classes, gates=GateConfig(norm="layer", depthwise="own"), **stem)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    # Large blobs of colour, so that images differ by more than their noise.
+    blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
+    images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
+    images += 0.3 * jax.random.normal(keys[2], images.shape)
+    variables = jax.jit(gated.init)(keys[1], images[:1])
+    seen = images[: _HEAD_IMAGES if size < 64 else _LARGE_HEAD_IMAGES]
+    variables, _ = random_gates(gated, variables, seen, budget, seed)
+    return Subject(
+        arch,
+        "synthetic",
+        dense,
+        gated,
+        variables,
+        variables,
+        images[:CALIBRATION],
+        images[CALIBRATION:],
+        lambda x: x / 128 - 1,
+    )
 
 
 def random_gates(

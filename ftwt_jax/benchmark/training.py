@@ -1,4 +1,4 @@
-"""What a gated training step costs beside a dense one, for the command `benchmark --train`."""
+"""What a gated training step costs beside a dense one."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ import optax
 
 from ftwt_jax.models.vgg import VGG
 from ftwt_jax.parallel.sharding import data_mesh, put_batch
-from ftwt_jax.training.step import create_state, make_train_step
+from ftwt_jax.training.step import GateTraining, create_state, make_train_step
 
 _ROUNDS = 7
 
@@ -33,10 +33,10 @@ def time_steps(dense: nn.Module, gated: nn.Module, image_shape: tuple[int, ...])
     data = put_batch(example, mesh)
     optimizer = optax.sgd(1e-3, momentum=0.9, nesterov=False)
     steps, states = [], []
-    for model, weight in ((dense, None), (gated, optax.constant_schedule(1.0))):
+    for model, gates in ((dense, None), (gated, GateTraining(optax.constant_schedule(1.0)))):
         variables = jax.jit(model.init)(keys[1], jnp.zeros((1, *image_shape)))
         states.append(create_state(variables, optimizer))
-        steps.append(make_train_step(model, optimizer, lambda images: images / 128.0 - 1, mesh, weight))
+        steps.append(make_train_step(model, optimizer, lambda batch: batch["image"] / 128.0 - 1, mesh, gates))
     r = jnp.float32(0.9)
     seconds: list[list[float]] = [[], []]
     for turn in range(_ROUNDS + 1):

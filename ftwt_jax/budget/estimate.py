@@ -1,27 +1,39 @@
 """What gating will save, known before any gate is trained (the paper's second contribution, section 3.3).
 
-The targets depend on the dense network alone. So the dense network is run with its own targets as masks, unit after
-unit, each ranking maps whose input is already masked, and the work is counted. That is the reduction that heads which
-learnt their targets perfectly would reach. Heads err on one side more than on the other, and the backbone moves while
-they learn; so trained gates are calibrated: one offset, added to all gate logits, brings them to what was predicted.
+Targets depend on the dense network alone. So the dense network runs with its own targets as masks, unit after unit,
+each ranking maps whose input is already masked, and the work is counted. That is the reduction that heads would reach
+if they learnt their targets perfectly. Real heads err more on one side than on the other, and the backbone moves while
+they learn; so trained gates are calibrated to the prediction (`calibrate`).
 """
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from ftwt_jax.budget.search import Falling
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.budget.calibrate import Calibration
+from ftwt_jax.budget.search import BudgetSearch
+from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import check_r
+from ftwt_jax.parallel.processes import barrier, broadcast
+from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation, Evaluator
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import GATED
+from ftwt_jax.workdir import ESTIMATE
 
 SMALLEST_R = 1e-3
-# Gate logits of heads in training stay within some tens; beyond this everything is off or on.
-MOST_OFFSET = 1e3
-
-Batches = Sequence[dict[str, Any]]
+KEYS = ("r", "macs_reduction", "macs_reduction_published")
+_UNREACHABLE = (
+    "no r gives a MACs reduction of {budget}: this network can be cut by {least} to {most}; "
+    "the baseline can serve a run with another budget, in a new workdir: --config.init_from=DIR"
+)
 
 
 class Estimator:
-    """Predicts the MACs reduction for any r from a dense network's variables and some training data.
+    """Predicts the MACs reduction for any r.
 
     Args:
       evaluator: of the gated network, with `masks="targets"`.
@@ -29,63 +41,67 @@ class Estimator:
       batches: training images without augmentation, as `eval_batches` gives them.
     """
 
-    def __init__(self, evaluator: Evaluator, variables: Any, batches: Batches):
-        says = (
-            "no r gives a MACs reduction of {budget}: this network can be cut by {least} to {most}; "
-            "the baseline can serve a run with another budget, in a new workdir: --config.init_from=DIR"
-        )
-        self._curve = Falling(lambda r: evaluator.run(variables, batches, r), SMALLEST_R, 1.0, says)
+    def __init__(self, evaluator: Evaluator, variables: Any, batches: Sequence[dict[str, Any]]):
+        self._search = BudgetSearch(lambda r: evaluator.run(variables, batches, r), SMALLEST_R, 1.0, _UNREACHABLE)
+
+    @classmethod
+    def of(cls, calibration: Calibration, variables: Any) -> "Estimator":
+        """The estimator of a run's dense network with these variables."""
+        return cls(calibration.run.evaluator(GATED, masks="targets"), variables, calibration.batches)
 
     def predict(self, r: float) -> Evaluation:
         """The figures at mass threshold `r`, in (0, 1]; accuracy is that of the dense network under the targets."""
-        return self._curve.at(check_r(r))
+        return self._search.at(check_r(r))
 
     def solve(self, budget: float) -> tuple[float, Evaluation]:
         """The r whose predicted exact MACs reduction is `budget`, and the prediction there.
 
         Raises:
-          UserError: no r reaches this reduction; the message gives the range that can be had.
+          UserError: no r reaches this reduction; the message gives the range of reductions.
         """
-        return self._curve.solve(budget)
+        return self._search.solve(budget)
 
 
-class Calibrator:
-    """Finds the offset to all gate logits with which a trained gated network meets a budget.
+def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[str, float]:
+    """The r to train gates for: the config's, or the one that its budget asks for; printed with its prediction.
 
-    Args:
-      evaluator: of the gated network, with the masks of its heads.
-      variables: of the gated network.
-      batches: training images without augmentation, as `eval_batches` gives them.
-      r: mass threshold of the targets that gates are compared with.
+    The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
     """
+    run = calibration.run
+    path, gates = run.workdir / ESTIMATE, run.config.gates
+    if broadcast(path.exists()):
+        entry = read_estimate(run.workdir)
+    else:
+        estimator = Estimator.of(calibration, baseline)
+        found = (gates.r, estimator.predict(gates.r)) if gates.budget is None else estimator.solve(gates.budget)
+        entry = estimate_entry(*found)
+        workdir.write_json(path, entry)
+        barrier("estimate written")
+    asked = "" if gates.budget is None else f" for a budget of {gates.budget:g}"
+    say(
+        console,
+        f"estimate: r = {entry['r']:.4f}{asked}, predicted MACs reduction {entry['macs_reduction']:.3f} exact, "
+        f"{entry['macs_reduction_published']:.3f} published",
+    )
+    return entry
 
-    def __init__(self, evaluator: Evaluator, variables: Any, batches: Batches, r: float):
-        says = "no offset of the gates gives a MACs reduction of {budget}: this network can be cut by {least} to {most}"
-        self._curve = Falling(
-            lambda offset: evaluator.run(variables, batches, r, offset), -MOST_OFFSET, MOST_OFFSET, says
-        )
 
-    def measure(self, offset: float = 0.0) -> Evaluation:
-        """The figures with this offset, on the calibration images."""
-        return self._curve.at(offset)
+def estimate_entry(r: float, found: Evaluation) -> dict[str, float]:
+    """What `estimate.json` holds."""
+    return dict(zip(KEYS, (r, found.macs_reduction, found.macs_reduction_published), strict=True))
 
-    def rates(self) -> dict[str, tuple[float, ...]]:
-        """For each gated unit by name, the share of the calibration images for which each filter is on."""
-        found = self.measure()
-        assert found.gates is not None
-        return dict(zip(found.gate_names, found.gates.rates, strict=True))
 
-    def solve(self, budget: float) -> tuple[float, Evaluation]:
-        """The offset whose exact MACs reduction is `budget`, and the figures there.
+def read_estimate(folder: pathlib.Path) -> dict[str, float]:
+    """What `choose_r` settled on in a workdir; raises `UserError` if the file is missing or broken."""
+    entry = workdir.read_json(folder / ESTIMATE, "estimate")
+    if not isinstance(entry, dict) or not entry.keys() >= set(KEYS):
+        raise UserError(f"{folder / ESTIMATE} is not an estimate: it must hold {', '.join(KEYS)}")
+    return entry
 
-        Raises:
-          UserError: no offset reaches this reduction.
-        """
-        step = 1.0 if self.measure().macs_reduction > budget else -1.0
-        while (
-            not self._curve.has(budget)
-            and abs(step) < MOST_OFFSET
-            and (self.measure(step).macs_reduction > budget) == (step > 0)
-        ):
-            step *= 2
-        return self._curve.solve(budget)
+
+def known_estimate(run: Run) -> dict[str, Any]:
+    """What `choose_r` settled on; where no gates were trained here, the config's r and no prediction."""
+    trained_here = run.has(GATED) and run.steps_of(GATED) > 0
+    if not trained_here and not (run.workdir / ESTIMATE).exists():
+        return {"r": run.config.gates.r, **dict.fromkeys(KEYS[1:])}
+    return read_estimate(run.workdir)

@@ -3,101 +3,95 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ftwt_jax import workdir
-from ftwt_jax.budget.calibrate import settle
+from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.variables import fix_gates, shift_gates
 from ftwt_jax.parallel.processes import barrier
-from ftwt_jax.parallel.sharding import put_whole, replicated
+from ftwt_jax.training.loop import Hook
 from ftwt_jax.training.optim import cooldown_step
-from ftwt_jax.training.run import GATED, Run, budget_range
+from ftwt_jax.training.settings import GATED, budget_range
 from ftwt_jax.training.stage import Stage
 from ftwt_jax.training.step import TrainState
+from ftwt_jax.workdir import OFFSETS
 
-# Offsets of the budgets that are drawn from, measured when the heads froze.
-OFFSETS = "offsets.json"
-# So many budgets between the least and the most are measured; those between them are interpolated.
+# Budgets between the lowest and the highest whose offsets are measured; those between are interpolated.
 POINTS = 6
 
 
-class BudgetKeeper:
-    """Calibrates the gates of a stage twice: when the heads freeze, and, since the backbone goes on, at the end.
+class BudgetKeeper(Hook):
+    """Calibrates the gates of a stage twice: when the heads freeze and, since the backbone goes on, at the end.
 
-    What is left of training in between fits the backbone to the masks that it will have to do with: those at the
-    budget, or, where the config names `budgets`, those at one that is drawn for each batch. At the end batch statistics
-    are measured as well, under the masks that are left.
+    Training in between fits the backbone to the masks that it will have: those at the budget or, where the config names
+    `budgets`, those at one that is drawn for each batch. At the end batch statistics are measured as well, under the
+    masks that are left.
 
     Args:
       r: mass threshold of the targets.
-      budget: the exact MACs reduction to hold the gates to; one that is no saving is left as it comes.
+      budget: the exact MACs reduction to hold the gates to; one that saves nothing is left as it comes.
 
     Raises:
-      UserError: it is no saving, and the config asks for fixed masks or for a range of budgets.
+      UserError: the budget saves nothing, and the config asks for fixed masks or for a range of budgets.
     """
 
-    def __init__(self, run: Run, stage: Stage, r: float, budget: float):
-        self._run, self._r, self._budget = run, r, budget
-        settings = run.settings(stage.name)
-        gated = stage.name == GATED
-        self._active = gated and settings.calibrate and 0 < budget < 1
-        if gated and not self._active and (settings.static or settings.budgets):
+    def __init__(self, calibration: Calibration, stage: Stage, r: float, budget: float):
+        super().__init__(calibration.run, r)
+        self._calibration, self._budget, self._seed = calibration, budget, stage.seed
+        settings = self.run.settings(GATED)
+        active = settings.calibrate and 0 < budget < 1
+        if not active and (settings.static or settings.budgets):
             raise UserError(
-                f"r = {r:g} is predicted to save nothing, of which config.gates.static and config.gates.budgets "
-                "have nothing to divide: set a smaller config.gates.r, or config.gates.budget"
+                f"r = {r:g} is predicted to save nothing, so config.gates.static and config.gates.budgets have nothing "
+                "to work with: set a smaller config.gates.r, or config.gates.budget"
             )
-        self._static = self._active and settings.static
-        self._range = budget_range(settings) if self._active else None
-        self._frozen = max(cooldown_step(settings, stage.total), 1) if self._active else 0
-        self._last = stage.total
-        self._steps = {self._frozen, self._last} if self._active else set()
+        self._static = active and settings.static
+        self._range = budget_range(settings) if active else None
+        self._frozen, self._last = (max(cooldown_step(settings, stage.total), 1), stage.total) if active else (0, 0)
         self._shift = jax.jit(_shifted, out_shardings=stage.shardings.params)
-        self._seed = stage.seed
-        self._fixed = self._control(0.0)
         self._table: dict[str, list[float]] | None = None
 
     def control(self, step: int) -> GateControl:
         """What `step`, counted from 1, is trained with."""
         if self._range is None or step <= self._frozen:
-            return self._fixed
+            return super().control(step)
         if self._table is None:
-            self._table = workdir.read_json(self._run.workdir / OFFSETS, "offsets of the gates")
+            self._table = workdir.read_json(self.run.workdir / OFFSETS, "offsets of the gates")
         budget = np.random.default_rng((self._seed, step)).uniform(*self._range)
-        return self._control(np.interp(budget, self._table["budgets"], self._table["offsets"]))
+        return self.control_at(float(np.interp(budget, self._table["budgets"], self._table["offsets"])))
 
     def comparable(self, step: int) -> bool:
-        """Whether the accuracy after this step is one at the budget, and not only before the first calibration."""
+        """Whether the accuracy after this step is one at the budget, which it is not before the first calibration."""
         return step >= self._frozen
 
     def after(self, state: TrainState, step: int) -> TrainState:
-        """The state to go on with after `step`; the same one if it is no time to calibrate."""
-        if step not in self._steps:
+        """The state to go on with after `step`; the same one unless it is time to calibrate."""
+        if step not in (self._frozen, self._last):
             return state
-        variables: dict[str, Any] = state.variables
+        network = CalibratedNetwork(self._calibration, state.variables, self.r, self._static)
         if self._static and step == self._frozen:
-            fixed = fix_gates(variables, self._run.calibrator(variables, self._r).rates())
-            variables = put_whole(fixed, replicated(self._run.mesh))
+            rates = CalibratedNetwork(self._calibration, state.variables, self.r).rates()
+            fixed = self.run.replicated(fix_gates(state.variables, rates))
+            network = CalibratedNetwork(self._calibration, fixed, self.r, is_fixed=True)
         if step == self._last:
-            return state.replace(**settle(self._run, variables, self._r, self._budget, self._static))
-        calibrator = self._run.calibrator(variables, self._r, self._static)
-        offset, _ = calibrator.solve(self._budget)
+            return state.replace(**network.at(self._budget))
+        offset = network.offset(self._budget)
         if self._range is not None:
-            budgets = np.linspace(*self._range, POINTS).tolist()
-            # From what the shift has made zero.
-            offsets = [calibrator.solve(budget)[0] - offset for budget in budgets]
-            self._table = {"budgets": budgets, "offsets": offsets}
-            workdir.write_json(self._run.workdir / OFFSETS, self._table)
-            barrier("offsets written")
-        added = put_whole(np.float32(offset), replicated(self._run.mesh))
+            self._write_offsets(network, offset)
+        added = self.run.replicated(np.float32(offset))
+        variables = network.variables
         return state.replace(**{**variables, "params": self._shift(variables["params"], added)})
 
-    def _control(self, offset: float) -> GateControl:
-        control = GateControl(r=jnp.float32(self._r), offset=jnp.float32(offset))
-        return put_whole(control, replicated(self._run.mesh))
+    def _write_offsets(self, network: CalibratedNetwork, offset: float) -> None:
+        """Measures the offsets of budgets over the range, relative to `offset`, and keeps them for a resumed run."""
+        assert self._range is not None
+        budgets = np.linspace(*self._range, POINTS).tolist()
+        self._table = {"budgets": budgets, "offsets": [network.offset(budget) - offset for budget in budgets]}
+        workdir.write_json(self.run.workdir / OFFSETS, self._table)
+        barrier("offsets written")
 
 
 def _shifted(params: Any, offset: Array) -> Any:

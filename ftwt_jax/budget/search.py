@@ -1,4 +1,4 @@
-"""Where a reduction that falls as something grows takes a wanted value, with as few evaluations as that takes."""
+"""The search for a budget: where a MACs reduction that falls as a number grows takes a wanted value."""
 
 import itertools
 from collections.abc import Callable
@@ -10,17 +10,17 @@ TOLERANCE = 1e-3
 ROUNDS = 18
 
 
-class Falling:
-    """An evaluation for each value of one number, remembered; its MACs reduction falls as the number grows.
+class BudgetSearch:
+    """Evaluations for values of one number, each made once; their MACs reduction falls as the number grows.
 
     Args:
-      measure: what is evaluated.
+      measure: evaluates one value.
       low, high: ends of the range that is searched.
-      says: the error where no value will do, with {budget}, {least} and {most}.
+      unreachable: the message where no value reaches a budget, with {budget}, {least} and {most}.
     """
 
-    def __init__(self, measure: Callable[[float], Evaluation], low: float, high: float, says: str):
-        self._measure, self._low, self._high, self._says = measure, low, high, says
+    def __init__(self, measure: Callable[[float], Evaluation], low: float, high: float, unreachable: str):
+        self._measure, self._low, self._high, self._unreachable = measure, low, high, unreachable
         self._known: dict[float, Evaluation] = {}
         self._solved: dict[float, float] = {}
 
@@ -31,30 +31,44 @@ class Falling:
         return self._known[value]
 
     def has(self, budget: float) -> bool:
-        """Whether one of the evaluations so far is near enough to a budget."""
+        """Whether one of the evaluations so far is within the tolerance of a budget."""
         return bool(self._known) and self._error(self._nearest(budget), budget) <= TOLERANCE
 
-    def solve(self, budget: float) -> tuple[float, Evaluation]:
+    def solve(self, budget: float, near: float | None = None) -> tuple[float, Evaluation]:
         """The value whose exact MACs reduction is within 0.001 of `budget`, and the evaluation there.
 
-        Where the reduction falls in steps (few filters, or some that no sample lights) the nearest is taken.
+        Where the reduction falls in steps (few filters, or some that no image activates) the nearest value is taken.
+
+        Args:
+          near: a value that the answer is probably close to; doubling steps from there are tried before the ends.
 
         Raises:
-          UserError: the budget is none, or no value reaches it; the message gives the range that can be had.
+          UserError: the budget is not in (0, 1), or no value reaches it; the message gives the range of reductions.
         """
+        if budget not in self._solved and near is not None:
+            self._step_from(near, budget)
         if budget not in self._solved:
             self._solved[budget] = self._solve(budget)
         value = self._solved[budget]
         return value, self._known[value]
 
+    def _step_from(self, start: float, budget: float) -> None:
+        step = 1.0 if self.at(start).macs_reduction > budget else -1.0
+        while (
+            not self.has(budget)
+            and self._low < start + step < self._high
+            and (self.at(start + step).macs_reduction > budget) == (step > 0)
+        ):
+            step *= 2
+
     def _solve(self, budget: float) -> float:
         if not 0 < budget < 1:
-            raise UserError(f"the budget is a MACs reduction and must lie between 0 and 1; got {budget!r}")
+            raise UserError(f"a budget is a MACs reduction between 0 and 1; got {budget!r}")
         if not self.has(budget) and self._bracket(budget) is None:
             most, least = self.at(self._low).macs_reduction, self.at(self._high).macs_reduction
             if not least - TOLERANCE <= budget <= most + TOLERANCE:
                 range_ = {"least": f"{max(least, 0):.2f}", "most": f"{most:.2f}"}
-                raise UserError(self._says.format(budget=f"{budget:g}", **range_))
+                raise UserError(self._unreachable.format(budget=f"{budget:g}", **range_))
         for turn in range(ROUNDS):
             bracket = self._bracket(budget)
             if bracket is None or self.has(budget):
@@ -70,9 +84,9 @@ class Falling:
         return self._nearest(budget)
 
     def _bracket(self, budget: float) -> tuple[float, float] | None:
-        """The last two neighbours between which the reduction falls past the budget; None if it does so nowhere.
+        """The last two neighbours between which the reduction falls past the budget; None if there are none.
 
-        The last, since masks of one unit change what the next one is given, and the reduction may rise for a moment.
+        The last, since masks of one unit change the next one's input, so that the reduction may rise for a moment.
         """
         pairs = itertools.pairwise(sorted(self._known))
         falling = [(a, b) for a, b in pairs if self._reduction(a) >= budget > self._reduction(b)]

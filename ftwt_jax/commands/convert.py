@@ -2,30 +2,32 @@
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from ftwt_jax import config as configs
 from ftwt_jax import workdir
+from ftwt_jax.commands.command import Arguments, Command, parse_numbers
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError, one_line
-from ftwt_jax.gating.gates import HEAD_NAME, GateConfig
+from ftwt_jax.errors import UserError, one_line, os_reason
+from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, current_fields
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.printing import say
-from ftwt_jax.training.run import BASELINE, GATED, arch_options, check_settings, gate_config
+from ftwt_jax.training.settings import BASELINE, GATED, arch_options, check_settings, gate_config
 from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.weights.entries import Shapes, parameter_shapes
@@ -54,8 +56,7 @@ class Wanted:
       checkpoint, out: file to read, and folder to write.
       arch: the network by its name in `ftwt_jax.models`; None: the config's.
       config: of the data that the network is for; None: of those that it was most likely trained on.
-      usual_config: loads the config of a name in `USUAL_CONFIGS` for this network.
-      explicit: fields of the config that were asked for, such as `gates.pool`; nothing in the checkpoint changes them.
+      fields: flags of single fields, `--config.gates.pool=mean`; nothing in the checkpoint changes these fields.
       statistics: mean and deviation of the images that it was trained on; None: the usual ones of its layout.
     """
 
@@ -63,9 +64,47 @@ class Wanted:
     out: str
     arch: str | None
     config: ConfigDict | None
-    usual_config: Callable[[str], ConfigDict]
-    explicit: frozenset[str] = frozenset()
+    fields: tuple[str, ...] = ()
     statistics: Statistics | None = None
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """The names of `fields`, such as "gates.pool"."""
+        return frozenset(flag.partition("=")[0].removeprefix("--config.") for flag in self.fields)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("arch", None, "the network, such as resnet34", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "file to read: .safetensors, or what torch.save wrote", flag_values=values)
+    flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_list("mean", None, "mean of the images it was trained on, such as 0.5,0.5,0.5", flag_values=values)
+    flags.DEFINE_list("std", None, "their standard deviation", flag_values=values)
+
+
+def run(arguments: Arguments, console: Console) -> None:
+    """Runs the command."""
+    values = arguments.flags
+    checkpoint = arguments.need("checkpoint", "--checkpoint=resnet34.safetensors")
+    out = arguments.need("out", "--out=workdirs/resnet34")
+    config = arguments.config("--config=configs/cifar10.py") if arguments.names_config else None
+    if config is None:
+        arguments.need("arch", "--arch=resnet34")
+    if (values.mean is None) != (values.std is None):
+        raise UserError("give --mean and --std together")
+    statistics = None if values.mean is None else (_rgb(values.mean, "mean"), _rgb(values.std, "std"))
+    fields = tuple(flag for flag in arguments.config_flags if flag.startswith("--config."))
+    convert(Wanted(checkpoint, out, values.arch, config, fields, statistics), console)
+
+
+COMMAND = Command(_define, run, takes_config=True)
+
+
+def _rgb(given: list[str], flag: str) -> list[float]:
+    wanted = "three numbers, such as 0.5,0.5,0.5"
+    found = parse_numbers(given, flag, wanted, lambda number: flag == "mean" or number > 0)
+    if len(found) != RGB:
+        raise UserError(f"--{flag} takes {wanted}; got {','.join(given)!r}")
+    return found
 
 
 def convert(wanted: Wanted, console: Console) -> pathlib.Path:
@@ -79,7 +118,7 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     """
     path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: choose another folder with --out")
+        raise UserError(f"{folder} already exists: choose another folder with --out")
     if wanted.config is not None:
         _check(wanted.config, wanted.arch)
     state, metadata = read_checkpoint(path)
@@ -125,16 +164,18 @@ def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> 
     shapes = parameter_shapes(imported.model, channels)
     for path, array in flatten_dict(imported.variables).items():
         if array.shape != shapes[path] and not can_adapt(path, array.shape, shapes[path]):
-            raise UserError(f"it is for other images than those of {config.data.name}, of {channels} channels")
+            raise UserError(
+                f"it was made for other images than those of {config.data.name}, which have {channels} channels"
+            )
     return shapes
 
 
 def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, console: Console) -> None:
     """Says what was found, and what can be done with it."""
     name, gates = config.model.name, imported.model.gates
-    kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.normalization}, r={gates.r:g})"
+    kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.norm}, r={gates.r:g})"
     classes = _class_count(imported.source)
-    say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: now in {folder}")
+    say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: written to {folder}")
     usual = {"stem": None, "width": 1.0}
     model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
     say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
@@ -145,7 +186,7 @@ def _check(config: ConfigDict, arch: str | None) -> None:
     """Raises `UserError` for a config that no other command would take, or that is another network's."""
     check_settings(config, data_mesh())
     if arch not in (None, config.model.name):
-        raise UserError(f"--arch={arch} is not the config's network: give --config=FILE:{arch}")
+        raise UserError(f"--arch={arch} differs from the config's network: give --config=FILE:{arch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +198,17 @@ class _Said:
 
 
 def _own_words(metadata: dict[str, Any]) -> _Said:
-    """Reads the metadata of an export; raises `UserError` if they are not such as we write."""
+    """Reads the metadata of an export; raises `UserError` if it is not such as we write."""
     gates, statistics = metadata.get("gates"), None
     try:
         if gates is not None:
+            gates = current_fields(gates)
             GateConfig(**gates)
         if "mean" in metadata or "std" in metadata:
             mean, std = (np.asarray(metadata[name], np.float64) for name in ("mean", "std"))
             whole = mean.shape == std.shape and mean.shape in ((1,), (RGB,))
             if not (whole and np.isfinite([mean, std]).all() and std.min() > 0):
-                raise UserError(f"mean {mean} and std {std} are not those of images")
+                raise UserError(f"mean {mean} and standard deviation {std} cannot be those of images")
             statistics = mean.tolist(), std.tolist()
     except (UserError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
@@ -180,8 +222,8 @@ def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]
         return wanted.config, load_dataset(**wanted.config.data)
     classes = _class_count(source)
     if classes not in USUAL_CONFIGS:
-        raise UserError(f"{classes} classes are of no data set known here: name the data with --config=configs/FILE.py")
-    config = wanted.usual_config(USUAL_CONFIGS[classes])
+        raise UserError(f"no bundled data set has {classes} classes; name yours with --config=configs/FILE.py")
+    config = configs.read([f"--config={USUAL_CONFIGS[classes]}:{wanted.arch}", *wanted.fields])
     config.data.update(absolute_paths(config.data))
     _check(config, wanted.arch)
     return config, None
@@ -196,8 +238,7 @@ def _class_count(source: Source) -> int:
 
 
 def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozenset[str]) -> None:
-    """Sets how the heads in a checkpoint are to be run: as our own export says, else as the published code does."""
-    # Older files of ours do not name the last two.
+    """Sets how the heads of a checkpoint run: as our own export says, else as in the published code."""
     gates = {"pool": "mean", "norm": "softmax", "depthwise": "full"} | (said or {})
     config.gates.update({name: value for name, value in gates.items() if f"gates.{name}" not in explicit})
 
@@ -219,9 +260,12 @@ def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         yield partial
         partial.chmod(0o755)
-        os.replace(partial, folder)
+        partial.replace(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {folder}: {os_reason(error)}") from None
+    except UserError as error:
+        # The name of the unfinished folder would tell the user nothing.
+        raise UserError(str(error).replace(str(partial), str(folder))) from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -236,7 +280,7 @@ def _write(
     statistics: Statistics,
     console: Console,
 ) -> None:
-    """Writes config, checkpoints and what is left over of the state dict."""
+    """Writes config, checkpoints, and those parts of the state dict that have no place in the network."""
     variables, notes = imported.variables, list(imported.notes)
     channels = dataset.image_shape[-1] if dataset else RGB
     finished = not imported.fresh_classifier
@@ -257,16 +301,16 @@ def _write(
     for note in notes:
         say(console, f"note: {note}")
     rounded = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
-    say(console, f"images are given to it less {rounded[0]}, over {rounded[1]}")
+    say(console, f"input mean {rounded[0]}, standard deviation {rounded[1]}")
 
 
 def _check_room(folder: pathlib.Path, networks: dict[str, Variables]) -> None:
-    """Raises `UserError` if the disk is too full; Orbax would say so in the middle of its work, and at length."""
+    """Raises `UserError` if the disk is too full; Orbax would fail half-way, with a long message."""
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(networks)) * np.float32().itemsize
     free = shutil.disk_usage(folder).free
     if free < 2 * size + SPARE:
         raise UserError(
-            f"cannot write to {folder.parent}: {free >> 20} MiB are free, and it takes {(2 * size + SPARE) >> 20}"
+            f"cannot write to {folder.parent}: {free >> 20} MiB are free, and {(2 * size + SPARE) >> 20} MiB are needed"
         )
 
 

@@ -1,84 +1,60 @@
-"""The command `estimate`, and the choice of r between the two stages of training."""
+"""The command `estimate`: the MACs reduction that each r would give, in all and in each layer."""
 
 import pathlib
-from typing import Any
 
+from absl import flags
+from matplotlib import colormaps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ftwt_jax import workdir
+from ftwt_jax.budget.calibrate import Calibration
+from ftwt_jax.budget.estimate import Estimator, estimate_entry
+from ftwt_jax.commands.command import (
+    Arguments,
+    Command,
+    define_distributed,
+    define_workdir,
+    join_processes,
+    parse_numbers,
+)
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import check_r
-from ftwt_jax.parallel.processes import barrier, broadcast, is_first
+from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.printing import say
+from ftwt_jax.report.plotting import new_plot, save_png
 from ftwt_jax.training.evaluator import Evaluation
-from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
-from ftwt_jax.workdir.checkpoints import has_checkpoint
+from ftwt_jax.training.run import load_run
+from ftwt_jax.training.settings import BASELINE
+from ftwt_jax.workdir import ESTIMATE_PLOT
 
-ESTIMATE = "estimate.json"
-PLOT = "estimate.png"
-# Drawn besides what is asked for.
+# Values of r in the plot, besides those asked for.
 SWEEP = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
-# Of these, what the table shows beside one r alone.
+# Those of them that the table shows beside a single r.
 SHOWN = (0.5, 0.7, 0.8, 0.9, 1.0)
-# Networks of more units get a legend for the first and the last alone.
+# With more units than this, the legend names the first and the last alone.
 LABELLED = 12
 ALL = "all"
-KEYS = ("r", "macs_reduction", "macs_reduction_published")
 
 
-def _entry(r: float, found: Evaluation) -> dict[str, float]:
-    return dict(zip(KEYS, (r, found.macs_reduction, found.macs_reduction_published), strict=True))
+def _define(values: flags.FlagValues) -> None:
+    define_workdir(values)
+    flags.DEFINE_string("r", None, "mass thresholds to predict for, such as 0.8,0.9,1", flag_values=values)
+    flags.DEFINE_float("budget", None, "MACs reduction to find r for, such as 0.5", flag_values=values)
+    define_distributed(values)
 
 
-def choose_r(run: Run, baseline: Any, console: Console) -> dict[str, float]:
-    """The r to train gates for: the config's, or the one that its budget asks for; printed with its prediction.
-
-    The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
-    """
-    path = run.workdir / ESTIMATE
-    budget, r = run.config.gates.budget, run.config.gates.r
-    if broadcast(path.exists()):
-        entry = read_estimate(run.workdir)
-    else:
-        estimator = run.estimator(baseline)
-        entry = _entry(r, estimator.predict(r)) if budget is None else _entry(*estimator.solve(budget))
-        workdir.write_json(path, entry)
-        barrier("estimate written")
-    asked = "" if budget is None else f" for a budget of {budget:g}"
-    say(
-        console,
-        f"estimate: r = {entry['r']:.4f}{asked}, predicted MACs reduction {entry['macs_reduction']:.3f} exact, "
-        f"{entry['macs_reduction_published']:.3f} published",
+def run(arguments: Arguments, console: Console) -> None:
+    """Runs the command."""
+    values, folder = arguments.flags, arguments.workdir()
+    if values.r is not None and values.budget is not None:
+        raise UserError("give --r or --budget, not both")
+    rs = (
+        parse_numbers(values.r, "r", "numbers in (0, 1], such as 0.8,0.9,1", lambda r: 0 < r <= 1) if values.r else None
     )
-    return entry
+    estimate(folder, rs, values.budget, join_processes(arguments, console))
 
 
-def read_estimate(folder: pathlib.Path) -> dict[str, float]:
-    """What `choose_r` settled on in a workdir; raises `UserError` if the file is missing or is no estimate."""
-    entry = workdir.read_json(folder / ESTIMATE, "estimate")
-    if not isinstance(entry, dict) or not entry.keys() >= set(KEYS):
-        raise UserError(f"{folder / ESTIMATE} is no estimate: it must hold {', '.join(KEYS)}")
-    return entry
-
-
-def known_estimate(run: Run) -> dict[str, Any]:
-    """What `choose_r` settled on; where no gates were trained here, the config's r and no prediction."""
-    trained_here = has_checkpoint(run.workdir, GATED) and run.steps_of(GATED) > 0
-    if not trained_here and not (run.workdir / ESTIMATE).exists():
-        return {"r": run.config.gates.r, **dict.fromkeys(KEYS[1:])}
-    return read_estimate(run.workdir)
-
-
-def parse_rs(text: str) -> list[float]:
-    """Reads "0.8,0.9,1"; raises `UserError` for anything that is no list of thresholds."""
-    try:
-        return [check_r(float(part)) for part in text.split(",")]
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--r is a list of numbers in (0, 1], such as 0.8,0.9,1; got {text!r}") from None
+COMMAND = Command(_define, run)
 
 
 def estimate(folder: str, rs: list[float] | None, budget: float | None, console: Console) -> list[dict[str, float]]:
@@ -87,15 +63,15 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     With neither, for what the run's own config says. Then the reduction of every unit at these and other r, as a table
     and, in `estimate.png` of the workdir, as a plot.
     """
-    path, config = workdir.load(folder)
-    run = make_run(config, path)
-    estimator = run.estimator(run.trained(BASELINE))
+    run = load_run(folder)
+    path, config = run.workdir, run.config
+    estimator = Estimator.of(Calibration(run), run.trained(BASELINE))
     if rs is None and budget is None:
         budget = config.gates.budget
     if budget is not None:
-        rows = [_entry(*estimator.solve(budget))]
+        rows = [estimate_entry(*estimator.solve(budget))]
     else:
-        rows = [_entry(r, estimator.predict(r)) for r in rs or [config.gates.r]]
+        rows = [estimate_entry(r, estimator.predict(r)) for r in rs or [config.gates.r]]
     table = Table(title=escape(f"predicted from the dense baseline in {path}"))
     for heading in ("r", "MACs reduction (exact)", "MACs reduction (published)"):
         table.add_column(heading, justify="right")
@@ -107,8 +83,8 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     shown = {*chosen, *SHOWN} if len(chosen) == 1 else set(chosen)
     console.print(_unit_table({r: found for r, found in swept.items() if r in shown}))
     if is_first():
-        _plot(swept, chosen, path / PLOT)
-        say(console, f"r against the reduction of each unit: {path / PLOT}")
+        _plot(swept, chosen, path / ESTIMATE_PLOT)
+        say(console, f"r against the reduction of each unit: {path / ESTIMATE_PLOT}")
     return rows
 
 
@@ -132,10 +108,6 @@ def _unit_table(swept: dict[float, Evaluation]) -> Table:
 
 
 def _plot(swept: dict[float, Evaluation], chosen: list[float], path: pathlib.Path) -> None:
-    from matplotlib import colormaps
-
-    from ftwt_jax.report.plotting import new_plot, save_png
-
     figure, axes = new_plot("r, mass threshold", "predicted MACs reduction (exact)", height=5)
     columns = [_reductions(found) for found in swept.values()]
     gated = set(next(iter(swept.values())).gate_names)

@@ -1,107 +1,104 @@
-"""Reading a command line: `COMMAND --FLAG=VALUE ...` into the flags of the command, mistakes into one line."""
+"""Reads a command line, `COMMAND WORD ... --FLAG=VALUE ...`; every mistake is one line."""
 
-import pathlib
-import re
-from typing import Any
+import difflib
+import importlib
 
 from absl import flags
-from ml_collections import ConfigDict
 
+from ftwt_jax import config
 from ftwt_jax.commands import COMMANDS
-from ftwt_jax.commands.command import FIELD, define_train
+from ftwt_jax.commands.command import Arguments, Command
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# What flags of a type take, for messages.
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "True or False"}
+HELP = ("--help", "-help", "-h", "--helpfull")
 
 
 def usage() -> str:
     """How to call the program."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: python -m ftwt_jax COMMAND [--FLAG=VALUE ...]", *lines, "COMMAND --help lists its flags"])
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(["usage: ftwt COMMAND [--FLAG=VALUE ...]", *lines, "COMMAND --help lists its flags"])
 
 
-def parse(name: str, arguments: list[str]) -> flags.FlagValues | None:
-    """Reads a command's flags; None if they ask for help. Raises `UserError` for what is no flag of the command."""
+def load_command(name: str) -> Command:
+    """A command by its name; raises `UserError` if there is none."""
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments):
-        values = flags.FlagValues()
-        COMMANDS[name].define(values, [])
-        operand = COMMANDS[name].operand
-        words = "" if operand is None else f" {operand.name.upper()}{' ...' if operand.several else ''}"
-        print(f"{name}{words}: {COMMANDS[name].summary}\n{values.module_help(define_train.__module__)}")
+    return importlib.import_module(f"ftwt_jax.commands.{name}").COMMAND
+
+
+def parse(name: str, arguments: list[str]) -> Arguments | None:
+    """Reads a command's arguments; None if they ask for help, which is then printed.
+
+    Raises:
+      UserError: an unknown command or flag, a value that a flag cannot take, or a word too many or too few.
+    """
+    command = load_command(name)
+    if any(argument in HELP for argument in arguments):
+        print(describe(name, command))
         return None
-    arguments = _find_config(arguments)
-    if name == "convert" and not any(argument.startswith("--config=") for argument in arguments):
-        arguments = [re.sub(r"^--?config\.", f"--{FIELD}=", argument) for argument in arguments]
-    overrides = [argument for argument in arguments if argument.lstrip("-").startswith("config.")]
+    values = flags.FlagValues()
+    command.define(values)
+    config_flags, others = config.split_flags(arguments) if command.takes_config else ([], arguments)
     try:
-        without = _parse(name, [argument for argument in arguments if argument not in overrides])
-        if overrides and "config" in without and without.config is not None:
-            _check_fields(without.config, overrides)
-        return _parse(name, arguments) if overrides else without
+        words = tuple(values([name, *others])[1:])
+    except flags.UnrecognizedFlagError as error:
+        raise _unknown_flag(error.flagname, values, command) from None
+    except flags.IllegalFlagValueError as error:
+        raise _bad_value(error, values) from None
     except flags.Error as error:
         raise UserError(one_line(error)) from None
-    except UserError:
-        raise
-    except Exception as error:
-        # The config file is anybody's code, and ml_collections lets whatever it raises through as it is.
-        raise UserError(f"bad config: {type(error).__name__}: {one_line(error)}") from error
+    operand = command.operand
+    if operand is None and words:
+        raise UserError(f"{name} takes flags only; got {words[0]!r}")
+    if operand is not None and (not words or (len(words) > 1 and not operand.several)):
+        wanted = f"one {operand.name}" + (" or more" if operand.several else "")
+        raise UserError(f"{name} takes {wanted}, such as {operand.example}; got {' '.join(words) or 'none'}")
+    return Arguments(values, tuple(config_flags), words)
 
 
-def _parse(name: str, arguments: list[str]) -> flags.FlagValues:
+def describe(name: str, command: Command) -> str:
+    """What `COMMAND --help` prints."""
     values = flags.FlagValues()
-    COMMANDS[name].define(values, arguments)
-    rest = values([name, *arguments])[1:]
-    operand = COMMANDS[name].operand
-    if operand is not None:
-        if not rest or (len(rest) > 1 and not operand.several):
-            wanted = f"one {operand.name}" + (" or more" if operand.several else "")
-            raise UserError(f"{name} takes {wanted}, such as {operand.example}; got {' '.join(rest) or 'none'}")
-        flags.DEFINE_multi_string(operand.name, rest, "", flag_values=values)
-        values.mark_as_parsed()
-        rest = []
-    if rest:
-        raise UserError(f"{name} takes flags only; got {rest[0]!r}")
-    return values
+    if command.takes_config:
+        what = "NAME, FILE.py or FILE.py:ARCH; its fields by --config.FIELD=VALUE"
+        flags.DEFINE_string("config", None, what, flag_values=values)
+    command.define(values)
+    operand = command.operand
+    words = "" if operand is None else f" {operand.name.upper()}{' ...' if operand.several else ''}"
+    lines = [f"{name}{words}: {COMMANDS[name]}"]
+    return "\n".join([*lines, *(_help_of(values[flag]) for flag in sorted(values))])
 
 
-def _check_fields(config: ConfigDict, overrides: list[str]) -> None:
-    """Raises `UserError` for a `--config.FIELD` that the config file does not have, naming the nearest one."""
-    for argument in overrides:
-        node: Any = config
-        for key in argument.partition("=")[0].lstrip("-").split(".")[1:]:
-            known = list(node) if isinstance(node, ConfigDict) else []
-            if key not in known:
-                raise unknown_name("config field", key, known)
-            node = node[key]
+def _help_of(flag: flags.Flag) -> str:
+    default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+    shown = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=…"
+    return f"  {shown}\n      {flag.help}{default}"
 
 
-def _find_config(arguments: list[str]) -> list[str]:
-    """Lets `--config=configs/digits.py` be found beside the code from any current directory.
-
-    Flags of the config that are written with a blank come back with "=", and the config itself comes first.
-    """
-    found: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name = argument.lstrip("-")
-        if argument.startswith("-") and (name == "config" or name.startswith("config.")) and "=" not in name and rest:
-            argument = f"--{name}={rest.pop(0)}"
-        flag, _, value = argument.partition("=")
-        if flag.lstrip("-") == "config":
-            file, colon, arch = value.partition(":")
-            argument = f"--config={_config_file(file)}{colon}{arch}"
-        found.append(argument)
-    return sorted(found, key=lambda argument: not argument.startswith("--config="))
+def _unknown_flag(name: str, values: flags.FlagValues, command: Command) -> UserError:
+    known = [*values, *(["config"] if command.takes_config else [])]
+    if command.takes_config and name in _field_names():
+        return UserError(f"unknown flag --{name}; did you mean --config.{name}?")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean --{near[0]}? " if near else ""
+    return UserError(f"unknown flag --{name}; {hint}known: {', '.join(f'--{flag}' for flag in sorted(known))}")
 
 
-def _config_file(file: str) -> str:
-    if pathlib.Path(file).is_file():
-        return file
-    if (REPOSITORY / file).is_file():
-        return str(REPOSITORY / file)
-    known = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
-    raise unknown_name("config file", file, [f"configs/{name}" for name in known])
+def _bad_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -> UserError:
+    # "flag --seconds=x: could not convert string to float: 'x'"
+    name, equals, rest = one_line(error).removeprefix("flag --").partition("=")
+    if not equals or name not in values:
+        return UserError(one_line(error))
+    flag, value = values[name], rest.partition(": ")[0]
+    choices = getattr(flag.parser, "enum_values", None)
+    wanted = f"one of {', '.join(choices)}" if choices else _KINDS.get(flag.flag_type())
+    return UserError(f"--{name} takes {wanted}; got {value!r}" if wanted else one_line(error))
+
+
+def _field_names() -> set[str]:
+    fields = config.default_config("resnet20", "cifar")
+    sections = {f"{section}.{name}" for section, value in fields.items() if hasattr(value, "keys") for name in value}
+    return {*fields, *sections}

@@ -1,4 +1,4 @@
-"""The command `report`: reads workdirs, runs their networks over the held-out split once, writes the page."""
+"""The command `report`: reads workdirs, runs their networks over the held-out split once, and writes the page."""
 
 import datetime
 import json
@@ -7,31 +7,51 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.errors import UserError
+from ftwt_jax.commands.command import Arguments, Command, Operand
+from ftwt_jax.errors import UserError, os_reason
 from ftwt_jax.printing import say
 from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
+from ftwt_jax.report.co_activation import measure_co_activation
+from ftwt_jax.report.images import find_extremes, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
-from ftwt_jax.report.samples import extremes, look_at
-from ftwt_jax.report.together import fire_together
-from ftwt_jax.training.run import GATED, make_run
-from ftwt_jax.workdir import as_dict
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import GATED
+from ftwt_jax.workdir import REPORT, as_dict
 from ftwt_jax.workdir.checkpoints import has_checkpoint
 from ftwt_jax.workdir.environment import environment
 
-FOLDER = "report"
 # So many runs are looked at image by image; of more, the first.
 MOST_SEEN = 6
 # Images shown of each kind.
 SHOWN = 6
 # How far what is measured may lie from `evaluation.json`: gates within rounding of zero fall on either side.
 CLOSE = 0.005
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("out", None, "folder to write, if not report/ in the first DIR", flag_values=values)
+    flags.DEFINE_string(
+        "unit",
+        None,
+        "whose filters are shown firing together, if not the one with most dynamic ones",
+        flag_values=values,
+    )
+
+
+def run(arguments: Arguments, console: Console) -> None:
+    """Runs the command."""
+    report(arguments.words, arguments.flags.out, arguments.flags.unit, console)
+
+
+COMMAND = Command(_define, run, Operand("dir", "workdirs/digits", several=True))
 
 
 def report(folders: Sequence[str], out: str | None, unit: str | None, console: Console) -> pathlib.Path:
@@ -47,7 +67,7 @@ def report(folders: Sequence[str], out: str | None, unit: str | None, console: C
     """
     runs = read_runs(folders)
     check_unit(runs, unit)
-    folder = workdir.absolute(out) if out else runs[0].path / FOLDER
+    folder = workdir.absolute(out) if out else runs[0].path / REPORT
     _make(folder)
     sections = []
     for run in runs:
@@ -77,7 +97,7 @@ def _make(folder: pathlib.Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
+        reason = os_reason(error)
         raise UserError(f"cannot write the report to {folder}: {reason}; choose another with --out") from None
 
 
@@ -102,8 +122,8 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
     if not has_checkpoint(run.path, GATED):
         return Seen(note=f"its images were not looked at: there is no {GATED} checkpoint in {run.path}")
     try:
-        made = make_run(ConfigDict(run.config), run.path)
-        samples = look_at(made, best=run.evaluation.get("checkpoint") == "best")
+        made = open_run(ConfigDict(run.config), run.path)
+        samples = measure_images(made, best=run.evaluation.get("checkpoint") == "best")
     except UserError as error:
         return Seen(note=f"its images were not looked at: {error}")
     note = ""
@@ -114,15 +134,15 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
             f"is here now {reduction:.3f}: run `python -m ftwt_jax evaluate --workdir={run.path}` again"
         )
     chosen = unit if unit in samples.units else samples.most_dynamic
-    found = fire_together(samples.masks(chosen), samples.labels, len(samples.class_names), images.MOST_CLASSES)
-    cheapest, dearest = extremes(samples, made.dataset, SHOWN)
+    found = measure_co_activation(samples.masks(chosen), samples.labels, len(samples.class_names), images.MOST_CLASSES)
+    cheapest, most_expensive = find_extremes(samples, made.dataset, SHOWN)
     return Seen(
         macs=images.macs_plot(run, samples),
         cheapest=cheapest,
-        dearest=dearest,
+        most_expensive=most_expensive,
         dense_macs=samples.dense_macs,
         unit=chosen,
         units=[(name, width, samples.dynamic(name)) for name, width in zip(samples.units, samples.widths, strict=True)],
-        together=images.unit_plots(run, samples, chosen, found),
+        co_activation=images.unit_plots(run, samples, chosen, found),
         note=note,
     )

@@ -1,4 +1,4 @@
-"""From two sources to a data set: broken images set aside, small ones held in memory, their mean and deviation."""
+"""From two sources to a data set: skips broken images, holds small ones in memory, measures mean and deviation."""
 
 import concurrent.futures
 import dataclasses
@@ -10,26 +10,25 @@ import numpy as np
 
 from ftwt_jax.data.decoding import BrokenImageError, LazyImage
 from ftwt_jax.data.skipped import Skipped
-from ftwt_jax.data.source import ArraySource, Dataset, Example, Source
+from ftwt_jax.data.source import ArraySource, Dataset, Example, NoImages, Source
 from ftwt_jax.data.views import central_view
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.parallel.processes import cpu_count
 
 AUGMENTS = ("crop", "resized_crop", "none")
-# Zero pixels on each side before the crop, as a share of the side: 4 of 32.
-PADDING_SHARE = 8
-# What networks trained on ImageNet were given, and by custom all that see images of many sizes.
+# The side over the zero pixels added on each side before the crop: 32 over 4.
+SIDE_OVER_PADDING = 8
+# ImageNet's, used by convention for all networks that take regions of large images.
 IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)
 IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
+# Share of the machine's memory that images may take.
 MEMORY_SHARE = 0.5
-# Images dealt with in one go.
+# Images per task of a thread.
 CHUNK = 256
-# Up to so many large images are looked through before the start; of more, the broken ones turn up as they are read.
+# Up to this many large images are checked before training; of more, broken ones are skipped as they are read.
 MOST_CHECKED = 20_000
-
-
-def threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Stands for an unknown number of images. In a training step it only moves the boundaries of epochs.
+UNKNOWN_LENGTH = 1_000_000
 
 
 def build_dataset(
@@ -41,17 +40,17 @@ def build_dataset(
     flip: bool = True,
     channels: int = 3,
 ) -> Dataset:
-    """Makes a data set of two sources.
+    """Makes a data set from two sources.
 
     Args:
       train, test: images of any size, decoded or not; see `Example`.
       class_names: in the order of the labels.
-      image_size: side in pixels of what the network is given.
-      augment: `crop`: small images, decoded once and held in memory at `image_size`; padded by an eighth of the side
-        and cropped at random, normalised with the set's own mean and deviation. `none`: the same without the crop.
-        `resized_crop`: large images, decoded as they are read, random regions of them resized (see `random_view`),
+      image_size: side in pixels of the network's input.
+      augment: `crop` is for small images: decoded once, held in memory at `image_size`, padded by an eighth of the side
+        and cropped at random, normalised with the set's own mean and deviation. `none` is the same without the crop.
+        `resized_crop` is for large images: decoded as they are read, random regions resized (see `random_view`),
         normalised with ImageNet's mean and deviation.
-      flip: mirror training images at random.
+      flip: whether to mirror training images at random.
       channels: 1 for grey, 3 for RGB.
 
     Raises:
@@ -78,7 +77,7 @@ def build_dataset(
         image_shape=shape,
         mean=mean,
         std=std,
-        crop_padding=image_size // PADDING_SHARE if augment == "crop" else 0,
+        crop_padding=image_size // SIDE_OVER_PADDING if augment == "crop" else 0,
         flip=flip,
         resized_crop=augment == "resized_crop",
         class_names=tuple(class_names),
@@ -86,14 +85,25 @@ def build_dataset(
     )
 
 
+def build_blank(
+    num_classes: int, channels: int, image_size: int, augment: str, flip: bool, length: int = UNKNOWN_LENGTH
+) -> Dataset:
+    """`build_dataset` without images: a data set of the right shapes and `length` that cannot be read."""
+    side = max(image_size, 1)
+    blank = ArraySource(np.zeros((1, side, side, channels), np.uint8), np.zeros(1, np.int32))
+    names = [str(index) for index in range(num_classes)]
+    dataset = build_dataset(blank, blank, names, image_size, augment, flip, channels)
+    return dataclasses.replace(dataset, train=NoImages(length), test=NoImages(length))
+
+
 def for_channels(values: Sequence[float], channels: int) -> Sequence[float]:
-    """Means or deviations of images with so many channels: of grey ones, the average of those of RGB."""
+    """The means or deviations of RGB images, for this many channels: grey takes their average."""
     return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, over uint8 [n, H, W, channels] scaled to [0, 1]; a deviation of 0 is given as 1."""
-    # Counting the 256 values is exact; a part at a time, since counting makes copies.
+    """Per channel of uint8 images [n, H, W, channels], scaled to [0, 1]; a deviation of 0 is returned as 1."""
+    # Counts of the 256 values are exact. In chunks, because `bincount` copies its input.
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(images), CHUNK):
         part = images[start : start + CHUNK]
@@ -106,23 +116,23 @@ def mean_and_std(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def in_memory(source: Source, shape: tuple[int, int, int], classes: int, skipped: Skipped) -> ArraySource:
-    """Decodes a whole source once to images of one size; those that cannot be decoded are left out."""
+    """Decodes a whole source to images of one size; those that cannot be decoded are left out."""
     if isinstance(source, ArraySource) and source.images.shape[1:] == shape:
         return source
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
-    def read(index: int, example: Example, lazy: LazyImage) -> None:
-        images[index] = central_view(lazy, shape[0], central=1)
+    def read(index: int, example: Example, image: LazyImage) -> None:
+        images[index] = central_view(image, shape[0], central=1)
         labels[index] = checked_label(example, classes)
 
-    good = _each(source, shape[-1], skipped, read)
+    good = _use_each(source, shape[-1], skipped, read)
     return ArraySource(images, labels) if good.all() else ArraySource(images[good], labels[good])
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Some examples of another source."""
+    """Some images of another source."""
 
     source: Source
     indices: np.ndarray
@@ -135,16 +145,16 @@ class Selection:
 
 
 def _without_broken(source: Source, channels: int, classes: int, skipped: Skipped) -> Source:
-    def look(index: int, example: Example, lazy: LazyImage) -> None:
+    def check(index: int, example: Example, image: LazyImage) -> None:
         checked_label(example, classes)
-        lazy.pixels(8)  # The coarsest scale is enough to see whether a file is whole.
+        image.pixels(8)  # The coarsest scale is enough to tell whether the file is complete.
 
-    good = _each(source, channels, skipped, look)
+    good = _use_each(source, channels, skipped, check)
     return source if good.all() else Selection(source, np.flatnonzero(good))
 
 
-def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, Any, LazyImage], Any]) -> np.ndarray:
-    """Opens every image, on all cores; bool [n]: which could be used."""
+def _use_each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, Any, LazyImage], Any]) -> np.ndarray:
+    """Calls `use` on every image, on all cores; returns which succeeded, bool [n]."""
     good = np.ones(len(source), bool)
 
     def work(start: int) -> list[tuple[int, str, str]]:
@@ -157,7 +167,7 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
                 broken.append((index, example.get("name", f"image {index}"), str(error)))
         return broken
 
-    with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cpu_count()) as pool:
         try:
             for broken in pool.map(work, range(0, len(source), CHUNK)):
                 for index, name, reason in broken:
@@ -170,12 +180,12 @@ def _each(source: Source, channels: int, skipped: Skipped, use: Callable[[int, A
 
 
 def checked_label(example: Example, classes: int) -> int:
-    """The label of an example; raises `UserError` if it is none of the classes."""
+    """The label of an example; raises `UserError` if there is no such class."""
     label = int(example["label"])
     if not 0 <= label < classes:
         raise UserError(
-            f"{example.get('name', 'an image')} has the label {label}, and there are {classes} classes: a split "
-            "without labels is of no use; choose others with config.data.train_split and config.data.test_split"
+            f"{example.get('name', 'an image')} has label {label}, but there are {classes} classes: a split "
+            "without labels cannot be used; choose others with config.data.train_split and config.data.test_split"
         )
     return label
 
@@ -185,7 +195,7 @@ def check_memory(count: int, shape: tuple[int, int, int]) -> None:
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > MEMORY_SHARE * installed:
         raise UserError(
-            f"{count} images of {shape[0]}x{shape[1]} pixels take {needed / 2**30:.0f} GiB, too much to hold in the "
-            f"{installed / 2**30:.0f} GiB of this machine: set config.data.augment=resized_crop, which reads them as "
-            "they are needed, or a smaller config.data.image_size"
+            f"{count} images of {shape[0]}x{shape[1]} pixels take {needed / 2**30:.0f} GiB, too much for the "
+            f"{installed / 2**30:.0f} GiB of this machine: set config.data.augment=resized_crop, which reads images "
+            "only as they are needed, or a smaller config.data.image_size"
         )

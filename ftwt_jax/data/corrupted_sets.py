@@ -1,6 +1,5 @@
-"""Images that are corrupted already, as TFDS prepares them: a configuration for each corruption and severity."""
+"""Sets of corrupted images that TFDS prepares, with a configuration for each corruption and severity."""
 
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -12,11 +11,13 @@ from ftwt_jax.data.tfds_sets import (
     HELD_OUT,
     PREFIX,
     RecordSource,
+    avoid_tensorflow,
     image_and_label,
     open_builder,
+    open_split,
     prepare_command,
 )
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError
 
 FLAG, EXAMPLE = "--corruptions_from", f"{PREFIX}cifar10_corrupted"
 # `gaussian_noise_1`: the corruption and its severity.
@@ -24,41 +25,41 @@ CONFIGURATION = re.compile(r"(.+)_(\d+)")
 
 
 class CorruptedSet(NamedTuple):
-    """One configuration: what was done to its images, and the images, encoded."""
+    """One configuration: its corruption and severity, and its images, encoded."""
 
     corruption: str
     severity: int
     records: RecordSource
 
     def load(self, dataset: Dataset) -> ArraySource:
-        """All of them, decoded, labelled as in `dataset`; what cannot be decoded is left out."""
+        """All images, decoded, labelled as in `dataset`; those that cannot be decoded are left out."""
         return in_memory(self.records, dataset.image_shape, dataset.num_classes, Skipped(len(self.records)))
 
 
 def open_corrupted(place: str, data_dir: str | None, dataset: Dataset) -> list[CorruptedSet]:
-    """Opens every configuration of `tfds:NAME` that is prepared, in the order of their names and severities.
+    """Opens every prepared configuration of `tfds:NAME`, ordered by corruption and severity.
 
     Args:
       place: such as `tfds:cifar10_corrupted`.
-      data_dir: where TFDS keeps its data; None: where it does by itself.
-      dataset: that of the network, whose classes and image size these must be.
+      data_dir: where TFDS keeps its data; None is TFDS's default.
+      dataset: the network's own, whose classes and image size these must have.
 
     Raises:
-      UserError: unknown, nothing prepared, or images that the network is not for.
+      UserError: unknown, nothing prepared, or images that do not suit the network.
     """
     name = place.removeprefix(PREFIX)
     if not place.startswith(PREFIX) or not name:
         raise UserError(f"{FLAG} takes {PREFIX}NAME, such as {EXAMPLE}; got {place!r}")
     if "/" in name or ":" in name:
-        raise UserError(f"{FLAG} takes a data set with all that is prepared of it: {PREFIX}{re.split('[/:]', name)[0]}")
-    # Where TensorFlow is installed, paths such as gs:// would be opened by it.
-    os.environ.setdefault("EPATH_USE_TF", "false")
+        whole = f"{PREFIX}{re.split('[/:]', name)[0]}"
+        raise UserError(f"{FLAG} takes a data set without a configuration: {whole}; all that are prepared are used")
+    avoid_tensorflow()
     any_builder = open_builder(name, data_dir)
     if any_builder.builder_config is None or not CONFIGURATION.fullmatch(any_builder.builder_config.name):
-        raise UserError(f"{place} is no set of corrupted images with severities; {FLAG} takes one as {EXAMPLE}")
+        raise UserError(f"{place} is not a set of corrupted images with severities; {FLAG} takes one such as {EXAMPLE}")
     _check_fits(any_builder, place, dataset)
     folder = any_builder.data_path.parent.parent
-    found = []
+    sets = []
     for path in folder.iterdir() if folder.exists() else ():
         matched = CONFIGURATION.fullmatch(path.name)
         if matched is None:
@@ -67,46 +68,40 @@ def open_corrupted(place: str, data_dir: str | None, dataset: Dataset) -> list[C
         builder = open_builder(configuration, data_dir)
         if builder.info.splits and FORMAT in {form.value for form in builder.info.available_file_formats()}:
             _check_fits(builder, f"{PREFIX}{configuration}", dataset)
-            found.append(CorruptedSet(matched[1], int(matched[2]), _records(builder, configuration)))
-    if not found:
+            sets.append(CorruptedSet(matched[1], int(matched[2]), _records(builder, configuration)))
+    if not sets:
         command = prepare_command(f"{name}/{any_builder.builder_config.name}", data_dir)
-        raise UserError(f"nothing of {place} is prepared in {folder}: run `{command}`, and so for others of its kind")
-    return sorted(found, key=lambda one: one[:2])
+        raise UserError(
+            f"no configuration of {place} is prepared in {folder}: run `{command}`, and so on for the others"
+        )
+    return sorted(sets, key=lambda configuration: configuration[:2])
 
 
 def _records(builder: Any, name: str) -> RecordSource:
-    import tensorflow_datasets as tfds
-
-    image, label = image_and_label(builder, name)
     split = next((split for split in HELD_OUT if split in builder.info.splits), None)
     if split is None:
-        raise UserError(f"{PREFIX}{name} has neither of the splits {', '.join(HELD_OUT)}: it cannot be evaluated on")
-    try:
-        records = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
-        len(records)
-    except RuntimeError as error:
-        raise UserError(f"{PREFIX}{name} cannot be read: {one_line(error)}; delete its folder and prepare it") from None
-    return RecordSource(records, image, label, f"{PREFIX}{name} {split}")
+        raise UserError(f"{PREFIX}{name} has no split to evaluate on: neither {' nor '.join(HELD_OUT)}")
+    return open_split(builder, name, split)
 
 
 def _check_fits(builder: Any, place: str, dataset: Dataset) -> None:
-    """Raises `UserError` for images of another size or other classes than the network's."""
+    """Raises `UserError` if the images have another size than the network takes, or other classes."""
     image, label = image_and_label(builder, place.removeprefix(PREFIX))
     features = builder.info.features
-    shape, own, classes = tuple(features[image].shape), tuple(dataset.image_shape), features[label].num_classes
-    if shape != own:
-        given, wanted = ("x".join("?" if side is None else str(side) for side in one) for one in (shape, own))
+    shape, wanted, classes = tuple(features[image].shape), tuple(dataset.image_shape), features[label].num_classes
+    if shape != wanted:
+        sizes = ["x".join("?" if side is None else str(side) for side in sides) for sides in (shape, wanted)]
         raise UserError(
-            f"{place} has images of {given}, and this network is given {wanted}: --corruptions alone corrupts "
-            "images of its own"
+            f"{place} has images of {sizes[0]}, but this network takes {sizes[1]}: use --corruptions without {FLAG} "
+            "to corrupt its own images"
         )
-    # Classes that are only numbers may be anybody's.
+    # Classes that are only numbers may stand for any names.
     numbered = tuple(map(str, range(classes)))
     named = {
         names for names in (tuple(features[label].names or ()), dataset.class_names) if names not in ((), numbered)
     }
     if classes != dataset.num_classes or len(named) > 1:
         raise UserError(
-            f"{place} has {classes} classes, and they are not the {dataset.num_classes} of this network: "
-            "--corruptions alone corrupts images of its own"
+            f"{place} has {classes} classes, which are not the {dataset.num_classes} of this network: use "
+            f"--corruptions without {FLAG} to corrupt its own images"
         )

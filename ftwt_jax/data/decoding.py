@@ -1,4 +1,4 @@
-"""Decoding of image files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; the rest by Pillow."""
+"""Decoding of image files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; others by Pillow."""
 
 import contextlib
 import io
@@ -11,11 +11,11 @@ from PIL import ExifTags, Image, ImageOps
 from ftwt_jax.errors import one_line
 
 GREY = 1
-# What may be opened: Pillow knows other formats, some of which run programs of their own.
+# Pillow knows other formats, some of which run external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# A JPEG with several images, as some cameras write it, counts as its first.
+# MPO: a JPEG with several images, as some cameras write it; the first one is used.
 JPEGS = ("JPEG", "MPO")
-# Scales at which libjpeg-turbo decodes with less work.
+# Reductions at which libjpeg-turbo decodes faster.
 REDUCTIONS = (8, 4, 2)
 # EXIF orientation: (quarter turns counter-clockwise, then mirrored left to right).
 _ORIENTATIONS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
@@ -27,14 +27,14 @@ class BrokenImageError(Exception):
 
 
 class LazyImage:
-    """An image whose size is known, upright, and whose pixels are decoded when they are asked for.
+    """An upright image: its size is known at once, its pixels are decoded when they are needed.
 
     Args:
       image: uint8 [H, W, channels], the bytes of a file, or its path.
-      channels: 1 for grey, 3 for RGB; whatever the file has is converted. Transparency is dropped.
+      channels: 1 for grey, 3 for RGB; the file is converted to it, and transparency dropped.
 
     Raises:
-      BrokenImageError: there is no image.
+      BrokenImageError: this is not an image.
     """
 
     def __init__(self, image: np.ndarray | bytes | pathlib.Path, channels: int):
@@ -50,7 +50,7 @@ class LazyImage:
                     image = image.read_bytes()
                 header = Image.open(io.BytesIO(image), formats=FORMATS)
                 if header.format in JPEGS and header.mode in ("L", "RGB"):
-                    # The pixels wait until it is known how large they must be.
+                    # Decoded later, at the size that is needed by then.
                     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
                     self._turns, self._mirrored = _ORIENTATIONS.get(orientation, (0, False))
                     self._encoded = image
@@ -59,7 +59,7 @@ class LazyImage:
                     self._pixels = _by_pillow(header, channels)
                     height, width = self._pixels.shape[:2]
             except Exception as error:
-                # Codecs fail in as many ways as files do.
+                # Decoders raise many kinds of errors on broken files.
                 raise BrokenImageError(_reason(error)) from None
         self._stored = height, width
 
@@ -73,11 +73,11 @@ class LazyImage:
         """The image, uint8 [H, W, channels].
 
         Args:
-          reduction: 1, 2, 4 or 8: a JPEG may be decoded at this fraction of its size; others come whole.
-          fast: spread a JPEG's colours over its pixels the quick way, without smoothing: good enough to train on.
+          reduction: 1, 2, 4 or 8: a JPEG may be decoded at 1 / `reduction` of its size; other formats are not reduced.
+          fast: upsample a JPEG's colours without smoothing, which is good enough for training.
 
         Raises:
-          BrokenImageError: the file is cut off or damaged.
+          BrokenImageError: the file is truncated or damaged.
         """
         if self._encoded is None:
             assert self._pixels is not None
@@ -89,7 +89,7 @@ class LazyImage:
                 least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
                 pixels = simplejpeg.decode_jpeg(self._encoded, kind, fastupsample=fast, **least)
             except ValueError:
-                # What strict decoding refuses may still be whole.
+                # Pillow accepts some files that strict decoding refuses.
                 pixels = _to_array(Image.open(io.BytesIO(self._encoded)), self._channels)
         except Exception as error:
             raise BrokenImageError(_reason(error)) from None
@@ -99,7 +99,7 @@ class LazyImage:
 
 def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
     image.load()
-    with contextlib.suppress(Exception):  # Damaged EXIF data say nothing of the pixels.
+    with contextlib.suppress(Exception):  # Damaged EXIF data do not make the pixels unusable.
         image = ImageOps.exif_transpose(image)
     return _to_array(image, channels)
 
@@ -115,5 +115,5 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "no image"
+        return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
     return one_line(error)

@@ -13,10 +13,10 @@ TEST_SHARE = 4  # every fourth image of the shuffled set is held out
 
 
 def load_digits(image_size: int = SIDE) -> Dataset:
-    """Loads the digits; the split is always the same, whatever the seed of a run.
+    """Loads the digits; the split does not depend on the seed of a run.
 
     Args:
-      image_size: side in pixels; the scans are enlarged by linear interpolation where it is not 8.
+      image_size: side in pixels; if it is not 8, the scans are enlarged by linear interpolation.
 
     Raises:
       UserError: `image_size` is smaller than the scans.
@@ -31,7 +31,7 @@ def load_digits(image_size: int = SIDE) -> Dataset:
     images = np.rint(images).clip(0, 255).astype(np.uint8)
     labels = scans.target.astype(np.int32)
 
-    # The scans come writer by writer, so they are shuffled before the split.
+    # The scans are ordered by writer, so they are shuffled before the split.
     order = np.random.default_rng(0).permutation(len(images))
     held_out = np.arange(len(order)) % TEST_SHARE == 0
     train, test = order[~held_out], order[held_out]

@@ -8,13 +8,14 @@ import zlib
 import numpy as np
 
 from ftwt_jax.data import tfds_sets
-from ftwt_jax.data.build import build_dataset, check_memory, in_memory
+from ftwt_jax.data.build import build_blank, build_dataset, check_memory, in_memory
 from ftwt_jax.data.skipped import Skipped
 from ftwt_jax.data.source import ArraySource, Dataset
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, os_reason
 
 SIDE, TOTAL = 28, 70_000
-# Where Debian's package `dataset-fashion-mnist` puts its files.
+# Debian's package, and where it puts its files.
+DEBIAN = "dataset-fashion-mnist"
 PACKAGE = pathlib.Path("/usr/share/datasets/fashion-mnist")
 TRAIN, TEST = "train", "t10k"
 TFDS_NAME = "fashion_mnist"
@@ -24,18 +25,18 @@ CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 def load_fashion_mnist(
     image_size: int = 32, augment: str = "crop", flip: bool = True, data_dir: str | None = None
 ) -> Dataset:
-    """Loads Fashion-MNIST from the files of Debian's package, else from TFDS's prepared copy.
+    """Loads Fashion-MNIST from the files of Debian's package, or else from the copy that TFDS prepared.
 
     Args:
-      image_size: side in pixels; the images have 28 and are padded with zeros to more.
+      image_size: side in pixels, at least 28; the images are padded with zeros.
       augment, flip: see `build_dataset`.
-      data_dir: folder of the four `*-ubyte.gz` files, or of prepared TFDS data sets.
+      data_dir: folder with the four `*-ubyte.gz` files, or with prepared TFDS data sets.
 
     Raises:
-      UserError: the files are nowhere, or broken; the message says how to get them.
+      UserError: the files are missing or damaged; the message says how to get them.
     """
     if image_size < SIDE:
-        raise UserError(f"Fashion-MNIST has {SIDE}x{SIDE} pixels: config.data.image_size must be at least {SIDE}")
+        raise UserError(f"Fashion-MNIST is {SIDE}x{SIDE} pixels: config.data.image_size must be at least {SIDE}")
     check_memory(TOTAL, (image_size, image_size, 1))
     folder = pathlib.Path(os.path.expanduser(data_dir)) if data_dir else PACKAGE
     if _path(folder, TRAIN, "images").exists():
@@ -48,11 +49,18 @@ def load_fashion_mnist(
         ]
     else:
         raise UserError(
-            f"Fashion-MNIST is neither in {folder} nor prepared by TFDS: `apt-get install dataset-fashion-mnist`, or "
+            f"Fashion-MNIST is neither in {folder} nor prepared by TFDS: run `apt-get install {DEBIAN}` or "
             f"`{tfds_sets.prepare_command(TFDS_NAME, data_dir)}`"
         )
     train, test = (ArraySource(_pad(part.images, image_size), part.labels) for part in parts)
     return build_dataset(train, test, CLASSES, image_size, augment, flip, channels=1)
+
+
+def describe_fashion_mnist(
+    num_classes: int | None, image_size: int, augment: str, flip: bool, data_dir: str | None
+) -> Dataset:
+    """`load_fashion_mnist` without images; the files need not be there."""
+    return build_blank(num_classes or len(CLASSES), 1, image_size, augment, flip, length=60_000)
 
 
 def _path(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
@@ -60,14 +68,14 @@ def _path(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
 
 
 def _read_idx(path: pathlib.Path) -> np.ndarray:
-    """An array of bytes in the IDX format: two zeros, type 8, the number of axes, their lengths, then the values."""
+    """Reads bytes in the IDX format: two zeros, type 8, the number of axes, their lengths, then the values."""
     try:
         data = gzip.decompress(path.read_bytes())
         axes = data[3] if data[:3] == b"\0\0\x08" else 0
         shape = np.frombuffer(data, ">i4", axes, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}; install Debian's dataset-fashion-mnist again") from None
+        raise UserError(f"{path} cannot be read: {os_reason(error)}; reinstall Debian's {DEBIAN}") from None
 
 
 def _read_split(folder: pathlib.Path, split: str) -> ArraySource:
@@ -79,7 +87,8 @@ def _read_split(folder: pathlib.Path, split: str) -> ArraySource:
         or labels.max() >= len(CLASSES)
     ):
         raise UserError(
-            f"{folder} does not hold Fashion-MNIST: {split} has {images.shape} images {labels.shape} labels"
+            f"{folder} does not hold Fashion-MNIST: {split} has images of shape {images.shape} and labels of shape "
+            f"{labels.shape}; reinstall Debian's {DEBIAN}"
         )
     return ArraySource(images[..., None], labels.astype(np.int32))
 

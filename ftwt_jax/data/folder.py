@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ftwt_jax.data.build import build_dataset
+from ftwt_jax.data.build import build_blank, build_dataset
 from ftwt_jax.data.source import Dataset, Example
 from ftwt_jax.errors import UserError
 
@@ -17,7 +17,7 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 
 
 class Entry(NamedTuple):
-    """A file and the number of its class."""
+    """An image file and the number of its class."""
 
     path: str
     label: int
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Encoded images, read from their files as they are asked for."""
+    """Image files, in the order of `entries`."""
 
     entries: tuple[Entry, ...]
 
@@ -46,21 +46,21 @@ def load_folder(
     test_split: str | None = None,
     test_fraction: float = 0.1,
 ) -> Dataset:
-    """Loads `folder:PATH`; classes are the names of the folders.
+    """Loads `folder:PATH`; the names of its class folders are the classes.
 
     Args:
-      place: the path. It holds `train/` and `val/` or `test/`, with a folder of images per class in each; or the
-        classes themselves, and then `test_fraction` of each is held out, always the same images.
+      place: the path. It holds `train/` and `val/` or `test/`, each with a folder of images per class; or the class
+        folders themselves, of which `test_fraction` is held out, always the same images.
       image_size, augment, flip: see `build_dataset`.
-      train_split, test_split: names of the two folders if they are others.
-      test_fraction: share held out of one tree.
+      train_split, test_split: names of the two folders, if not these.
+      test_fraction: share of each class that is held out if there are no splits.
 
     Raises:
-      UserError: no such folder, no images, fewer than two classes, or other classes in one split than in the other.
+      UserError: no such folder, no images, fewer than two classes, or different classes in the two splits.
     """
     root = pathlib.Path(os.path.expanduser(place))
     if not place or not root.is_dir():
-        raise UserError(f"no folder of images at {place!r}: config.data.name=folder:PATH names one")
+        raise UserError(f"config.data.name=folder:PATH must name a folder of images; {place!r} is not a folder")
     root = root.absolute()
     if train_split or test_split or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
         splits = [_split_folder(root, train_split, (TRAIN,)), _split_folder(root, test_split, HELD_OUT)]
@@ -82,22 +82,44 @@ def load_folder(
     return build_dataset(*sources, class_names=names, image_size=image_size, augment=augment, flip=flip)
 
 
+def describe_folder(
+    place: str, num_classes: int | None, image_size: int, augment: str, flip: bool, train_split: str | None, **_: Any
+) -> Dataset:
+    """`load_folder` without images: counts the class folders, if `num_classes` is None."""
+    return build_blank(num_classes or _class_count(place, train_split), 3, image_size, augment, flip)
+
+
+def _class_count(place: str, train_split: str | None) -> int:
+    root = pathlib.Path(place).expanduser()
+    if train_split or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
+        root /= train_split or TRAIN
+    try:
+        names = _class_names(root) if place else []
+    except (OSError, UserError):
+        names = []
+    if {name.lower() for name in names} <= SPLIT_NAMES:
+        raise UserError(
+            f"no class folders at {root if place else repr(place)}: set --num_classes to plan without the data"
+        )
+    return len(names)
+
+
 def _split_folder(root: pathlib.Path, name: str | None, usual: tuple[str, ...]) -> pathlib.Path:
     for candidate in [name] if name else usual:
         if (root / candidate).is_dir():
             return root / candidate
     wanted = f"{name}/" if name else " or ".join(f"{candidate}/" for candidate in usual)
     raise UserError(
-        f"{root} has no {wanted}: add it, or give one tree of classes, of which a part is held out, "
-        f"as config.data.name=folder:{root / TRAIN}"
+        f"{root} has no {wanted}: add it, or set config.data.name=folder:{root / TRAIN} to hold out a part of its "
+        "classes"
     )
 
 
 def _class_names(folder: pathlib.Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if len(names) < 2:
-        found = f"only one class, {names[0]!r}," if names else "no class"
-        raise UserError(f"{found} in {folder}: it must hold a folder of images for each class, and at least two")
+        has = f"only one class folder, {names[0]!r}" if names else "no class folders"
+        raise UserError(f"{folder} has {has}: it needs at least two, each with the images of one class")
     return names
 
 
@@ -109,12 +131,12 @@ def _common_classes(train: pathlib.Path, test: pathlib.Path) -> list[str]:
             for folder, extra in ((train, {*names} - {*others}), (test, {*others} - {*names}))
             if extra
         ]
-        raise UserError(f"the two splits have different classes; {'; '.join(only)}")
+        raise UserError(f"the two splits have different classes: {'; '.join(only)}")
     return names
 
 
 def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
-    """All images below the class folders, in the order of their paths."""
+    """All images below the class folders, ordered by path."""
     entries: list[Entry] = []
     for label, name in enumerate(names):
         before = len(entries)
@@ -128,23 +150,24 @@ def _entries(folder: pathlib.Path, names: list[str]) -> tuple[Entry, ...]:
             images = (f for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
             entries += [Entry(os.path.join(parent, file), label) for file in images]
         if len(entries) == before:
-            kinds = ", ".join(kind[1:] for kind in EXTENSIONS)
-            raise UserError(f"no images in {folder / name}: a class folder holds files of {kinds}")
+            kinds = ", ".join(EXTENSIONS)
+            raise UserError(f"no images in {folder / name}: a class folder must hold image files ({kinds})")
     return tuple(entries)
 
 
 def _divide(entries: tuple[Entry, ...], fraction: float) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Holds out the same share of every class, at least one image of each."""
+    """Holds out the same share of every class, at least one image each."""
     if not 0 < fraction < 1:
-        raise UserError(f"config.data.test_fraction is the share held out, between 0 and 1; got {fraction}")
+        raise UserError(f"config.data.test_fraction is the share held out and must be between 0 and 1; got {fraction}")
     labels = np.asarray([entry.label for entry in entries])
     rng = np.random.default_rng(0)
     held_out = np.zeros(len(entries), bool)
     for label in np.unique(labels):
-        mine = rng.permutation(np.flatnonzero(labels == label))
-        if len(mine) < 2:
-            raise UserError(f"{pathlib.Path(entries[mine[0]].path).parent} has one image; both splits need one")
-        held_out[mine[: min(max(1, round(fraction * len(mine))), len(mine) - 1)]] = True
+        shuffled = rng.permutation(np.flatnonzero(labels == label))
+        if len(shuffled) < 2:
+            folder = pathlib.Path(entries[shuffled[0]].path).parent
+            raise UserError(f"{folder} has only one image: a class needs at least two, one for each split")
+        held_out[shuffled[: min(max(1, round(fraction * len(shuffled))), len(shuffled) - 1)]] = True
     parts = (np.flatnonzero(chosen) for chosen in (~held_out, held_out))
     train, test = (tuple(entries[i] for i in part) for part in parts)
     return train, test

@@ -8,50 +8,51 @@ import grain
 import jax
 import numpy as np
 
-from ftwt_jax.data.build import checked_label, threads
+from ftwt_jax.data.build import checked_label
 from ftwt_jax.data.decoding import BrokenImageError, LazyImage
 from ftwt_jax.data.source import ArraySource, Dataset, Source
 from ftwt_jax.data.views import central_view, random_view
+from ftwt_jax.parallel.processes import cpu_count
 
 Batch = dict[str, np.ndarray]
-# Batches that are made ahead.
+# Batches that are prepared ahead.
 AHEAD = 4
 
 
 def train_batches(
     dataset: Dataset, batch_size: int, seed: int, start: int = 0, stop: int = sys.maxsize
 ) -> Iterator[Batch]:
-    """Shuffled batches for the steps `start` to `stop` of training, as many epochs as that takes.
+    """Shuffled batches for the steps `start` to `stop` of training, over as many epochs as that takes.
 
-    Every epoch has an order of its own. Step s is given the positions s * batch_size to (s + 1) * batch_size of the
-    stream of all epochs, and what is done to an image follows from its position, hence from (seed, epoch, index)
-    alone: here for `resized_crop`, in the step for small images (see `make_augment`). So a step's batch is the same
-    whenever training was interrupted, and on however many processes.
+    Every epoch has its own order. Step s takes the positions s * batch_size to (s + 1) * batch_size of the stream of
+    all epochs. An image's position alone, and so (seed, epoch, index), determines its augmentation: here for
+    `resized_crop`, in the training step for small images (see `make_augment`). So a step's batch does not depend on
+    interruptions, nor on the number of processes.
 
     Args:
       dataset: its `train` is read.
-      batch_size: that of all processes together; each reads its share.
-      seed: of the order and, here, of the regions.
+      batch_size: images over all processes; each process reads its share.
+      seed: of the order and of the random regions.
 
     Yields:
-      image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the example in its source) and position
+      image uint8 [B, H, W, channels], label int32 [B], index int32 [B] (of the image in its source) and position
       uint32 [B].
     """
     first, share = _part(batch_size)
-    numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
+    order = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
     size, flip = dataset.image_shape[0], dataset.flip
 
-    def view(lazy: LazyImage, position: int) -> np.ndarray:
-        return random_view(lazy, size, flip, np.random.Generator(np.random.Philox(key=[seed, position])))
+    def view(image: LazyImage, position: int) -> np.ndarray:
+        return random_view(image, size, flip, np.random.Generator(np.random.Philox(key=[seed, position])))
 
     read = _reader(dataset, dataset.train, view)
 
     def gather(step: int) -> Batch:
         positions = step * batch_size + first + np.arange(share)
-        indices = np.array([numbers[int(position)] for position in positions], np.int64)
+        indices = np.array([order[int(position)] for position in positions], np.int64)
         batch, missing = read(indices, positions)
         while missing.any():
-            # In the place of an image that cannot be decoded stands the next one that can.
+            # An image that cannot be decoded is replaced by the next one that can.
             places = np.flatnonzero(missing)
             indices[places] = (indices[places] + 1) % len(dataset.train)
             others, missing[places] = read(indices[places], positions[places])
@@ -64,20 +65,20 @@ def train_batches(
 
 
 def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The source once, in order, in batches of one size; the last is filled up with examples of weight 0.
+    """The source once, in order, in batches of one size; the last is padded with images of weight 0.
 
     Args:
-      dataset: whose images these are.
+      dataset: the data set of the source.
       source: its `test` or `train`.
-      batch_size: examples a batch over all processes; each process reads its share.
-      limit: read so many examples only, spread evenly over the source.
+      batch_size: images over all processes; each process reads its share.
+      limit: reads only this many images, spread evenly over the source.
 
     Yields:
-      image uint8 [B, H, W, channels], label int32 [B], weight float32 [B]. What cannot be decoded has weight 0.
+      image uint8 [B, H, W, channels], label int32 [B], weight float32 [B]. Images that cannot be decoded have weight 0.
     """
     count = len(source) if limit is None else min(limit, len(source))
     first, share = _part(batch_size)
-    read = _reader(dataset, source, lambda lazy, position: central_view(lazy, dataset.image_shape[0]))
+    read = _reader(dataset, source, lambda image, position: central_view(image, dataset.image_shape[0]))
 
     def gather(start: int) -> Batch:
         places = np.arange(start + first, start + first + share)
@@ -89,7 +90,7 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
 
 
 def _part(batch_size: int) -> tuple[int, int]:
-    """Where in a batch this process's examples begin, and how many they are."""
+    """Where in a batch this process's images begin, and their number."""
     share = batch_size // jax.process_count()
     return jax.process_index() * share, share
 
@@ -97,14 +98,14 @@ def _part(batch_size: int) -> tuple[int, int]:
 def _reader(
     dataset: Dataset, source: Source, view: Callable[[LazyImage, int], np.ndarray]
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Batch, np.ndarray]]:
-    """A function from indices and positions, int64 [B], to a batch and bool [B]: which images cannot be decoded."""
+    """A function from indices and positions, int64 [B], to a batch and to which images cannot be decoded, bool [B]."""
     if isinstance(source, ArraySource) and not dataset.resized_crop:
         return lambda indices, positions: (
             {"image": source.images[indices], "label": source.labels[indices].astype(np.int32)},
             np.zeros(len(indices), bool),
         )
-    # Threads, no processes: decoders work outside Python's lock, and nothing outlives a run that is killed.
-    workers = threads()
+    # Threads, not processes: decoders release Python's lock, and nothing outlives a run that is killed.
+    workers = cpu_count()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> tuple[Batch, np.ndarray]:

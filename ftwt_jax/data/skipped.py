@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: each is named once and counted, and too many of them stop the run."""
+"""Images that cannot be decoded: each is named once and counted, and too many stop the run."""
 
 import threading
 import warnings
@@ -13,7 +13,7 @@ class Skipped:
     """The images of one data set that could not be decoded.
 
     Args:
-      total: number of images of all splits; more than 1 % of them skipped is a `UserError`.
+      total: number of images in all splits; skipping more than 1 % of them is a `UserError`.
     """
 
     def __init__(self, total: int = 0):
@@ -22,21 +22,21 @@ class Skipped:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Which they are, in the order in which they were met."""
+        """Names of the images, in the order in which they were found."""
         return tuple(self._names)
 
     def summary(self) -> str:
-        """How many there are, on one line."""
+        """Their number, on one line."""
         return f"{len(self._names)} of {self._total} images cannot be decoded and were skipped"
 
     def merge(self, names: Iterable[str]) -> None:
-        """Counts images that others have met, and warned of, as well."""
+        """Counts images that other processes have found, and warned about, as well."""
         with self._lock:
             for name in names:
                 self._names.setdefault(name, "")
 
     def add(self, name: str, reason: str) -> None:
-        """Counts an image, and warns of it unless it was met before.
+        """Counts an image, and warns about it the first time.
 
         Raises:
           UserError: more than 1 % of all images cannot be decoded.
@@ -51,5 +51,5 @@ class Skipped:
         if count > MOST_SKIPPED * self._total:
             raise UserError(
                 f"{count} of {self._total} images cannot be decoded, more than {MOST_SKIPPED:.0%}: "
-                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''}; mend or delete them"
+                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''}; repair or delete them"
             )

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the program: two random-access sequences and a few numbers."""
+"""What the rest of the program knows of a data set: two random-access sequences and a few numbers."""
 
 import dataclasses
 import pathlib
@@ -8,13 +8,14 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import numpy as np
 
 from ftwt_jax.data.skipped import Skipped
+from ftwt_jax.errors import UserError
 
 
 class Example(TypedDict):
     """One image and its class.
 
-    `image` is uint8 [H, W, channels], or a JPEG, PNG or WebP file, as its bytes or its path; `label` counts classes
-    from 0; `name` is what a warning calls the image.
+    `image` is uint8 [H, W, channels], or a JPEG, PNG or WebP file as bytes or path; `label` is the number of the class,
+    from 0; `name` is what warnings call the image.
     """
 
     image: np.ndarray | bytes | pathlib.Path
@@ -23,7 +24,7 @@ class Example(TypedDict):
 
 
 class Source(Protocol):
-    """A random-access sequence of examples; read from several threads at once."""
+    """A random-access sequence of images with labels; several threads read it at once."""
 
     def __len__(self) -> int: ...
 
@@ -45,19 +46,32 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True)
+class NoImages:
+    """A source of known length that cannot be read."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        raise UserError(f"image {index} cannot be read: this data set was described without its images")
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set.
 
     Attributes:
       train, test: the sources; `test` is the held-out split on which accuracy is reported.
       num_classes: number of classes.
-      image_shape: (H, W, channels) of every image that the network is given.
+      image_shape: (H, W, channels) of the network's input.
       mean, std: per channel of the training images scaled to [0, 1]; the network sees (x / 255 - mean) / std.
-      crop_padding: training images are padded by so many zero pixels and cropped at random.
+      crop_padding: zero pixels added on each side of a training image before it is cropped at random.
       flip: training images are mirrored at random.
-      resized_crop: images come in sizes of their own: for training, a random region is resized to `image_shape`; for
-        evaluation, the central one.
-      class_names: in the order of the labels; empty where classes are only numbers.
+      resized_crop: images vary in size, and a region is resized to `image_shape`: a random one for training, the
+        central one for evaluation.
+      class_names: in the order of the labels; empty if classes are only numbers.
       skipped: images that could not be decoded.
     """
 
@@ -74,7 +88,7 @@ class Dataset:
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
     def describe(self) -> dict[str, Any]:
-        """What a trained network must remember of its data, as plain JSON data."""
+        """The facts about the data that are kept with a trained network, as plain JSON data."""
         return {
             "class_names": list(self.class_names),
             "train_size": len(self.train),

@@ -1,4 +1,4 @@
-"""Batch norm with sums over a batch that a CPU does fast."""
+"""Batch norm whose sums over a batch are fast on a CPU."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ class BatchNorm(nn.Module):
     """`flax.linen.BatchNorm` over the last axis, same variables and values, with PyTorch's epsilon and momentum.
 
     Attributes:
-      use_running_average: normalise by the running statistics instead of the batch's, and leave them alone.
-      dtype: of the result; statistics and their use stay float32.
+      use_running_average: normalise by the running statistics instead of the batch's, and do not update them.
+      dtype: of the result; statistics and the normalisation itself are float32.
     """
 
     use_running_average: bool
@@ -41,7 +41,7 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         count = x.size / x.shape[-1]
         mean = channel_sum(x) / count
-        # Rounding can take the difference below zero.
+        # Rounding can make the difference negative.
         var = jnp.maximum(channel_sum(jnp.square(x)) / count - jnp.square(mean), 0)
         if not self.is_initializing():
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean

@@ -1,4 +1,4 @@
-"""How everything here is compiled."""
+"""Compiler options, and the cache of compiled programs."""
 
 import functools
 import os
@@ -9,17 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# XLA's newer kernels for convolutions and matrix products on a CPU: inference up to twice as fast, weight gradients
-# three times. The name is an experimental one, so a release of JAX without it must not stop anyone.
+# XLA's newer CPU kernels for convolutions and matrix products: inference is up to 2 times as fast, weight gradients 3
+# times. The option is experimental, so releases of JAX without it must work too.
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 @functools.cache
 def compiler_options(backend: str | None = None) -> dict[str, Any]:
-    """What to pass as `jax.jit(…, compiler_options=…)`: the fast kernels on a CPU, nothing elsewhere.
+    """Value for `jax.jit(…, compiler_options=…)`: turns on the fast kernels on a CPU, empty elsewhere.
 
     Args:
-      backend: "cpu", "gpu" or "tpu"; None: where JAX runs by default.
+      backend: "cpu", "gpu" or "tpu"; None is JAX's default backend.
     """
     if (backend or jax.default_backend()) != "cpu":
         return {}
@@ -31,10 +31,10 @@ def compiler_options(backend: str | None = None) -> dict[str, Any]:
 
 
 def keep_compiled() -> None:
-    """Keeps what is compiled in the user's cache folder, so that the same program starts at once the next time.
+    """Caches compiled programs in the user's cache folder, so that the same program starts quickly the next time.
 
-    `JAX_COMPILATION_CACHE_DIR` chooses another folder, and an empty one none. What cannot be read or written there is
-    compiled as if nothing had been kept.
+    `JAX_COMPILATION_CACHE_DIR` chooses another folder; empty, it turns the cache off. If a program cannot be read or
+    written there, it is compiled as without a cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -42,7 +42,7 @@ def keep_compiled() -> None:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where compiled code is kept for this user and machine; it need not exist."""
+    """Where compiled programs of this user and machine are cached; it need not exist."""
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    # A home folder may be shared by machines whose processors differ.
+    # Machines with different processors may share a home folder.
     return caches / "ftwt_jax" / platform.node()

@@ -1,8 +1,8 @@
-"""One convolution for every layer: XLA's own, but lowered otherwise on a CPU where XLA is slow.
+"""One convolution for every layer: XLA's own, but with another lowering on a CPU where XLA's is slow.
 
-What XLA's CPU convolution is slow at, measured on the shapes of the networks here: depthwise kernels (tens of times),
-maps of 2x2 and smaller (tens of times), small maps at batch 1 (up to twice), 1x1 kernels (their gradients, up to
-twice). GPU and TPU keep XLA's convolution untouched.
+Measured on the shapes of the networks here, the other lowerings are faster than XLA's on a CPU by tens of times for
+depthwise kernels and for maps of up to 2x2, and by up to 2 times for small maps at batch 1 and for the gradients of 1x1
+kernels. GPU and TPU keep XLA's convolution.
 """
 
 import functools
@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from ftwt_jax.ops.reductions import over_channels
 
 _NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
-# Output pixels up to which patches and a matrix product win: of one sample whatever the batch, and of a whole batch.
-_FEW_IN_SAMPLE = 4
+# Most output pixels at which patches and a matrix product are faster: per image, for any batch, and per batch.
+_FEW_IN_IMAGE = 4
 _FEW_IN_BATCH = 64
 
 
@@ -38,8 +38,8 @@ def conv_general_dilated(
 ) -> Float[Array, "N H_out W_out C"]:
     """`jax.lax.conv_general_dilated` with another lowering on a CPU; fits `nn.Conv(conv_general_dilated=…)`.
 
-    Takes every argument of the original and returns its values, forward and backward, to rounding. Convolutions that
-    are dilated, not two-dimensional NHWC, or that XLA is good at, are XLA's on every platform.
+    Takes every argument of the original, and returns the same values and gradients up to rounding. XLA's own is used on
+    every platform if the convolution is dilated, not two-dimensional NHWC, or of a shape for which it is fast.
     """
 
     def xla(lhs: Array, rhs: Array) -> Array:
@@ -64,7 +64,7 @@ def conv_general_dilated(
         return xla(lhs, rhs)
     strides = tuple(window_strides)
     fits = len(strides) == 2 and min(strides) > 0 and rhs.shape[2] * feature_group_count == lhs.shape[-1]
-    # The sides of an image may be symbols in an export.
+    # In an export, the sides of an image may be symbolic.
     if not fits or not all(isinstance(length, int) for length in lhs.shape[1:]):
         return xla(lhs, rhs)
     if isinstance(padding, str):
@@ -78,8 +78,8 @@ def conv_general_dilated(
 def _cpu_lowering(
     lhs: Array, rhs: Array, strides: tuple[int, ...], groups: int, padding: tuple[tuple[int, int], ...], precision: Any
 ) -> Callable[[Array, Array], Array] | None:
-    """The lowering that beats XLA's for these shapes; None: XLA's is good."""
-    samples, _, _, in_features = lhs.shape
+    """The lowering that is faster than XLA's for these shapes; None if XLA's is fast."""
+    batch, _, _, in_features = lhs.shape
     size = rhs.shape[:2]
     sides = [
         (length + sum(pad) - k) // step + 1
@@ -90,24 +90,24 @@ def _cpu_lowering(
     pixels = math.prod(sides)
     if groups == in_features == rhs.shape[-1] and groups > 1:
         return functools.partial(_depthwise, strides=strides, padding=padding)
-    # A symbolic batch has no number to compare.
-    few = pixels <= _FEW_IN_SAMPLE or (isinstance(samples, int) and samples * pixels <= _FEW_IN_BATCH)
+    # A symbolic batch size cannot be compared.
+    few = pixels <= _FEW_IN_IMAGE or (isinstance(batch, int) and batch * pixels <= _FEW_IN_BATCH)
     if groups == 1 and (few or size == (1, 1)):
         return functools.partial(_patches_product, strides=strides, padding=padding, precision=precision)
     return None
 
 
 def _taps(lhs: Array, size: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> list[Array]:
-    """For each pixel of the kernel, row by row, the input pixel that it meets at every output: [N, H_out, W_out, C]."""
+    """For each pixel of the kernel, row by row, its input pixel at every output pixel: [N, H_out, W_out, C]."""
     if any(pad for pads in padding for pad in pads):
         lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    samples, height, width, features = lhs.shape
+    batch, height, width, features = lhs.shape
     last_row, last_column = height - size[0], width - size[1]
     return [
         lax.slice(
             lhs,
             (0, row, column, 0),
-            (samples, row + last_row + 1, column + last_column + 1, features),
+            (batch, row + last_row + 1, column + last_column + 1, features),
             (1, *strides, 1),
         )
         for row in range(size[0])
@@ -116,8 +116,8 @@ def _taps(lhs: Array, size: Sequence[int], strides: Sequence[int], padding: Sequ
 
 
 def _depthwise(lhs: Array, rhs: Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
-    """A sum of shifted inputs, each times one pixel of the kernel: one loop that XLA fuses."""
-    # A sum in half precision would lose what XLA's convolution keeps.
+    """Sums shifted inputs, each times one pixel of the kernel; XLA fuses this into one loop."""
+    # XLA's convolution does not sum in half precision either.
     wide = jnp.promote_types(lhs.dtype, jnp.float32)
     taps = _taps(lhs, rhs.shape[:2], strides, padding)
     weights = rhs.reshape(-1, rhs.shape[-1]).astype(wide)
@@ -128,7 +128,7 @@ def _depthwise(lhs: Array, rhs: Array, *, strides: Sequence[int], padding: Seque
 def _patches_product(
     lhs: Array, rhs: Array, *, strides: Sequence[int], padding: Sequence[tuple[int, int]], precision: Any
 ) -> Array:
-    """Patches [pixels, k_h * k_w * C_in] times the kernel as a matrix."""
+    """Multiplies patches [pixels, k_h * k_w * C_in] by the kernel as a matrix."""
     taps = _taps(lhs, rhs.shape[:2], strides, padding)
     patches = taps[0] if len(taps) == 1 else jnp.concatenate(taps, axis=-1)
     kernel = rhs.reshape(-1, rhs.shape[-1])

@@ -1,9 +1,9 @@
-"""Sums and maxima over maps and batches, in the order that a CPU does fast.
+"""Sums, means and maxima over maps and batches, in an order that is fast on a CPU.
 
-XLA's CPU backend vectorises a reduction over leading axes, but not one that leaves only the last of four axes. Done in
-two steps, with a barrier that keeps XLA from joining them again, the same reduction is up to 14 times faster. Where
-several devices share a batch (a mesh is set while the program is traced), sums over samples are made in one step:
-between two, the devices would exchange whole maps.
+XLA's CPU backend vectorises a reduction over leading axes, but not one that leaves only the last of four axes. In two
+steps, with a barrier that keeps XLA from merging them, the same reduction is up to 14 times faster. If several devices
+share a batch (a mesh is set while the program is traced), sums over images take one step: between two, the devices
+would exchange whole maps.
 """
 
 import jax
@@ -17,7 +17,7 @@ def _shared_batch() -> bool:
 
 
 def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
-    """Sum over samples and positions."""
+    """Sum over images and positions."""
     if _shared_batch():
         return jnp.sum(x, axis=(0, 1, 2))
     return lax.platform_dependent(
@@ -28,14 +28,14 @@ def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
 
 
 def over_channels(values: Float[Array, " C"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Values [C] in a shape that broadcasts to [N, H, W, C]; the gradient back to [C] is the fast sum."""
+    """Brings values [C] to a shape that broadcasts to `shape`, [N, H, W, C]; the gradient to [C] is the fast sum."""
     if _shared_batch():
         return values
-    whole = (1, *shape[1:])
+    one_image = (1, *shape[1:])
     return lax.platform_dependent(
         values,
-        cpu=lambda values: lax.optimization_barrier(jnp.broadcast_to(values, whole)),
-        default=lambda values: jnp.broadcast_to(values, whole),
+        cpu=lambda values: lax.optimization_barrier(jnp.broadcast_to(values, one_image)),
+        default=lambda values: jnp.broadcast_to(values, one_image),
     )
 
 

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they join, who writes, when all of them stop, and what is said when one is lost."""
+"""A run of several processes: joining, exchanging small values, stopping together, and losing one of them."""
 
 import json
 import os
@@ -14,43 +14,45 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, shortened
 
-# Exit statuses for whatever started the program: stopped by SIGTERM with everything saved, and another process was
-# lost. After both, the same command goes on from the newest checkpoint.
+# Exit statuses for launchers: the run was stopped by SIGTERM and saved everything; another process was lost. After
+# both, the same command continues from the newest checkpoint.
 PREEMPTED, LOST = 75, 76
-# Seconds without a sign of life after which a process counts as lost.
+# Seconds without a heartbeat after which a process counts as lost.
 HEARTBEAT = 60
-# Seconds to wait for the others at the start; a cluster may bring up its hosts minutes apart.
+# Seconds to wait for the other processes at the start; a cluster may start its hosts minutes apart.
 START = 300
+# Seconds that the first process waits before it exits with an error, so that the others can print theirs.
 GRACE = 3
 
-_EXCHANGE = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
+# The status at the start of an error of a collective operation: UNAVAILABLE: connection reset by peer
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 class Preempted(Exception):
-    """The run was told to stop and did, with everything saved; the message, on one line, says where."""
+    """The run was told to stop, and did so with everything saved; the message, on one line, says at which step."""
 
 
 class Lost(Exception):
-    """Another process of the run is not there, or no longer; the message, on one line, says what is known."""
+    """Another process of the run did not join, or was lost; the message, on one line, says what is known."""
 
 
 def join(wanted: bool | None = None) -> None:
-    """Makes this process one of several if it was started as such; call it before anything else of JAX.
+    """Joins the other processes of the run, if this process was started as one of several.
 
-    That is so under `srun` or `mpirun` with more than one task, and where `JAX_COORDINATOR_ADDRESS` (host:port of
-    process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set. A program that has called
-    `jax.distributed.initialize` is left as it is.
+    That is the case under `srun` or `mpirun` with more than one task, and if `JAX_COORDINATOR_ADDRESS` (host:port of
+    process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set. Must run before any other use of JAX; does nothing if
+    the program has already called `jax.distributed.initialize`.
 
     Args:
-      wanted: True: join whatever JAX itself finds (Cloud TPU slices); False: stay alone; None: as above.
+      wanted: True: join whatever JAX detects (Cloud TPU slices); False: run alone; None: as described above.
 
     Raises:
-      UserError: variables are missing, or JAX finds no other processes.
-      Lost: the others did not come in time.
+      UserError: variables are missing, or JAX detects no other processes.
+      Lost: the other processes did not join in time.
     """
     if wanted is False or jax.distributed.is_initialized():
         return
@@ -61,10 +63,10 @@ def join(wanted: bool | None = None) -> None:
     if given[COUNT] is not None or given[INDEX] is not None:
         missing = [name for name, value in given.items() if value is None]
         if missing:
-            raise UserError(f"{', '.join(missing)} must be set too, to join the other processes of this run")
+            raise UserError(f"{', '.join(missing)} must be set too for this process to join the others of the run")
         if not 0 <= _number(given[INDEX]) < _number(given[COUNT]):
             raise UserError(
-                f"{INDEX} must lie between 0 and {COUNT} - 1; they are {given[INDEX]!r} and {given[COUNT]!r}"
+                f"{INDEX} must be at least 0 and less than {COUNT}; got {given[INDEX]!r} and {given[COUNT]!r}"
             )
     known = given[COUNT] is not None
     try:
@@ -77,11 +79,11 @@ def join(wanted: bool | None = None) -> None:
         )
     except ValueError as error:
         raise UserError(
-            f"this process cannot find the others: {one_line(error)}; set {ADDRESS}, {COUNT} and {INDEX}, or start it "
-            "alone with --nodistributed"
+            f"cannot find the other processes of this run: {one_line(error)}; set {ADDRESS}, {COUNT} and {INDEX}, or "
+            "run a single process with --nodistributed"
         ) from None
     except RuntimeError as error:
-        raise Lost(f"the processes of this run did not all come within {START} seconds: {_short(error)}") from None
+        raise Lost(f"not all processes of this run joined within {START} seconds: {shortened(error)}") from None
 
 
 def _number(text: str | None) -> int:
@@ -91,24 +93,29 @@ def _number(text: str | None) -> int:
         return -1
 
 
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes what is written once."""
+    """Whether this is process 0, which prints and writes the files of the run."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this point; `where` names it in error messages."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def broadcast(value: int) -> int:
-    """The first process's number on every process, for what they would otherwise each look up at another moment."""
+    """The value of process 0 on every process; needed for what processes could see differently, such as files."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
 
 
 def all_gather(names: Sequence[str]) -> list[str]:
-    """What all processes name, each name once."""
+    """The names of all processes, without duplicates."""
     if jax.process_count() == 1:
         return list(names)
     mine = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
@@ -118,22 +125,22 @@ def all_gather(names: Sequence[str]) -> list[str]:
 
 
 class Preemption:
-    """Whether the run has been told to stop, by SIGTERM to any of its processes.
+    """Whether the run was told to stop, by SIGTERM to any of its processes.
 
-    Several processes agree on the step at which all of them do; JAX's preemption service sees to that. It takes over
-    SIGTERM as soon as the processes have joined.
+    Several processes agree on the step at which they stop, through JAX's preemption service, which handles SIGTERM once
+    the processes have joined.
     """
 
     def __init__(self) -> None:
         self._told = threading.Event()
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after every step, by a number that always grows."""
+        """Whether to stop after this step; call it after every step, with increasing numbers."""
         return self._told.is_set() or multihost_utils.reached_preemption_sync_point(step)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Listens to SIGTERM where this process is the only one, and its main thread calls."""
+        """Handles SIGTERM within the block, in the main thread of a run of one process."""
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -145,43 +152,41 @@ class Preemption:
 
 
 def lost_process(error: Exception) -> Lost | None:
-    """What an error means in the middle of a run of several processes; None if it is not that another one was lost.
+    """The `Lost` that an error of this process amounts to; None if it does not mean that another process was lost.
 
-    What the processes exchange fails when one of them is gone, and the error says little else. JAX raises a
-    `JaxRuntimeError`; on some ways a `ValueError` or `OSError` whose message begins with the name of such a status.
+    Collective operations fail when a process is gone. JAX raises a `JaxRuntimeError`, or on some paths a `ValueError`
+    or `OSError` whose message begins with the name of a status.
     """
-    if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _EXCHANGE.match(str(error))):
+    if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
         return None
-    return Lost(f"another process was lost, and its own output says why; here it looks like this: {_short(error)}")
+    return Lost(f"another process was lost; see its own output for the reason (error here: {shortened(error)})")
 
 
 def raise_if_lost(error: Exception) -> None:
-    """Raises `Lost` for an error that only means that; of files, errors have other statuses."""
+    """Raises `Lost` if the error means that another process was lost; errors of files have other statuses."""
     lost = lost_process(error)
     if lost is not None:
         raise lost from error
 
 
-def _short(error: BaseException) -> str:
-    text = one_line(error)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
-
-
 def end_when_told() -> None:
-    """Lets SIGTERM end the process with `PREEMPTED` at once, as long as there is nothing to save."""
+    """Lets SIGTERM end the process at once with status `PREEMPTED`, while there is nothing to save."""
 
     def end(number: int, frame: Any) -> None:
-        os.write(2, b"ftwt: told to stop, with nothing to save; the same command goes on from the newest checkpoint\n")
+        os.write(
+            2,
+            b"ftwt: told to stop, nothing to save; the same command continues from the newest checkpoint\n",
+        )
         os._exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, end)
 
 
 def leave(status: int) -> None:
-    """Ends a process that joined others and failed, at once: an orderly end would wait for them, and they for it."""
+    """Ends a failed process of several at once: an orderly exit would wait for the others, and they for it."""
     if not status or status == PREEMPTED or not jax.distributed.is_initialized():
         return
     if is_first():
-        # The others meet here; one that makes the same mistake a moment later should still be able to say so.
+        # The others lose their connection when process 0 exits; one with the same error should still report it.
         time.sleep(GRACE)
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh with a `data` axis over all devices; batches are split along it, the network is whole."""
+"""Placement of arrays: one mesh with a `data` axis over all devices; batches are split, networks replicated."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ AXIS = "data"
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices of all processes in one row; or these."""
+    """A mesh with one axis over these devices; by default over all devices of all processes."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -25,18 +25,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis, the leading one, divided over the devices."""
+    """One axis, by default the leading one, split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def split_largest(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """The largest axis that the devices can share evenly divided over them; replicated if there is none."""
+    """The largest axis whose size is a multiple of the devices, split over them; replicated if there is none."""
     axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     return split(mesh, max(axes, key=lambda axis: shape[axis])) if axes else replicated(mesh)
 
 
 def traced_on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, with the mesh set while it is traced: what depends on how many devices share a batch can then know."""
+    """`fn` with the mesh set during tracing, for code that depends on the number of devices that share a batch."""
 
     def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -46,31 +46,31 @@ def traced_on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit_on(mesh: Mesh, fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit` for the devices of a mesh, with what is fast on them."""
+    """`jax.jit` for the devices of a mesh, with compiler options that make it fast there."""
     platform = mesh.devices.flat[0].platform
     return jax.jit(traced_on(mesh, fn), compiler_options=compiler_options(platform), **options)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
-    """Raises `UserError` unless every device gets the same number of examples, in so many equal parts."""
+    """Raises `UserError` unless every device gets the same number of images, in `parts` equal parts."""
     if batch_size < 1 or batch_size % (mesh.size * parts):
-        product = f"the number of devices, {mesh.size}"
+        factor = f"{mesh.size}, the number of devices"
         if parts > 1:
-            product += f", times config.accumulate, {parts}"
-        raise UserError(f"{field}={batch_size} must be a positive multiple of {product}")
+            factor = f"{mesh.size * parts}: {mesh.size} devices times config.accumulate={parts}"
+        raise UserError(f"{field}={batch_size} must be a positive multiple of {factor}")
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's part of a batch, as global arrays split over the mesh."""
+    """Makes global arrays, split over the mesh, of this process's share of a batch."""
     sharding = split(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def put_whole(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, as global arrays.
+    """Makes global arrays of arrays that every process holds whole.
 
     Args:
-      shardings: one for all, or a tree of them like `tree`.
+      shardings: one for all arrays, or a tree with the structure of `tree`.
     """
     if isinstance(shardings, NamedSharding):
         one = shardings
@@ -86,9 +86,10 @@ def put_whole(tree: Any, shardings: Any) -> Any:
 
 
 def in_order(mesh: Mesh, result: Any) -> Any:
-    """`result`, once it is there if the processes of a run could otherwise exchange things in different orders.
+    """Returns `result`; with several processes on CPUs, waits for it first.
 
-    XLA's CPU runs programs that do not need each other side by side, in each process as it comes.
+    On CPUs, XLA runs independent programs concurrently, so that processes could run their collectives in different
+    orders and deadlock.
     """
     several_on_cpu = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
     return jax.block_until_ready(result) if several_on_cpu else result

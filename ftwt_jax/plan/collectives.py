@@ -1,4 +1,4 @@
-"""What the devices of a compiled program tell each other: kind, size and purpose of its collectives."""
+"""The collectives of a compiled program: their kind, size, and what they carry."""
 
 import collections
 import dataclasses
@@ -18,15 +18,15 @@ OTHER = "other"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective, as one device sees it.
+    """A collective as one device sees it.
 
     Attributes:
       kind: one of `KINDS`.
       arrays: its results.
-      devices: how many take part together.
-      times: how often it runs in a call of the program.
-      hidden: whether the device may do other work meanwhile.
-      op_name, source: where it comes from, the latter as "file:line".
+      devices: number of devices in a group.
+      times: how often it runs in one call of the program.
+      hidden: whether the device can do other work in the meantime.
+      op_name, source: its origin: the path in the traced function, and "file:line".
     """
 
     kind: str
@@ -38,20 +38,21 @@ class Collective:
     source: str
 
     def carries(self, parameters: Collection[int]) -> dict[str, tuple[Array, ...]]:
-        """Its arrays by what they are: gradients, batch statistics, parameters, metrics or other.
+        """Its arrays by content: gradients, batch statistics, parameters, metrics or other.
 
-        XLA joins collectives and then names them after one, so that sizes decide where names cannot.
+        XLA merges collectives and names the result after one of them, so sizes decide where names cannot.
 
         Args:
           parameters: number of elements of each parameter.
         """
-        found = collections.defaultdict(list)
+        by_content = collections.defaultdict(list)
         for array in self.arrays:
-            found[self._what(array, parameters)].append(array)
-        return {what: tuple(found[what]) for what in found}
+            by_content[self._classify(array, parameters)].append(array)
+        return {content: tuple(arrays) for content, arrays in by_content.items()}
 
-    def _what(self, array: Array, parameters: Collection[int]) -> str:
+    def _classify(self, array: Array, parameters: Collection[int]) -> str:
         vector = max(array.shape, default=1) == array.size
+        # JAX marks the forward pass "jvp(VGG)" and the backward pass "transpose(jvp(VGG))".
         forward = "jvp(" in self.op_name and "transpose(" not in self.op_name
         if array.size == 1:
             return METRICS
@@ -65,14 +66,14 @@ class Collective:
         return GRADIENTS if self.kind in ("all-reduce", "reduce-scatter") and whole in parameters else OTHER
 
 
-def collectives(program: Program) -> list[Collective]:
-    """All collectives that run, in the order of the text."""
+def find_collectives(program: Program) -> list[Collective]:
+    """All collectives that run, in the order in which the program prints them."""
     scheduled = list(program.scheduled())
     wrapped = {called for one, _, _ in scheduled if one.opcode == "async-start" for called in one.called}
     found = []
     for instruction, name, times in scheduled:
         kind = instruction.opcode.removesuffix("-start").removesuffix("-done")
-        # Of a pair, the end has the result as its type, and the start everything else.
+        # Of an asynchronous pair, "-done" has the type of the result, and "-start" all attributes.
         if kind not in KINDS or instruction.opcode.endswith("-start"):
             continue
         start = instruction
@@ -93,12 +94,15 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _group_size(instruction: Instruction, partitions: int) -> int:
-    """Devices of the first group: printed as lists, as a shape of all of them, or as axes of a mesh."""
+    """Number of devices in the first group, in each of the three forms in which XLA prints groups."""
     groups = instruction.attribute("replica_groups", r"(.*)") or ""
+    # Lists: {{0,1},{2,3}}
     if found := re.match(r"\{\{([\d,]+)\}", groups):
         return len(found[1].split(","))
+    # Number of groups and their size: [2,4]<=[8]
     if found := re.match(r"\[\d+,(\d+)\]", groups):
         return int(found[1])
+    # Axes of a mesh: mesh['rows'=2,'columns'=4] {'columns'}
     if found := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups):
         sides = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sides[axis]) for axis in re.findall(r"'(\w+)'", found[2]))

@@ -1,7 +1,7 @@
-"""The text of a compiled program: its instructions, and how often each runs in a call.
+"""Parses the text of a compiled program (HLO): its instructions, and how often each runs in a call.
 
-XLA prints a program for one of the devices that run it together; see https://openxla.org/xla/hlo_dumps. The text is no
-stable format, so only what is needed is read, and both forms of what differs between backends and releases.
+XLA prints the program of one device; see https://openxla.org/xla/hlo_dumps. The format is not stable, so only what is
+needed is parsed, in every form in which backends and releases print it.
 """
 
 import collections
@@ -11,23 +11,29 @@ import math
 import re
 from collections.abc import Iterator
 
-# Instructions that hand on to the instructions of another computation; the others, such as a fusion, are done at once.
+# Instructions that run the instructions of another computation one by one; a fusion runs its own as one kernel.
 _CONTROL = ("while", "conditional", "call", "async-start", "call-start")
 
+# An array in a type, with its layout: bf16[4,1024,512]{2,1,0:T(8,128)(2,1)S(1)}, or f32[]
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+# The first line of a computation: ENTRY %main (p: f32[4]) -> f32[8] {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# An instruction, read as name, type, opcode and the rest:   ROOT %sum = f32[4]{0} add(%a, %b), metadata={...}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+# A row of a table of files, functions or stack frames: 3 "/src/step.py"
 _TABLE_LINE = re.compile(r"^(\d+) (.*)$")
+# Before the computations that an instruction runs: calls=%fused, or branch_computations={%yes, %no}
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array as the program lays it out.
+    """An array and its layout.
 
     Attributes:
-      dtype: as XLA calls it: f32, bf16, pred.
-      layout: order of the axes, tiles and memory, as printed; may be empty.
+      dtype: in XLA's terms: f32, bf16, pred.
+      layout: as printed, such as "2,1,0:T(8,128)S(1)": order of the axes from the minor one, tiles, and memory space.
+        May be empty.
     """
 
     dtype: str
@@ -41,12 +47,12 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the elements."""
+        """Bytes of its elements, without padding."""
         return self._bytes(self.size)
 
     @property
     def padded_bytes(self) -> int:
-        """Bytes in memory: a TPU rounds the minor axes up to whole tiles of, for example, 8 by 128 elements."""
+        """Bytes in memory: a TPU pads the minor axes to whole tiles, for example of 8 by 128 elements."""
         found = re.match(r"([\d,]+):T\(([\d,]+)\)", self.layout)
         if not found:
             return self.bytes
@@ -58,7 +64,7 @@ class Array:
 
     @property
     def on_chip(self) -> bool:
-        """Whether it lies in a TPU's own memory (VMEM, SMEM) instead of its HBM."""
+        """Whether it lies in a TPU's on-chip memory (VMEM, SMEM), not in HBM."""
         return re.search(r"S\([1-9]", self.layout) is not None
 
     def _bytes(self, elements: int) -> int:
@@ -66,8 +72,8 @@ class Array:
         return math.ceil(elements * int(bits[1]) / 8) if bits else elements * (self.dtype == "pred")
 
 
-def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a printed type, in order."""
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """The arrays in a printed type, in order."""
     return tuple(
         Array(dtype, tuple(int(side) for side in shape.split(",") if side), layout or "")
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -76,7 +82,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction; `attributes` is all that follows its operands."""
+    """One instruction; `attributes` is the text after its operands."""
 
     name: str
     result: str
@@ -86,17 +92,17 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """What it results in."""
-        return arrays(self.result)
+        """Its results."""
+        return parse_arrays(self.result)
 
     def attribute(self, name: str, pattern: str) -> str | None:
-        """The part of `NAME=...` that matches; None if it has no such attribute."""
+        """The group that `pattern` captures after `NAME=`; None without such an attribute."""
         found = re.search(rf"\b{name}={pattern}", self.attributes)
         return found[1] if found else None
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from, such as `jit(step)/jvp(VGG)/unit0/bn/reduce_sum`."""
+        """Its path in the traced function, such as `jit(step)/jvp(VGG)/unit0/bn/reduce_sum`."""
         return self.attribute("op_name", '"([^"]*)"') or ""
 
     @property
@@ -115,10 +121,10 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: instructions of each, by its name.
-      entry: name of the first.
+      computations: the instructions of each computation, by its name.
+      entry: name of the computation that a call starts with.
       partitions: number of devices.
-      tables: XLA's lists of files, functions, lines and call stacks, as printed, by name and number.
+      tables: rows of the tables of files, functions, lines and stack frames: tables[NAME][NUMBER], as printed.
     """
 
     computations: dict[str, tuple[Instruction, ...]]
@@ -128,7 +134,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often each computation runs in a call; of a loop, as often as its bound says."""
+        """How often each computation runs in a call; the body of a loop, as often as its trip count says."""
         found = {name: 0 for name in self.computations}
 
         def visit(name: str, times: int) -> None:
@@ -143,9 +149,9 @@ class Program:
         return found
 
     def scheduled(self) -> Iterator[tuple[Instruction, str, int]]:
-        """Every instruction that a device is given to do, its computation, and how often it runs in a call.
+        """Every instruction that a device is given, its computation, and how often it runs in a call.
 
-        What is done within one, as in a fusion, is left out; both branches of a conditional are there.
+        Instructions inside a fusion are left out; both branches of a conditional are included.
         """
         waiting, seen = [self.entry], {self.entry}
         for name in waiting:
@@ -157,9 +163,10 @@ class Program:
                     seen |= set(inner)
 
     def source(self, instruction: Instruction) -> str:
-        """The line of Python that an instruction comes from, as "file:line"; empty if the text does not say."""
+        """The line of Python that an instruction comes from, as "file:line"; empty if unknown."""
         file, line = instruction.attribute("source_file", '"([^"]*)"'), instruction.attribute("source_line", r"(\d+)")
         if file is None:
+            # Newer releases: stack_frame_id=3, and tables at the top that lead from there to a file and a line.
             frame = self._entry("StackFrames", instruction.attribute("stack_frame_id", r"(\d+)"))
             place = self._entry("FileLocations", _number(frame, "file_location_id"))
             file = self._entry("FileNames", _number(place, "file_name_id")).strip('"')
@@ -170,7 +177,8 @@ class Program:
         return self.tables.get(table, {}).get(number or "", "")
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: what XLA notes, or the constant that its condition compares the counter with."""
+        """Trip count of a loop: as XLA notes it, or the only constant in its condition; 1 if neither is there."""
+        # backend_config={"known_trip_count":{"n":"5"}}
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
@@ -180,7 +188,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` of a jitted function returns."""
+    """Parses the result of `jax.jit(f).lower(...).compile().as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     tables: dict[str, dict[str, str]] = collections.defaultdict(dict)
     entry, name, table = "", "", ""
@@ -197,8 +205,10 @@ def parse(text: str) -> Program:
             computations[name].append(Instruction(found[1], found[2], found[3], operands, attributes))
         elif row and table:
             tables[table][row[1]] = row[2]
+        # The heading of a table: FileNames
         elif re.fullmatch(r"[A-Z]\w+", line):
             table = line
+    # HloModule jit_step, is_scheduled=true, num_partitions=4
     partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
     return Program(
         {name: tuple(found) for name, found in computations.items()},
@@ -209,15 +219,16 @@ def parse(text: str) -> Program:
 
 
 def _split_operands(text: str) -> tuple[str, str]:
-    """What comes before the closing parenthesis, and what after it."""
+    """Splits `%a, f(%b)), attribute=...` at the parenthesis that closes the operands."""
     depth = 1
-    for place, sign in enumerate(text):
-        depth += (sign == "(") - (sign == ")")
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
         if not depth:
-            return text[:place], text[place + 1 :]
+            return text[:position], text[position + 1 :]
     return text, ""
 
 
 def _number(text: str, name: str) -> str | None:
+    """The number after NAME= in a row such as `file_name_id=1 function_name_id=2 line=40`."""
     found = re.search(rf"\b{name}=(\d+)", text)
     return found[1] if found else None

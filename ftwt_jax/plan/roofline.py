@@ -1,13 +1,13 @@
-"""TPU slices by name, and the shortest time that a program can take on one.
+"""TPU slices by name, and a lower bound on the time of a program on one.
 
 Peaks are those that Google publishes, https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e): FLOP/s in bfloat16,
-bandwidth of the HBM, and bidirectional bandwidth of a chip's interconnect (ICI), of which half goes each way, over 4
-links (v5e, v6e) or 6 (v4, v5p). For v4 only a pod's all-reduce bandwidth is published; its link, which axes close to
-rings, and the time of a hop are from "How to Scale Your Model" (Austin et al. 2025,
+bandwidth of the HBM, and bidirectional bandwidth of a chip's interconnect (ICI), half of it in each direction, over 4
+links (v5e, v6e) or 6 (v4, v5p). For v4 only a pod's all-reduce bandwidth is published; the bandwidth of its links,
+which axes form rings, and the latency of a hop are from "How to Scale Your Model" (Austin et al. 2025,
 https://jax-ml.github.io/scaling-book/tpus). Memory is what the compiler lets a program use, a little less than all.
 
-The peak in bfloat16 holds for float32 as well: by default a TPU's matrix unit rounds the inputs of a float32
-convolution or matrix product to bfloat16, and adds up in float32.
+The bfloat16 peak applies to float32 too: by default a TPU's matrix unit rounds the inputs of a float32 convolution or
+matrix product to bfloat16, and accumulates in float32.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.plan.collectives import Collective
 
 GIB = 2**30
-# Seconds from a chip to its neighbour, however little is sent.
+# Latency in seconds from a chip to its neighbor.
 HOP = 1e-6
 _LITE_SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
@@ -26,16 +26,16 @@ _CUBE_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU; all figures are of one chip.
+    """A kind of TPU; all figures are per chip.
 
     Attributes:
-      flops: bfloat16, a second.
-      memory: HBM that a program can use, bytes.
-      bandwidth: of the HBM, bytes a second.
-      link: of one link of the interconnect in one direction, bytes a second.
-      shapes: slices in ascending order; of three axes there are larger ones besides.
+      flops: peak FLOP/s in bfloat16.
+      memory: bytes of HBM that a program can use.
+      bandwidth: of the HBM, bytes per second.
+      link: bandwidth of one link of the interconnect in one direction, bytes per second.
+      shapes: slices in ascending order; kinds with three axes have larger ones too.
       most: chips of the largest slice.
-      options: what XLA must be told to have one device a chip.
+      options: compiler options that make each chip one device.
     """
 
     flops: float
@@ -58,7 +58,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that an interconnect joins in a grid of two or three axes.
+    """Chips that an interconnect connects in a grid of two or three axes.
 
     Attributes:
       kind: name of the chip, such as v5e.
@@ -73,7 +73,7 @@ class Slice:
 
     @property
     def chip(self) -> Chip:
-        """What its chips can do."""
+        """The figures of its kind of chip."""
         return CHIPS[self.kind]
 
     @property
@@ -83,14 +83,14 @@ class Slice:
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Which axes close to rings: of two, those of 16 chips; of three, all, if each is a multiple of 4."""
+        """Which axes form rings: of two, those of 16 chips; of three, all if each is a multiple of 4."""
         if len(self.shape) == 2:
             return tuple(side == 16 for side in self.shape)
         return (all(side % 4 == 0 for side in self.shape),) * len(self.shape)
 
     @property
     def links(self) -> int:
-        """Links in all, each direction by itself."""
+        """Total number of links; each direction counts."""
         return sum(
             self.size // side * (2 * side if ring else 2 * (side - 1))
             for side, ring in zip(self.shape, self.rings, strict=True)
@@ -98,66 +98,74 @@ class Slice:
 
     @property
     def fewest_links(self) -> int:
-        """Links of a chip in a corner."""
+        """Number of links of a corner chip."""
         return sum(2 if ring else int(side > 1) for side, ring in zip(self.shape, self.rings, strict=True))
 
     @property
     def diameter(self) -> int:
-        """Hops between the two chips that lie farthest apart."""
+        """Largest number of hops between two chips."""
         return sum(side // 2 if ring else side - 1 for side, ring in zip(self.shape, self.rings, strict=True))
 
 
 def parse_slice(text: str) -> Slice:
-    """Reads a name such as v5e:16x16; raises `UserError` for a slice that there is not."""
+    """Parses a name such as v5e:16x16; raises `UserError` if no such slice exists."""
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
         raise unknown_name("TPU", kind, CHIPS)
     chip = CHIPS[kind]
     axes = chip.shapes[0].count("x") + 1
     found = Slice(kind, tuple(map(int, shape.split("x")))) if re.fullmatch(r"\d+(x\d+)+", shape) else None
-    # Beyond a cube of 4x4x4, slices are made of cubes.
+    # Slices larger than 4x4x4 consist of such cubes.
     cubes = axes == 3 and found is not None and len(found.shape) == 3 and all(n and n % 4 == 0 for n in found.shape)
     if found is None or not (shape in chip.shapes or cubes) or found.size > chip.most:
-        more = f", and multiples of 4 up to {chip.most} chips" if axes == 3 else ""
-        raise UserError(f"--topology={text} is no slice of {kind}: known are {', '.join(chip.shapes)}{more}")
+        more = f", or a multiple of 4 along each axis, up to {chip.most} chips" if axes == 3 else ""
+        wrong = (
+            f"{text}: {kind} has no slice of size {shape}; use"
+            if shape
+            else f"{text} names no slice size; for {kind} use"
+        )
+        raise UserError(f"--topology={wrong} {', '.join(chip.shapes)}{more}")
     return found
 
 
-def slices_up_to(wanted: Slice, fewest: int = 8, most: int = 256) -> list[Slice]:
-    """The slices of the same chips from `fewest` to `most` chips, and the wanted one, by size."""
+def list_slices(wanted: Slice, fewest: int = 8, most: int = 256) -> list[Slice]:
+    """The slices of the same kind with `fewest` to `most` chips, and the wanted one, by size."""
     known = [Slice(wanted.kind, tuple(map(int, shape.split("x")))) for shape in wanted.chip.shapes]
     found = {str(one): one for one in (*known, wanted) if one == wanted or fewest <= one.size <= most}
     return sorted(found.values(), key=lambda one: one.size)
 
 
-def seconds_of(collective: Collective, where: Slice) -> float:
-    """The least time of one run of a collective over a whole slice.
+def compute_seconds(collective: Collective, tpu_slice: Slice) -> float:
+    """Lower bound on the seconds that one run of a collective over a whole slice takes.
 
-    Whatever the algorithm, of n chips each sends what it contributes over its own links, all links together carry an
-    all-reduced array 2 (n - 1) times, and the last chip hears of the first after as many hops as lie between them.
+    Whatever the algorithm, each of n chips sends its contribution over its own links; all links together carry an
+    all-reduced array 2 (n - 1) times; and data crosses the diameter of the slice.
     """
-    n = where.size
+    n = tpu_slice.size
     if n == 1:
         return 0.0
     size = sum(array.bytes for array in collective.arrays)
     each, all_together = {
         "all-reduce": (size, 2 * (n - 1) * size),
-        # Results are the whole array and one chip's part of it.
+        # `size` is that of the result: the whole array of an all-gather, one chip's part of a reduce-scatter.
         "all-gather": (size * (n - 1) / n, size * (n - 1)),
         "reduce-scatter": (size * (n - 1), size * n * (n - 1)),
     }.get(collective.kind, (size * (n - 1) / n, size * (n - 1)))
-    return max(each / where.fewest_links, all_together / where.links) / where.chip.link + where.diameter * HOP
+    return (
+        max(each / tpu_slice.fewest_links, all_together / tpu_slice.links) / tpu_slice.chip.link
+        + tpu_slice.diameter * HOP
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The shortest that a step can take, in seconds.
+    """Lower bounds on the parts of a step, in seconds.
 
     Attributes:
       compute: floating point operations at the chip's peak.
       memory: bytes to and from HBM at its bandwidth.
-      waiting: collectives during which the program does nothing else.
-      hidden: collectives during which it may.
+      waiting: collectives during which the chip does nothing else.
+      hidden: collectives during which it can compute.
     """
 
     compute: float
@@ -167,7 +175,7 @@ class Bound:
 
     @property
     def step(self) -> float:
-        """What can go on at the same time counts as the longest of it."""
+        """The whole step; of what can run at the same time, the longest counts."""
         return max(self.compute, self.memory, self.hidden) + self.waiting
 
     @property
@@ -177,24 +185,25 @@ class Bound:
 
     @property
     def limit(self) -> str:
-        """Which of the three takes longest."""
+        """The one of the three that takes longest."""
         times = {"compute": self.compute, "HBM": self.memory, "interconnect": self.interconnect}
         return max(times, key=lambda name: times[name])
 
     @property
     def efficiency(self) -> float:
-        """The step without any interconnect over the step with it."""
+        """Time of a step without collectives, as a share of the time with them."""
         return max(self.compute, self.memory) / self.step
 
 
-def bound(flops: float, traffic: float, collectives: list[Collective], where: Slice) -> Bound:
-    """The least time of a program that runs on every chip of a slice.
+def compute_bound(flops: float, traffic: float, collectives: list[Collective], tpu_slice: Slice) -> Bound:
+    """Lower bound on the time of a program that runs on every chip of a slice.
 
     Args:
-      flops, traffic: floating point operations and bytes to and from HBM, on one chip.
-      collectives: see `collectives.collectives`; taken to run over all chips of `where`, however many compiled them.
+      flops, traffic: floating point operations, and bytes to and from HBM, per chip.
+      collectives: from `collectives.find_collectives`; assumed to run over all chips of `tpu_slice`, even if
+        the program was compiled for fewer.
     """
     times = {True: 0.0, False: 0.0}
     for one in collectives:
-        times[one.hidden] += one.times * seconds_of(one, where)
-    return Bound(flops / where.chip.flops, traffic / where.chip.bandwidth, times[False], times[True])
+        times[one.hidden] += one.times * compute_seconds(one, tpu_slice)
+    return Bound(flops / tpu_slice.chip.flops, traffic / tpu_slice.chip.bandwidth, times[False], times[True])

@@ -1,4 +1,4 @@
-"""What the command `plan` prints."""
+"""The tables that the command `plan` prints."""
 
 from typing import Any
 
@@ -11,38 +11,38 @@ from ftwt_jax.plan.roofline import GIB, Slice
 from ftwt_jax.printing import say
 
 
-def print_plan(result: dict[str, Any], where: Slice, console: Console) -> None:
-    """Prints a plan's figures as tables, and what they are worth.
+def print_plan(result: dict[str, Any], tpu_slice: Slice, console: Console) -> None:
+    """Prints the figures of a plan as tables, with notes on how to read them.
 
     Args:
-      result: what `plan.json` holds.
-      where: the slice.
+      result: the contents of `plan.json`.
+      tpu_slice: the slice that the steps were compiled for.
     """
-    steps, chip = result["steps"], where.chip
+    steps, chip = result["steps"], tpu_slice.chip
     batch, parts = result["batch_size"], result["accumulate"]
-    share = f"{batch // where.size} on a chip" + (f", in {parts} parts" if parts > 1 else "")
+    share = f"{batch // tpu_slice.size} per chip" + (f", in {parts} parts" if parts > 1 else "")
     say(
         console,
-        f"{result['arch']} in {result['dtype']}, batch {batch:,} ({share}), on {where}: {where.size} chips of "
+        f"{result['arch']} in {result['dtype']}, batch {batch:,} ({share}), on {tpu_slice}: {tpu_slice.size} chips of "
         f"{chip.flops / 1e12:.0f} TFLOP/s and {chip.memory / GIB:.2f} GiB of HBM at {chip.bandwidth / 1e9:.0f} GB/s, "
-        f"links of {chip.link / 1e9:.0f} GB/s each way",
+        f"links of {chip.link / 1e9:.0f} GB/s in each direction",
     )
     _print_memory(steps, result["hbm_bytes"], console)
     _print_work(steps, console)
     _print_collectives(steps, console)
-    columns = ("compute\nms", "HBM\nms", "links\nms", "step\nms", "\nimages/s")
-    table = _table("shortest step", "\nstep", *columns, "\nlimit")
+    columns = ("compute\nms", "HBM\nms", "interconnect\nms", "step\nms", "\nimages/s")
+    table = _table("Lower bound on the time of a step", "\nstep", *columns, "\nlimited by")
     for name, step in steps.items():
         table.add_row(name, *_times(step["bound"]), step["bound"]["limit"])
     _show(table, console)
     first = next(iter(steps))
-    title = f"shortest {first} step, the same batch on each chip"
+    title = f"Lower bound for the {first} step on slices of other sizes, with the same batch per chip"
     table = _table(title, "\nslice", "\nchips", "\nbatch", *columns, "\nefficiency")
     for row in steps[first]["growth"]:
         size = row["topology"], str(row["chips"]), f"{row['batch_size']:,}"
         table.add_row(*size, *_times(row), f"{row['efficiency']:.1%}")
     _show(table, console)
-    _print_notes(steps, where, console)
+    _print_notes(steps, tpu_slice, console)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -53,19 +53,19 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _show(table: Table, console: Console) -> None:
-    # Into a file or a pipe, lines may be as long as they have to be.
+    # Lines to a file or a pipe can be long.
     console.print(table, width=None if console.is_terminal else max(console.width, 120))
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, without an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1e-4 else f"{value:.4f}"
 
 
 def _print_memory(steps: dict[str, Any], hbm: float, console: Console) -> None:
     parts = ("argument", "output", "temporary", "program", "memory")
     table = _table(
-        "memory of a chip, GiB", "step", "arguments", "new outputs", "temporaries", "program", "sum", "of HBM"
+        "Memory per chip (GiB)", "step", "arguments", "new outputs", "temporaries", "program", "total", "share of HBM"
     )
     for name, step in steps.items():
         sizes = (_figure(step[f"{part}_bytes"] / GIB) for part in parts)
@@ -74,7 +74,7 @@ def _print_memory(steps: dict[str, Any], hbm: float, console: Console) -> None:
 
 
 def _print_work(steps: dict[str, Any], console: Console) -> None:
-    table = _table("work of a chip in a step", "step", "GFLOP", "GB to and from HBM", "GB with on-chip memory")
+    table = _table("Work per chip and step", "step", "GFLOP", "HBM traffic (GB)", "with on-chip memory (GB)")
     for name, step in steps.items():
         work = step["flops"], step["hbm_traffic_bytes"], step["accessed_bytes"]
         table.add_row(name, *(_figure(value / 1e9) for value in work))
@@ -82,7 +82,7 @@ def _print_work(steps: dict[str, Any], console: Console) -> None:
 
 
 def _print_collectives(steps: dict[str, Any], console: Console) -> None:
-    table = _table("collectives of a step", "step", "kind", "of", "type", "how many", "MB")
+    table = _table("Collectives per step", "step", "kind", "carries", "dtype", "count", "MB")
     for name, step in steps.items():
         for group in step["collectives"]:
             amounts = f"{group['collectives']:,}", _figure(group["bytes"] / 1e6)
@@ -95,17 +95,17 @@ def _times(row: dict[str, Any]) -> list[str]:
     return [*(_figure(value * 1e3) for value in seconds), f"{row['images_per_second']:,.0f}"]
 
 
-def _print_notes(steps: dict[str, Any], where: Slice, console: Console) -> None:
+def _print_notes(steps: dict[str, Any], tpu_slice: Slice, console: Console) -> None:
     say(
         console,
-        "Times are bounds from published peaks, not measurements: nothing has run. A step takes at least so long, and "
-        "usually longer, for no chip reaches its peaks; reading images is not counted.",
+        "All times are lower bounds computed from published peaks, not measurements: nothing was run. A real step "
+        "usually takes longer, because no chip sustains its peaks. Reading images is not included.",
     )
     say(
         console,
-        f"Compiled for {where}. With the same batch on each chip the program of a chip is the same on every slice, and "
-        "only its collectives take another time: their bytes over the links, and 1 us a hop. Efficiency: images/s as a "
-        "share of those of chips that need not wait for each other.",
+        f"Compiled for {tpu_slice}. With the same batch per chip, each chip runs the same program on every slice; only "
+        "the time of its collectives differs (their bytes over the links, plus 1 us per hop). Efficiency: images/s "
+        "relative to chips that never wait for each other.",
     )
     for name, step in steps.items():
         for group in step["collectives"]:

@@ -1,1 +1,1 @@
-"""The command `report`: what runs have reached, as one page and its plots."""
+"""Reports: the results of runs as one page with plots."""

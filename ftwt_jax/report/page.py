@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, and the plots as PNG beside it."""
+"""Renders and writes the page: one self-contained HTML file, and the plots as PNG files beside it."""
 
 import base64
 import dataclasses
@@ -10,37 +10,44 @@ from typing import Any
 import jinja2
 
 from ftwt_jax.files import written_whole
+from ftwt_jax.report.images import Thumbnail
 from ftwt_jax.report.mask_plots import count
 from ftwt_jax.report.plotting import save_png, to_svg
 from ftwt_jax.report.run_plots import Plot, color_of
 from ftwt_jax.report.runs import RecordedRun, is_number
-from ftwt_jax.report.samples import Thumbnail
 
 PAGE = "index.html"
-# From so many runs on, the page begins with their table, without a card for each.
+# With this many runs or more, the page has no card per run and begins with their table.
 MANY = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a run's network did with the held-out images: plots and images, the unit that was looked at, and notes.
+    """What the page shows of a run's gated network on the held-out images.
 
-    `units`: name, filters and dynamic filters of each unit.
+    Attributes:
+      macs: histogram of the MACs per image.
+      cheapest, most_expensive: the images with the fewest and with the most MACs.
+      dense_macs: exact MACs of the dense network.
+      unit: the unit whose masks are shown.
+      units: name, number of filters and number of dynamic filters of each unit.
+      co_activation: plots of the masks of `unit`.
+      note: why something is missing; empty if nothing is.
     """
 
     macs: Plot | None = None
     cheapest: Sequence[Thumbnail] = ()
-    dearest: Sequence[Thumbnail] = ()
+    most_expensive: Sequence[Thumbnail] = ()
     dense_macs: float = 0.0
     unit: str = ""
     units: Sequence[tuple[str, int, int]] = ()
-    together: Sequence[Plot] = ()
+    co_activation: Sequence[Plot] = ()
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """All that the page shows of one run."""
+    """Everything that the page shows of one run."""
 
     run: RecordedRun
     seen: Seen
@@ -52,14 +59,14 @@ class Section:
 
     @property
     def color(self) -> str:
-        """As CSS has it."""
+        """Its color, in CSS notation."""
         return color_of(self.run)
 
     @property
     def plots(self) -> list[Plot]:
-        """Those of this run alone."""
+        """The plots of this run alone."""
         single = [plot for plot in (self.seen.macs, self.corruptions) if plot is not None]
-        return [*single, *self.seen.together, *self.training]
+        return [*single, *self.seen.co_activation, *self.training]
 
 
 def embed(plot: Plot) -> str:
@@ -71,7 +78,7 @@ def embed(plot: Plot) -> str:
 
 
 def render(sections: Sequence[Section], **others: Any) -> str:
-    """The whole page; `others` are handed to the template."""
+    """The HTML of the page; `others` are further variables of the template."""
     loader = jinja2.PackageLoader("ftwt_jax", "report")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -81,7 +88,7 @@ def render(sections: Sequence[Section], **others: Any) -> str:
 
 
 def _figure(value: Any, digits: int = 4) -> str:
-    """A figure of a table; a dash for one that is not there."""
+    """A number in a table; a dash if it is missing."""
     return f"{value:.{digits}f}" if is_number(value) else "-"
 
 
@@ -90,11 +97,11 @@ def _percent(value: float) -> str:
 
 
 def write(folder: pathlib.Path, page: str, plots: Iterable[Plot]) -> pathlib.Path:
-    """Writes the page and its plots into a folder that is there, each whole or not at all."""
+    """Writes the page and its plots into an existing folder, each file whole or not at all; returns the page's path."""
     for plot in plots:
-        plot.figure.set_layout_engine("none")  # What `embed` has laid out stays where it is; it takes half the time.
+        plot.figure.set_layout_engine("none")  # `embed` has laid it out; doing so again would double the time.
         with warnings.catch_warnings():
-            # A name in signs that the font lacks; on the page, the reader's own fonts have them.
+            # A name may have characters that the plot's font lacks; on the page, the browser's fonts are used.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             save_png(plot.figure, folder / f"{plot.name}.png")
     path = folder / PAGE

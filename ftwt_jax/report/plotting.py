@@ -1,4 +1,4 @@
-"""One look for all plots, drawn without a display."""
+"""One style for all plots, drawn without a display."""
 
 import functools
 import io
@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from ftwt_jax.files import written_whole
 
-# Okabe and Ito's colours: told apart by nearly everybody, in print too.
+# The palette of Okabe and Ito, which color-blind readers can distinguish too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of text and axes.
+# Color of text and axes.
 INK = "#24292f"
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -30,19 +30,19 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "ftwt_jax",
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-# What stands for ink in an SVG file, in a light and in a dark page.
+# CSS of an SVG file: `currentColor` on a light and on a dark page.
 SCHEMES = (
     f"svg{{color:{INK}}}text{{font-family:system-ui,sans-serif!important}}"
     "@media(prefers-color-scheme:dark){svg{color:#d5dae1}}"
 )
 
 
-# The look, for what is drawn within: `with look():`, or `@look()` before a function.
+# Applies the style: `with look():`, or `@look()` before a function.
 look = functools.partial(matplotlib.rc_context, STYLE)
 
 
 def new_plot(xlabel: str, ylabel: str, width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one pair of axes; not known to pyplot, so nothing keeps it alive."""
+    """A figure of this size in inches with one pair of axes; pyplot does not know it and so does not keep it alive."""
     figure, axes = new_grid(1, width, height)
     axes[0].set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
@@ -51,7 +51,7 @@ def new_plot(xlabel: str, ylabel: str, width: float = 7, height: float = 4) -> t
 
 @look()
 def new_grid(count: int, width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with `count` pairs of axes, in rows of `columns`; like `new_plot` otherwise."""
+    """A figure of this size in inches with `count` pairs of axes in rows of `columns`; see `new_plot`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     rows = -(-count // columns)
@@ -68,7 +68,7 @@ def save_png(figure: Figure, path: pathlib.Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as an SVG element without a background; text and axes follow the reader's light or dark scheme."""
+    """A figure as an SVG element without background; text and axes follow the light or dark scheme of the reader."""
     file = io.StringIO()
     with look():
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

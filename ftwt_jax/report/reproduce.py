@@ -1,4 +1,4 @@
-"""The commands by which a run can be had again."""
+"""The commands that reproduce a run and its figures."""
 
 import pathlib
 import shlex
@@ -7,8 +7,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from ftwt_jax.commands.evaluate.corruptions import APPLIED
-from ftwt_jax.commands.parse import REPOSITORY, parse
+from ftwt_jax import config as configs
+from ftwt_jax.data.corruptions import APPLIED
 from ftwt_jax.errors import UserError
 from ftwt_jax.report.runs import RecordedRun
 from ftwt_jax.workdir import as_dict
@@ -17,27 +17,27 @@ PROGRAM = ("python", "-m", "ftwt_jax")
 
 
 def train_command(run: RecordedRun) -> str | None:
-    """The shortest `train` whose flags give exactly the run's config; None if no config file here can be brought to it.
+    """The shortest `train` command whose flags give exactly the run's config; None if flags cannot give it.
 
-    The config file of a run is not recorded, so all of them are tried. What is found was parsed, and compared.
+    A run does not record its config file, so all files are tried; each candidate is parsed and compared.
     """
-    found = [flags for base in _bases(run.config.model.name) if (flags := _flags_from(base, run)) is not None]
+    found = [flags for base in _list_bases(run.config.model.name) if (flags := _find_flags(base, run)) is not None]
     if not found:
         return None
     return in_lines([*PROGRAM, "train", *min(found, key=len), f"--workdir={run.path}"])
 
 
-def _bases(arch: str) -> list[str]:
-    files = sorted(path.name for path in (REPOSITORY / "configs").glob("*.py"))
+def _list_bases(arch: str) -> list[str]:
+    files = sorted(path.name for path in configs.config_folder().glob("*.py"))
     return [f"--config=configs/{file}{end}" for file in files for end in ("", f":{arch}")]
 
 
-def _flags_from(base: str, run: RecordedRun) -> list[str] | None:
-    """`base` and a flag for each field in which the run differs from it; None if flags cannot make them equal."""
+def _find_flags(base: str, run: RecordedRun) -> list[str] | None:
+    """`base`, and a flag for each field in which the run differs from it; None if flags cannot express that."""
     wanted = as_dict(run.config)
     try:
-        there = flatten_dict(_config([base]))
-        changed = [(path, value) for path, value in flatten_dict(wanted).items() if there.get(path, path) != value]
+        usual = flatten_dict(_config([base]))
+        changed = [(path, value) for path, value in flatten_dict(wanted).items() if usual.get(path, path) != value]
         flags = [base, *(f"--config.{'.'.join(path)}={_text(value)}" for path, value in changed)]
         return flags if _config(flags) == wanted else None
     except UserError:
@@ -45,9 +45,7 @@ def _flags_from(base: str, run: RecordedRun) -> list[str] | None:
 
 
 def _config(flags: list[str]) -> dict[str, Any]:
-    values = parse("train", flags)
-    assert values is not None
-    return as_dict(values.config)
+    return as_dict(configs.read(flags))
 
 
 def _text(value: Any) -> str:
@@ -55,7 +53,7 @@ def _text(value: Any) -> str:
 
 
 def evaluate_commands(run: RecordedRun) -> list[str]:
-    """The commands that wrote the figures of a workdir."""
+    """The commands that wrote the figures in a workdir."""
     start = [*PROGRAM, "evaluate", f"--workdir={run.path}"]
 
     def best(table: dict[str, Any]) -> list[str]:
@@ -67,18 +65,18 @@ def evaluate_commands(run: RecordedRun) -> list[str]:
         commands.append([*start, *best(run.curve), f"--budgets={budgets}"])
     if run.corruptions:
         source = run.sweep.get("source", APPLIED)
-        given = [] if source == APPLIED else [f"--corruptions_from={source}"]
-        commands.append([*start, *best(run.sweep), "--corruptions", *given])
+        from_source = [] if source == APPLIED else [f"--corruptions_from={source}"]
+        commands.append([*start, *best(run.sweep), "--corruptions", *from_source])
     return [in_lines(command) for command in commands]
 
 
 def report_command(runs: Sequence[RecordedRun], out: pathlib.Path, unit: str | None) -> str:
-    """The command that writes this page again."""
+    """The command that wrote this page."""
     chosen = [] if unit is None else [f"--unit={unit}"]
     return in_lines([*PROGRAM, "report", *(str(run.path) for run in runs), f"--out={out}", *chosen])
 
 
 def in_lines(command: Sequence[str]) -> str:
-    """A command for a shell; each argument after the name on a line of its own."""
+    """A shell command with one argument per line after its name."""
     head, rest = shlex.join(command[:4]), [shlex.quote(argument) for argument in command[4:]]
     return " \\\n    ".join([head, *rest])

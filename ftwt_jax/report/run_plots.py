@@ -1,4 +1,4 @@
-"""The plots of figures that workdirs hold: accuracy against work, density, training, corruptions."""
+"""Plots of the figures in workdirs: accuracy against MACs, density, training, corruptions."""
 
 import dataclasses
 import itertools
@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ftwt_jax.commands.evaluate.corruptions import CLEAN
+from ftwt_jax.data.corruptions import CLEAN
 from ftwt_jax.report.plotting import COLORS, INK, look, new_grid, new_plot
 from ftwt_jax.report.runs import RecordedRun, Row, is_number, printable
-from ftwt_jax.training.run import BASELINE, STAGES
+from ftwt_jax.training.settings import BASELINE, STAGES
 
-# Inches; on a telephone this is as wide as the page, and text still has its size.
+# Inches; as wide as the page on a phone, with text at its normal size.
 WIDTH, HEIGHT = 4.8, 3.3
 LEGEND_ROW = 0.21
-# A curve with more points is averaged to so many.
+# A curve with more points is averaged down to this many.
 MOST_POINTS = 240
 LONGEST_LABEL = 34
 MARKERS = "osD^vPX"
@@ -26,9 +26,12 @@ MARKERS = "osD^vPX"
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure, the name of its file, what it shows to those who do not see it, and its caption.
+    """A plot of the page.
 
-    `wide`: it is too wide for a telephone, which has to scroll it.
+    Attributes:
+      name: name of its file, without the ending.
+      alt: a description for readers who cannot see it.
+      wide: whether it is wider than a phone, which then scrolls it.
     """
 
     name: str
@@ -39,30 +42,30 @@ class Plot:
 
     @property
     def most(self) -> int:
-        """The widest that it is shown, in pixels: as wide that its text is as large as the page's."""
+        """Its largest width in pixels: there its text is as large as the text of the page."""
         return round(self.figure.get_figwidth() * 108)
 
     @property
     def least(self) -> int:
-        """The least width at which it can be read."""
+        """The smallest width in pixels at which its text is legible."""
         return round(self.figure.get_figwidth() * 76)
 
 
 def color_of(run: RecordedRun) -> str:
-    """The colour of a run on the whole page; black would not be seen on a dark one."""
+    """The color of a run on the whole page; without black, which a dark page would hide."""
     colors = [*COLORS[:-1], "#8C6BB1"]
     return colors[(run.number - 1) % len(colors)]
 
 
 def plain(text: str, longest: int = LONGEST_LABEL) -> str:
-    """A name as a plot can write it: no formula, and not too long."""
+    """A name as text of a plot: shortened, and with no part read as a formula."""
     text = printable(text)
     short = text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
     return short.replace("$", r"\$")
 
 
 def legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
-    """Below the plot, where it hides nothing."""
+    """Adds a legend below the plot."""
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
@@ -74,7 +77,7 @@ def _mark(label: str, **options: Any) -> Line2D:
 
 @look()
 def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
-    """Accuracy against exact MACs reduction: a point for each gated network, its dense one at 0, and curves."""
+    """Accuracy against exact MACs reduction: gated networks, their dense networks at 0, and curves over budgets."""
     figure, axes = new_plot("MACs reduction, exact", "held-out accuracy", WIDTH, HEIGHT)
     handles = []
     for run in runs:
@@ -94,7 +97,7 @@ def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
         handles.append(_mark(plain(run.label), color=color, marker=marker, linestyle="none", markersize=7))
     kinds = [_mark("dense", color=INK, marker="s", markerfacecolor="none", linestyle="none", markersize=7)]
     if any(run.budgets for run in runs):
-        kinds.append(_mark("other budgets, not trained again", color=INK, marker="."))
+        kinds.append(_mark("other budgets, without more training", color=INK, marker="."))
     if any("static_accuracy" in row for run in runs for row in run.budgets):
         kinds.append(_mark("fixed masks", color=INK, linestyle="--", linewidth=1))
     axes.set_xlim(left=-0.02)
@@ -105,13 +108,13 @@ def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
         for run in runs
     )
     caption = (
-        "Held-out accuracy against the share of MACs saved. Open squares: dense networks, which save nothing. Filled: "
-        "the gated network made of each."
+        "Held-out accuracy against the share of MACs saved. Open squares: dense networks. Filled markers: gated "
+        "networks trained from them."
     )
     if any(run.budgets for run in runs):
-        caption += " Lines: the same network brought to other budgets without more training."
+        caption += " Solid lines: the same network at other budgets, without more training."
     if len(kinds) > 2:
-        caption += " Dashed: each filter on or off for good, at the same work."
+        caption += " Dashed lines: one fixed mask for all images, at the same MACs."
     return Plot("accuracy", figure, f"Accuracy against MACs reduction. {points}.", caption)
 
 
@@ -122,7 +125,7 @@ def _curve(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float
 
 @look()
 def density_plots(runs: Sequence[RecordedRun]) -> list[Plot]:
-    """Density of each unit, a plot for each kind of network: bars for one run, lines for several."""
+    """Density of each unit, one plot per network architecture: bars for one run, lines for several."""
     kinds: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in runs:
         if run.units:
@@ -143,14 +146,13 @@ def density_plots(runs: Sequence[RecordedRun]) -> list[Plot]:
         handles = [_mark(plain(run.label), color=color_of(run), linewidth=4) for run in group]
         legend(figure, handles, columns=2)
         means = "; ".join(f"{run.name}: {min(d := run.evaluation['density']):.2f} to {max(d):.2f}" for run in group)
-        what = f"{group[0].config.model.name}, {len(units)} gated units"
+        network = f"{group[0].config.model.name}, {len(units)} gated units"
         plots.append(
             Plot(
                 f"density{number if len(kinds) > 1 else ''}",
                 figure,
-                f"Density per unit of {what}. {means}.",
-                f"Share of filters on in each unit of {what}, mean over held-out images, from the first unit to the "
-                "last.",
+                f"Density per unit of {network}. {means}.",
+                f"Share of filters that are on in each unit of {network}; mean over held-out images.",
                 wide=width > 1.3 * WIDTH,
             )
         )
@@ -168,45 +170,45 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="x")
 
 
-# What is drawn of `metrics.jsonl`: title, name of the file, and the keys with how the plot calls them.
+# The plots of `metrics.jsonl`: title, name of the file, and keys with their labels.
 CURVES = (
-    ("Loss", "loss", {"loss": "training, with the gates' loss"}),
-    ("Accuracy", "accuracy", {"accuracy": "training, augmented", "eval_accuracy": "held out"}),
+    ("Loss", "loss", {"loss": "training, including the gate loss"}),
+    ("Accuracy", "accuracy", {"accuracy": "training (augmented)", "eval_accuracy": "held out"}),
     (
         "Gate accuracy",
         "gate_accuracy",
         {
             "gate_accuracy": "training",
             "eval_gate_accuracy": "held out",
-            "eval_static_gate_accuracy": "best fixed mask, held out",
+            "eval_static_gate_accuracy": "held out, best fixed mask",
         },
     ),
     (
         "MACs reduction and density",
         "work",
-        {"eval_macs_reduction": "MACs reduction (exact), held out", "density": "density, training"},
+        {"eval_macs_reduction": "held out, MACs reduction (exact)", "density": "training, density"},
     ),
 )
 
 
 @look()
 def training_plots(run: RecordedRun) -> list[Plot]:
-    """Curves over the steps of both stages, the gates' after the baseline's."""
+    """Curves over the steps of both stages, one after the other."""
     last = {stage: max((row["step"] for row in run.metrics if row["stage"] == stage), default=0) for stage in STAGES}
     offsets = {BASELINE: 0, STAGES[1]: last[BASELINE]}
     plots = []
     for title, name, keys in CURVES:
         figure, axes = new_plot("step", title[0].lower() + title[1:] if title[1].islower() else title, WIDTH, 2.6)
-        handles, told = [], []
+        handles, ends = [], []
         for (key, label), color in zip(keys.items(), COLORS, strict=False):
             drawn = False
             for stage, offset in offsets.items():
                 rows = [row for row in run.metrics if row["stage"] == stage and is_number(row.get(key))]
                 if not rows:
                     continue
-                steps, values = thinned([row["step"] + offset for row in rows], [row[key] for row in rows])
+                steps, values = thin_out([row["step"] + offset for row in rows], [row[key] for row in rows])
                 axes.plot(steps, values, color=color, marker="." if len(steps) < 12 else "", linewidth=1.5)
-                told.append(f"{label} ends {stage} at {rows[-1][key]:.3f}")
+                ends.append(f"{label}: {rows[-1][key]:.3f} at the end of stage {stage}")
                 drawn = True
             if drawn:
                 handles.append(_mark(label, color=color))
@@ -221,13 +223,13 @@ def training_plots(run: RecordedRun) -> list[Plot]:
         if name == "loss":
             axes.set_yscale("log")
         legend(figure, handles, columns=1)
-        caption = f"{title} over the steps of training."
-        plots.append(Plot(f"run{run.number}_{name}", figure, f"{title}: {'; '.join(told)}.", caption))
+        caption = f"{title} over training steps."
+        plots.append(Plot(f"run{run.number}_{name}", figure, f"{title}: {'; '.join(ends)}.", caption))
     return plots
 
 
-def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MOST_POINTS` points: means of equal parts of a longer curve."""
+def thin_out(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Reduces a curve to at most `MOST_POINTS` points, means of equal parts."""
     count = min(len(steps), MOST_POINTS)
     first, second = (
         np.array([part.mean() for part in np.array_split(np.asarray(xs, float), count)]) for xs in (steps, values)
@@ -237,7 +239,7 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray
 
 @look()
 def corruption_plot(run: RecordedRun) -> Plot:
-    """Accuracy against severity, a small plot for each corruption."""
+    """Accuracy against severity, one small plot per corruption."""
     clean = [row for row in run.corruptions if row["corruption"] == CLEAN]
     named = [row for row in run.corruptions if row["corruption"] != CLEAN]
     groups = {name: list(rows) for name, rows in itertools.groupby(named, lambda row: row["corruption"])}
@@ -255,7 +257,7 @@ def corruption_plot(run: RecordedRun) -> Plot:
         axes.set_title(plain(str(name).replace("_", " ")), fontsize=10)
         axes.set_xticks(sorted({int(row["severity"]) for row in run.corruptions}))
     for axes in grid[-columns:]:
-        axes.set_xlabel("severity (0: as it is)" if clean else "severity")
+        axes.set_xlabel("severity (0: original)" if clean else "severity")
         axes.tick_params(labelbottom=True)
     figure.supylabel("held-out accuracy", fontsize=10)
     handles = [_mark("dense", color=INK, linestyle="--", marker=".")]
@@ -266,8 +268,8 @@ def corruption_plot(run: RecordedRun) -> Plot:
     return Plot(
         f"run{run.number}_corruptions",
         figure,
-        f"Accuracy against severity of {len(groups)} corruptions; the dense network's lowest is "
+        f"Accuracy against severity of {len(groups)} corruptions; the dense network's lowest accuracy is "
         f"{worst['dense_accuracy']:.3f}, for {worst['corruption']} at severity {worst['severity']}.",
-        "Held-out accuracy on corrupted images against the severity of the corruption, dense and gated.",
+        "Held-out accuracy of the dense and the gated network against the severity of each corruption.",
         wide=True,
     )

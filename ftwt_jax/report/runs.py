@@ -1,4 +1,4 @@
-"""What workdirs tell of their runs: config, figures, and what was written on the way. No network is run here."""
+"""Reads what workdirs record of their runs: config, figures, metrics. No network is run here."""
 
 import dataclasses
 import json
@@ -10,15 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.evaluate.budgets import CURVE
-from ftwt_jax.commands.evaluate.corruptions import FILE as CORRUPTIONS
-from ftwt_jax.commands.evaluate.held_out import EVALUATION
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.training.progress import METRICS
+from ftwt_jax.workdir import BUDGETS, CORRUPTIONS, EVALUATION, METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
 
 Row = dict[str, Any]
-# Fields that must be numbers, and those that are null where there is no gated network.
+# Fields that must be numbers, and fields that are null without a gated network.
 FIGURES = ("accuracy", "dense_accuracy", "macs_reduction", "macs_reduction_published", "samples")
 GATE_FIGURES = ("gate_accuracy", "static_gate_accuracy", "dynamic_filters")
 CURVE_FIGURES = ("accuracy", "macs_reduction")
@@ -27,16 +24,16 @@ CORRUPTION_FIGURES = ("severity", "dense_accuracy")
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """A run as its workdir has it.
+    """A run as its workdir records it.
 
     Attributes:
-      number: its place among those reported, from 1.
-      name: the end of its path, as long as it takes to tell it from the others.
+      number: its position among the reported runs, from 1.
+      name: the end of its path, long enough to be unique.
       evaluation: `evaluation.json`; reductions and accuracies are fractions.
-      curve: `budgets.json`; empty where there is none.
-      sweep: `corruptions.json`; empty where there is none.
-      metrics: the lines of `metrics.jsonl`; empty for a network that was not trained here.
-      environments: what it was trained on, first to last; empty where that was not recorded.
+      curve: `budgets.json`; empty if it does not exist.
+      sweep: `corruptions.json`; empty if it does not exist.
+      metrics: the lines of `metrics.jsonl`; empty for an imported network.
+      environments: the environments that it was trained in, in order; empty if they were not recorded.
     """
 
     number: int
@@ -51,12 +48,12 @@ class RecordedRun:
 
     @property
     def label(self) -> str:
-        """What plots call it."""
+        """Its name in plots."""
         return f"{self.number} {self.name}"
 
     @property
     def gated(self) -> bool:
-        """Whether its figures are of a gated network."""
+        """Whether it has a gated network."""
         return self.evaluation["gate_accuracy"] is not None
 
     @property
@@ -67,19 +64,19 @@ class RecordedRun:
 
     @property
     def budget(self) -> str:
-        """The MACs reduction that was asked for, or the range of them; empty if r was given."""
+        """The requested MACs reduction, or the range of it; empty if r was set directly."""
         gates = self.config.gates
         asked = gates.get("budgets") or ([] if gates.budget is None else [gates.budget])
         return " to ".join(f"{budget:.2f}" for budget in asked)
 
     @property
     def budgets(self) -> list[Row]:
-        """The network at other budgets."""
+        """The figures of the network at other budgets, a row for each."""
         return self.curve.get("rows", [])
 
     @property
     def corruptions(self) -> list[Row]:
-        """Both networks on corrupted images."""
+        """The figures of both networks on corrupted images, a row for each corruption and severity."""
         return self.sweep.get("rows", [])
 
     @property
@@ -89,38 +86,37 @@ class RecordedRun:
 
 
 def read_runs(folders: Sequence[str]) -> list[RecordedRun]:
-    """Reads workdirs, each once.
+    """Reads workdirs; one that is named twice is read once.
 
     Raises:
-      UserError: a folder is no workdir, was not evaluated yet, or holds a file that is broken.
+      UserError: a folder is not a workdir, was not evaluated, or holds a file that cannot be read.
     """
     paths = list(dict.fromkeys(pathlib.Path(os.path.normpath(workdir.absolute(folder))) for folder in folders))
     return [
-        _read(number, name, path) for number, (name, path) in enumerate(zip(_names(paths), paths, strict=True), start=1)
+        _read(number, name, path)
+        for number, (name, path) in enumerate(zip(_shorten(paths), paths, strict=True), start=1)
     ]
 
 
 def _read(number: int, name: str, path: pathlib.Path) -> RecordedRun:
     _, config = workdir.load(str(path))
     if not (path / EVALUATION).exists():
-        raise UserError(
-            f"no evaluation in {path}: run `python -m ftwt_jax evaluate --workdir={path}` first, which writes it"
-        )
+        raise UserError(f"{path} holds no evaluation; run `python -m ftwt_jax evaluate --workdir={path}` first")
     return RecordedRun(
         number=number,
         name=name,
         path=path,
         config=config,
-        evaluation=_evaluation(path),
-        curve=_table(path / CURVE, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
-        sweep=_table(path / CORRUPTIONS, CORRUPTION_FIGURES, "evaluate --corruptions"),
+        evaluation=_read_evaluation(path),
+        curve=_read_table(path / BUDGETS, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
+        sweep=_read_table(path / CORRUPTIONS, CORRUPTION_FIGURES, "evaluate --corruptions"),
         metrics=read_metrics(path / METRICS),
         environments=recorded_environments(path),
     )
 
 
-def _names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The last part of each path, or as many more as it takes to tell them apart; signs that nobody sees are spelt."""
+def _shorten(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The last part of each path, or as many parts as make them unique; invisible characters are escaped."""
     depth = 1
     longest = max(len(path.parts) for path in paths)
     while depth < longest and len({path.parts[-depth:] for path in paths}) < len(paths):
@@ -129,11 +125,11 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text with signs that cannot be shown, nor stand in a page, spelt out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
+    """The text with its unprintable characters escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def _evaluation(folder: pathlib.Path) -> Row:
+def _read_evaluation(folder: pathlib.Path) -> Row:
     path = folder / EVALUATION
     found = workdir.read_json(path, "evaluation")
     missing = [name for name in FIGURES if not is_number(_get(found, name))]
@@ -144,20 +140,21 @@ def _evaluation(folder: pathlib.Path) -> Row:
         missing.append("units and density")
     if missing:
         raise UserError(
-            f"{path} is no evaluation, or an old one: it lacks {', '.join(missing)}; run "
+            f"{path} lacks {', '.join(missing)}, perhaps because an older version wrote it; run "
             f"`python -m ftwt_jax evaluate --workdir={folder}` again"
         )
     return found
 
 
-def _table(path: pathlib.Path, figures: Sequence[str], command: str) -> Row:
+def _read_table(path: pathlib.Path, figures: Sequence[str], command: str) -> Row:
     if not path.exists():
         return {}
     found = workdir.read_json(path, "table")
     rows = _get(found, "rows")
     if not (isinstance(rows, list) and all(is_number(_get(row, name)) for row in rows for name in figures)):
         raise UserError(
-            f"{path} must hold rows with the numbers {', '.join(figures)}: make it again by `{command}`, or delete it"
+            f"{path} must hold rows with the numbers {', '.join(figures)}; write it again with "
+            f"`{command}`, or delete it"
         )
     return found
 
@@ -172,7 +169,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_metrics(path: pathlib.Path) -> tuple[Row, ...]:
-    """The lines of `metrics.jsonl` that are whole; the last one of a killed run may be cut off."""
+    """The complete lines of `metrics.jsonl`; a killed run may leave an incomplete one."""
     if not path.exists():
         return ()
     rows = []
@@ -187,7 +184,7 @@ def read_metrics(path: pathlib.Path) -> tuple[Row, ...]:
 
 
 def check_unit(runs: Sequence[RecordedRun], unit: str | None) -> None:
-    """Raises `UserError` for a unit that none of the gated networks has."""
+    """Raises `UserError` if none of the gated networks has this unit."""
     known = list(dict.fromkeys(name for run in runs for name in run.units))
     if unit is not None and unit not in known:
         raise unknown_name("unit", unit, known)

@@ -23,7 +23,7 @@ Sums = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LayerWork:
-    """Work of one layer under the exact convention, in MACs per sample: of the dense network, and measured."""
+    """Exact MACs of one layer per image: of the dense network, and as measured."""
 
     layer: LayerRecord
     dense: float
@@ -35,9 +35,10 @@ class Evaluation:
     """Figures of a network over a data set; reductions and accuracies are fractions.
 
     Attributes:
-      macs_reduction, macs_reduction_published: 1 - (mean MACs of a sample) / (dense MACs), under either convention.
+      macs_reduction, macs_reduction_published: 1 - (mean MACs of an image) / (dense MACs), under either convention.
       gates: None for a dense network.
-      layers: every layer's work.
+      layers: the work of every layer.
+      samples: number of images.
     """
 
     samples: int
@@ -50,19 +51,14 @@ class Evaluation:
 
 
 class Evaluator:
-    """A network made ready to be evaluated: compiled once, for any variables, r and data of one image size."""
+    """Evaluates a network; compiled once for any variables, r and data of one image size."""
 
     def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh, masks: str = "heads"):
         self._mesh = mesh
-        self._layers: tuple[LayerRecord, ...] = ()
-        self._gate_names: tuple[str, ...] = ()
 
         def step(variables: Any, batch: dict[str, Array], r: Array, offset: Array) -> Sums:
             control = GateControl(r=r, masks=masks, offset=offset)
             outputs: Any = model.apply(variables, normalize(batch["image"]), train=False, control=control)
-            # What is known of the layers without running them is noted while tracing.
-            self._layers = tuple(x.replace(active_in=None, active_out=None, gate=None) for x in outputs.layers)
-            self._gate_names = outputs.gate_names
             weight = batch["weight"]
             hits = jnp.argmax(outputs.logits, axis=-1) == batch["label"]
 
@@ -78,6 +74,8 @@ class Evaluator:
                 "exact": work("exact"),
                 "published": work("published"),
                 "gates": count_gates(outputs.gates, weight),
+                # Records without their arrays hold no leaf: jit hands them back as part of the result's structure.
+                "layers": tuple(_without_arrays(layer) for layer in outputs.layers),
             }
 
         whole = replicated(mesh)
@@ -99,17 +97,23 @@ class Evaluator:
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
         samples = round(float(sums["samples"]))
         exact, published = (np.asarray(sums[convention]) / samples for convention in ("exact", "published"))
-        dense = [layer_dense_macs(layer) for layer in self._layers]
-        gated = bool(self._gate_names)
+        layers: tuple[LayerRecord, ...] = sums["layers"]
+        gate_names = tuple(layer.name for layer in layers if layer.gate is not None)
+        dense = [layer_dense_macs(layer) for layer in layers]
+        gated = bool(gate_names)
         return Evaluation(
             samples=samples,
             accuracy=float(sums["correct"] / samples),
             macs_reduction=float(1 - exact.sum()) if gated else 0.0,
             macs_reduction_published=float(1 - published.sum()) if gated else 0.0,
             gates=summarize_gates(sums["gates"], samples) if gated else None,
-            gate_names=self._gate_names,
+            gate_names=gate_names,
             layers=tuple(
                 LayerWork(layer, float(before), float(part * sum(dense)))
-                for layer, before, part in zip(self._layers, dense, exact, strict=True)
+                for layer, before, part in zip(layers, dense, exact, strict=True)
             ),
         )
+
+
+def _without_arrays(layer: LayerRecord) -> LayerRecord:
+    return layer.replace(active_in=None, active_out=None, gate=jax.tree.map(lambda _: None, layer.gate))

@@ -1,167 +1,104 @@
-"""The main job: dense baseline, estimate, gate training, evaluation."""
+"""The loop of a stage: its steps, with reports, evaluations and checkpoints in between."""
 
-import contextlib
-import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 
-from ftwt_jax import workdir
-from ftwt_jax.budget.keeper import BudgetKeeper
-from ftwt_jax.commands.estimate import choose_r
-from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.processes import Preempted, Preemption
 from ftwt_jax.parallel.sharding import put_batch, put_whole, replicated
-from ftwt_jax.printing import say
-from ftwt_jax.training.progress import MetricsWriter, ProgressDisplay, Stopwatch
-from ftwt_jax.training.run import BASELINE, GATED, SECTIONS, STAGES, Adopted, Run, make_run
-from ftwt_jax.training.stage import Stage, make_stage
+from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import BASELINE, SECTIONS
+from ftwt_jax.training.stage import Stage
 from ftwt_jax.training.step import TrainState, create_state
-from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint, set_damaged_aside
+from ftwt_jax.workdir.checkpoints import Checkpoints
 from ftwt_jax.workdir.environment import record_environment
+from ftwt_jax.workdir.metrics import MetricsWriter
 
 Variables = dict[str, Any]
-# What a dense network is trained with.
-UNGATED = {"r": 1.0, "macs_reduction": 0.0}
 
 
-def train(config: ConfigDict, folder: str, console: Console) -> None:
-    """Trains baseline and gates in `folder`, or goes on where an earlier run stopped, and evaluates the result.
+class Hook:
+    """What a stage is steered by; this one leaves it alone, at one mass threshold.
 
-    Raises:
-      UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a number.
-      Preempted: the process was told to stop, and has saved everything.
+    Attributes:
+      r: mass threshold of the targets.
     """
-    started = time.perf_counter()
-    path = workdir.absolute(folder)
-    for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
-        say(console, note)
-    run = make_run(config, path)
-    if config.init_from:
-        config.init_from = str(workdir.absolute(config.init_from))
-    own = has_checkpoint(run.workdir, BASELINE)
-    adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not own else None
-    if config.baseline.epochs <= 0:
-        if not (own or adopted):
-            raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")
-        if not (adopted.finished if adopted else run.is_finished(BASELINE)):
-            raise UserError("config.baseline.epochs=0 would leave the baseline's new classifier untrained")
-    data = run.dataset
-    say(
-        console,
-        f"{config.data.name}: {len(data.train):,} images to train on, {len(data.test):,} held out, "
-        f"{data.num_classes} classes",
-    )
-    workdir.prepare(run.workdir, config)
 
-    if adopted is not None:
-        keep_baseline(run, adopted, console)
-    preemption = Preemption()
-    with preemption.watched():
-        baseline = train_stage(run, BASELINE, console, preemption, lambda: init_dense(run))
-        if config.gates.epochs > 0:
-            estimate = choose_r(run, baseline, console)
-            train_stage(run, GATED, console, preemption, lambda: init_gated(run, baseline), estimate)
-    if config.gates.epochs > 0:
-        evaluate_run(run, console)
-    else:
-        count_skipped(run)
-        if run.dataset.skipped.names:
-            say(console, run.dataset.skipped.summary())
-    seconds = time.perf_counter() - started
-    say(console, f"done in {seconds:.0f} s; everything is in {run.workdir}")
+    def __init__(self, run: Run, r: float = 1.0):
+        self.run, self.r = run, r
+        self._fixed = self.control_at(0.0)
 
+    def control_at(self, offset: float) -> GateControl:
+        """A step's control with this offset to all gate logits."""
+        return self.run.replicated(GateControl(r=jnp.float32(self.r), offset=jnp.float32(offset)))
 
-def keep_baseline(run: Run, adopted: Adopted, console: Console) -> None:
-    """Copies a baseline from elsewhere into this run, which then stands by itself."""
-    for note in adopted.notes:
-        say(console, f"baseline of {run.config.init_from}: {note}")
-    with contextlib.closing(run.checkpoints(BASELINE, create=True)) as checkpoints:
-        checkpoints.save_network(adopted.variables, adopted.finished)
+    def control(self, step: int) -> GateControl:
+        """What `step`, counted from 1, is trained with."""
+        return self._fixed
 
+    def after(self, state: TrainState, step: int) -> TrainState:
+        """The state to go on with after `step`."""
+        return state
 
-def init_dense(run: Run) -> Variables:
-    """What the baseline's training starts from: what was given, or fresh variables."""
-    if has_checkpoint(run.workdir, BASELINE):
-        return run.trained(BASELINE)
-    return jax.jit(run.models[BASELINE].init)(run.key(BASELINE), run.example_images)
-
-
-def init_gated(run: Run, baseline: Variables) -> Variables:
-    """The baseline's variables with fresh gate heads."""
-    return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
+    def comparable(self, step: int) -> bool:
+        """Whether the accuracy after this step may be compared with later ones, to find the best checkpoint."""
+        return True
 
 
 def train_stage(
-    run: Run,
-    name: str,
-    console: Console,
-    preemption: Preemption,
-    init: Callable[[], Variables],
-    estimate: dict[str, float] | None = None,
+    run: Run, stage: Stage, init: Callable[[], Variables], hook: Hook, preemption: Preemption, console: Console
 ) -> Variables:
     """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
 
-    Raises `Preempted` once that is asked for, with everything saved.
-
     Args:
       init: makes the variables to start from.
-      estimate: of the gated stage, the mass threshold of its targets and the MACs reduction to expect.
+
+    Raises:
+      Preempted: the process was told to stop, and everything is saved.
+      UserError: a loss is no longer a finite number.
     """
-    stage = make_stage(run, name)
-    checkpoints = run.checkpoints(name, create=True)
+    checkpoints = run.checkpoints(stage.name, create=True)
     try:
         start = checkpoints.latest_step() or 0
         if checkpoints.is_finished(stage.total):
-            return checkpoints.restore_network(run.abstract_variables(name), replicated(run.mesh))
+            return checkpoints.restore_network(run.abstract_variables(stage.name), replicated(run.mesh))
         record_environment(run.workdir)
         if start:
             state = checkpoints.restore(stage.state)
-            console.print(f"{name}: going on from step {start} of {stage.total}", highlight=False)
+            console.print(f"{stage.name}: resuming from step {start} of {stage.total}", highlight=False)
         else:
             state = put_whole(create_state(init(), stage.optimizer), stage.shardings)
-        offset = 0 if name == BASELINE else run.steps_of(BASELINE)
-        writer = MetricsWriter(run.workdir, name, start, offset)
-        display = ProgressDisplay(console, name, stage.total, start)
-        try:
-            loop = _Loop(run, stage, estimate or UNGATED, checkpoints, writer, display, preemption, offset)
-            return loop.run(state, start).variables
-        finally:
-            display.close()
-            writer.close()
+        return _Loop(run, stage, hook, checkpoints, preemption).run(state, start, console).variables
     finally:
         checkpoints.close()
 
 
 class _Loop:
-    """The steps of one stage, with reports, evaluations and checkpoints in between."""
+    def __init__(self, run: Run, stage: Stage, hook: Hook, checkpoints: Checkpoints, preemption: Preemption):
+        self._run, self._stage, self._hook = run, stage, hook
+        self._checkpoints, self._preemption = checkpoints, preemption
+        # Steps of earlier stages, by which preemption and TensorBoard count on.
+        self._offset = 0 if stage.name == BASELINE else run.steps_of(BASELINE)
 
-    def __init__(
-        self,
-        run: Run,
-        stage: Stage,
-        estimate: dict[str, float],
-        checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        display: ProgressDisplay,
-        preemption: Preemption,
-        offset: int,
-    ):
-        self._preemption, self._offset = preemption, offset
-        self._run, self._stage, self._r = run, stage, estimate["r"]
-        self._keeper = BudgetKeeper(run, stage, self._r, estimate["macs_reduction"])
-        self._checkpoints, self._writer, self._display = checkpoints, writer, display
-        self._evaluator = run.evaluator(stage.name)
+    def run(self, state: TrainState, start: int, console: Console) -> TrainState:
+        name, total = self._stage.name, self._stage.total
+        self._writer = MetricsWriter(self._run.workdir, name, start, self._offset)
+        self._display = ProgressDisplay(console, name, total, start)
+        try:
+            return self._steps(state, start)
+        finally:
+            self._display.close()
+            self._writer.close()
 
-    def run(self, state: TrainState, start: int) -> TrainState:
+    def _steps(self, state: TrainState, start: int) -> TrainState:
         config, stage = self._run.config, self._stage
         total = stage.total
         batches = train_batches(self._run.dataset, config.batch_size, stage.seed, start, total)
@@ -169,7 +106,7 @@ class _Loop:
         pending: list[Any] = []
         for step in range(start + 1, total + 1):
             batch = watch.next_batch(batches, newest)
-            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), self._keeper.control(step))
+            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), self._hook.control(step))
             pending.append(metrics)
             if newest is not None:
                 # One step ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
@@ -181,7 +118,7 @@ class _Loop:
                 watch = Stopwatch()
             else:
                 watch.add(config.batch_size)
-            state = self._keeper.after(state, step)
+            state = self._hook.after(state, step)
             self._display.advance(step)
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
@@ -192,13 +129,13 @@ class _Loop:
                     self._report(state, step, pending, watch)
                 if not save:
                     self._checkpoints.save(state)
-                raise Preempted(f"{stage.name} has stopped at step {step} of {total}, and everything is saved")
+                raise Preempted(f"{stage.name} stopped at step {step} of {total}; everything is saved")
         return state
 
     def _report(
         self, state: TrainState, step: int, pending: list[Any], watch: Stopwatch, evaluated: bool = False
     ) -> None:
-        """Writes and shows the means since the last report; evaluates the network and saves it, if it is time to."""
+        """Writes and shows the means since the last report; with `evaluated`, evaluates and saves the network too."""
         scalars = self._collect(pending, step)
         scalars |= {"learning_rate": float(self._stage.rate(step - 1)), **watch.read()}
         if evaluated:
@@ -207,7 +144,7 @@ class _Loop:
         self._writer.write(step, scalars)
         self._display.report(step, scalars)
         if evaluated:
-            comparable = self._keeper.comparable(step)
+            comparable = self._hook.comparable(step)
             self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]} if comparable else None)
 
     def _collect(self, pending: list[Any], step: int) -> dict[str, float]:
@@ -217,19 +154,20 @@ class _Loop:
         for index, row in enumerate(rows):
             for name in ("loss", "gate_loss", "grad_norm"):
                 if name in row and not np.isfinite(row[name]):
-                    self._stop(name, row[name], first + index)
+                    raise self._diverged(name, row[name], first + index)
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
-    def _stop(self, name: str, value: float, step: int) -> None:
+    def _diverged(self, name: str, value: float, step: int) -> UserError:
         newest = self._checkpoints.latest_step()
-        kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint had been written yet"
-        raise UserError(
+        kept = f"the checkpoint of step {newest} is intact" if newest else "no checkpoint had been written yet"
+        return UserError(
             f"{self._stage.name}: {name.replace('_', ' ')} is {value} at step {step}; {kept}; "
             f"lower the learning rate (config.{SECTIONS[self._stage.name]}.lr) in a new workdir"
         )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        found = self._evaluator.run(state.variables, self._run.test_batches(), self._r)
+        evaluator = self._run.evaluator(self._stage.name)
+        found = evaluator.run(state.variables, self._run.test_batches(), self._hook.r)
         scalars = {"eval_accuracy": found.accuracy}
         if found.gates is not None:
             scalars["eval_macs_reduction"] = found.macs_reduction

@@ -1,8 +1,5 @@
-"""What a run tells of itself: `metrics.jsonl`, TensorBoard events, and a progress bar or plain lines."""
+"""What a run shows while it trains: a progress bar, or plain lines."""
 
-import contextlib
-import json
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,86 +8,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
-from ftwt_jax.errors import UserError
-from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.printing import say
-
-Scalars = dict[str, float]
-METRICS = "metrics.jsonl"
-
-
-def rewind(path: pathlib.Path, stage: str, step: int) -> None:
-    """Drops the lines of `stage` after `step`, and a line that was cut off: what a resumed run will write again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["stage"] != stage or entry["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-
-
-class MetricsWriter:
-    """Writes the figures of one stage as JSON lines and as TensorBoard events; a resumed stage overwrites, not repeats.
-
-    Only the first process writes.
-
-    Args:
-      workdir: where the files go.
-      stage: `baseline` or `gated`; prefix of every TensorBoard tag.
-      start: step from which this stage goes on.
-      offset: added to the step in TensorBoard, where the stages follow each other on one axis.
-    """
-
-    def __init__(self, workdir: pathlib.Path, stage: str, start: int, offset: int):
-        self._stage, self._offset = stage, offset
-        self._workdir, self._active = workdir, is_first()
-        if self._active:
-            rewind(workdir / METRICS, stage, start)
-            self._lines = (workdir / METRICS).open("a", buffering=1)
-            # Without the thread of a `SummaryWriter`, which would keep errors to itself, and print them at the end.
-            self._events = EventsWriter(str(workdir / "events"))
-            began = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=offset + start + 1, session_log=began))
-
-    def write(self, step: int, scalars: Scalars) -> None:
-        """Records figures after `step` steps of the stage."""
-        if not self._active:
-            return
-        entry = {"stage": self._stage, "step": step, **{k: float(v) for k, v in scalars.items()}}
-        try:
-            self._lines.write(json.dumps(entry) + "\n")
-            for key, value in scalars.items():
-                summary = scalar(f"{self._stage}/{key}", float(value))
-                self._events.write_event(Event(wall_time=time.time(), step=self._offset + step, summary=summary))
-            self._events.flush()
-        except OSError as error:
-            raise UserError(
-                f"the figures of step {step} cannot be written to {self._workdir}: {error.strerror or error}; make "
-                "room, then give the same command again"
-            ) from None
-
-    def close(self) -> None:
-        """Ends both files."""
-        if self._active:
-            for file in (self._lines, self._events._py_recordio_writer._writer):
-                # What did not fit has been told.
-                with contextlib.suppress(OSError):
-                    file.close()
+from ftwt_jax.workdir.metrics import Scalars
 
 
 class _Figures(ProgressColumn):
-    """The newest figures beside the bar."""
+    """The latest figures beside the bar."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["figures"])

@@ -1,4 +1,4 @@
-"""One stage of training, baseline or gated, as its config and the devices make it; nothing of it has run yet."""
+"""One stage of training, baseline or gated, made for its config and devices; nothing of it has run yet."""
 
 import dataclasses
 import math
@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from ftwt_jax.data.augment import make_augment
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.sharding import replicated, split
 from ftwt_jax.training import optim
-from ftwt_jax.training.run import GATED, STAGES, Run
-from ftwt_jax.training.step import TrainState, create_state, make_train_step, state_shardings
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import GATED, STAGES
+from ftwt_jax.training.step import GateTraining, TrainState, create_state, make_train_step, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,10 @@ class Stage:
     Attributes:
       name: "baseline" or "gated".
       total: number of steps.
-      seed: of the order of the images and of what is done to them.
+      seed: of the order of the images and of their augmentation.
       rate: the backbone's learning rate at a step.
       step: the jitted step, (state, batch, control) -> (state, metrics); compiled when first called.
-      state, batch, control: shapes, dtypes and shardings of what the step takes: of `batch`, over all processes.
+      state, batch, control: shapes, dtypes and shardings of what the step takes; `batch` is that of all processes.
     """
 
     name: str
@@ -56,17 +58,13 @@ def make_stage(run: Run, name: str) -> Stage:
 
     shapes = jax.eval_shape(lambda v: create_state(v, optimizer), run.abstract_variables(name))
     shardings = state_shardings(shapes, mesh, config.shard_optimizer)
-    step = make_train_step(
-        run.models[name],
-        optimizer,
-        run.normalize,
-        mesh,
-        optim.gate_weight(settings, total) if gated else None,
-        settings.loss_reduction if gated else "mean",
-        make_augment(run.dataset, seed),
-        config.accumulate,
-        shardings,
-    )
+    augment = make_augment(run.dataset, seed)
+
+    def prepare(batch: dict[str, Array]) -> Array:
+        return run.normalize(augment(batch["image"], batch["position"]) if augment else batch["image"])
+
+    gates = GateTraining(optim.gate_weight(settings, total), settings.loss_reduction) if gated else None
+    step = make_train_step(run.models[name], optimizer, prepare, mesh, gates, config.accumulate, shardings)
 
     def example(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split(mesh))

@@ -1,5 +1,6 @@
 """One training step, and the state it carries."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,6 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ftwt_jax.data.augment import Augment
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gating.gates import GateControl, GateOutput
 from ftwt_jax.gating.losses import gate_loss
@@ -38,18 +38,18 @@ class TrainState:
 
 
 def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; a copy, since steps donate it and `variables` may be wanted again."""
+    """The state before the first step: a copy, since steps donate it and `variables` may be used again."""
     params, batch_stats = (jax.tree.map(jnp.copy, variables[kind]) for kind in ("params", "batch_stats"))
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
 def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False) -> TrainState:
-    """Where each array of a state lives: whole on every device, but for the optimizer's if it is sharded.
+    """Where each array of a state lives: whole on every device, except the optimizer's where it is sharded.
 
     Args:
       state: arrays, or shapes and dtypes.
-      shard_optimizer: divide each array of the optimizer (momenta) over the devices. A step then gathers the changes
-        that each device makes to its part of the parameters.
+      shard_optimizer: shard each array of the optimizer (momenta) over the devices. A step then gathers the changes
+        that each device makes to its shard of the parameters.
     """
     whole = replicated(mesh)
     shardings = jax.tree.map(lambda _: whole, state)
@@ -71,41 +71,44 @@ def gate_metrics(gates: tuple[GateOutput, ...]) -> Metrics:
     return {"gate_accuracy": jnp.mean(agreement), "density": jnp.mean(masks)}
 
 
+@dataclasses.dataclass(frozen=True)
+class GateTraining:
+    """How the gate loss counts: its weight at a step, and its reduction over units (see `gate_loss`)."""
+
+    weight: optax.Schedule
+    reduction: str = "mean"
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    normalize: Normalize,
+    prepare: Callable[[dict[str, Array]], Array],
     mesh: Mesh,
-    gate_weight: optax.Schedule | None = None,
-    gate_reduction: str = "mean",
-    augment: Augment | None = None,
+    gates: GateTraining | None = None,
     accumulate: int = 1,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[TrainState, Metrics]]:
     """Builds the jit-compiled step: (state, batch, control) -> (state, metrics of this batch).
 
-    `control` is a `GateControl` with r and offset, or r alone; both are traced.
-
-    The state is donated; the batch is split over the mesh, batch norm and losses run over the whole of it, or of each
-    of its parts.
+    `control` is a `GateControl` with r and offset, or r alone; both are traced. The state is donated. The batch is
+    split over the mesh; batch norm and losses run over the whole of it, or over each of its parts.
 
     Args:
-      gate_weight: weight of the gate loss at a step; None for a dense network.
-      gate_reduction: see `gate_loss`.
-      augment: what is done to the batch's images first, by the batch's positions.
-      accumulate: parts that a batch is dealt with in, one after the other, where all of it does not fit. Gradients and
-        metrics are the means over the parts; each has its own batch statistics. Example i is in part i % accumulate,
-        on however many devices.
-      shardings: see `state_shardings`; None: all on every device.
+      prepare: turns a batch into the network's input: augmentation and normalisation.
+      gates: None for a dense network.
+      accumulate: parts of a batch that run one after the other, where the whole does not fit. Gradients and metrics are
+        means over the parts; each part has its own batch statistics. Image i is in part i % accumulate, on however many
+        devices.
+      shardings: see `state_shardings`; None: everything on every device.
     """
 
     def loss_and_grads(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
-        images = augment(batch["image"], batch["position"]) if augment else batch["image"]
+        images = prepare(batch)
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             outputs, updates = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
-                normalize(images),
+                images,
                 train=True,
                 control=control,
                 mutable=["batch_stats"],
@@ -114,10 +117,10 @@ def make_train_step(
             loss = jnp.mean(losses)
             hits = jnp.mean(jnp.argmax(outputs.logits, axis=-1) == batch["label"])
             metrics = {"loss": loss, "accuracy": hits}
-            if gate_weight is not None:
-                gates = gate_loss(outputs.gates, gate_reduction)
-                loss = loss + gate_weight(state.step) * gates
-                metrics |= {"gate_loss": gates, **gate_metrics(outputs.gates)}
+            if gates is not None:
+                head_loss = gate_loss(outputs.gates, gates.reduction)
+                loss = loss + gates.weight(state.step) * head_loss
+                metrics |= {"gate_loss": head_loss, **gate_metrics(outputs.gates)}
             return loss, (updates["batch_stats"], metrics)
 
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -125,7 +128,7 @@ def make_train_step(
 
     def in_parts(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
         def part(x: Array) -> Array:
-            # The parts are the minor axis, so that every device finds its share of each among its own examples.
+            # The parts are the minor axis, so that every device finds its share of each among its own images.
             x = jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
             return lax.with_sharding_constraint(x, split(mesh, axis=1))
 
@@ -144,7 +147,7 @@ def make_train_step(
     def step(state: TrainState, batch: dict[str, Array], control: GateControl | Array) -> tuple[TrainState, Metrics]:
         control = control if isinstance(control, GateControl) else GateControl(r=control)
         grads, batch_stats, metrics = (loss_and_grads if accumulate == 1 else in_parts)(state, batch, control)
-        # However the optimizer's state is divided, the backward pass is none of its business.
+        # However the optimizer's state is sharded, gradients are whole on every device.
         grads, batch_stats = lax.with_sharding_constraint((grads, batch_stats), whole)
         changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)

@@ -1,1 +1,1 @@
-"""Weights from and to PyTorch: files, names and arrays."""
+"""Weights to and from PyTorch: files, names and arrays."""

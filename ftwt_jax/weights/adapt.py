@@ -1,4 +1,4 @@
-"""Fits a trained network to images with other channels, or to other classes."""
+"""Adapts a trained network to images with other channels, or to other classes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from ftwt_jax.gating.units import Classifier
 from ftwt_jax.weights.entries import Path, Shape, Shapes
 
 CLASSIFIER = ("params", "classifier", "dense")
-# The unit that sees the images, by the two names that the networks here have for it.
+# The two names of the unit that takes the images.
 FIRST_UNITS = ("stem", "unit0")
 RGB = 3
 
 
 def can_adapt(path: Path, have: Shape, need: Shape) -> bool:
-    """Whether `adapt` brings an array of the one shape to the other."""
+    """Whether `adapt` can turn an array of shape `have` into one of shape `need`."""
     if path[:3] == CLASSIFIER:
         return have[:-1] == need[:-1]
     axis = channel_axis(path)
@@ -28,41 +28,43 @@ def can_adapt(path: Path, have: Shape, need: Shape) -> bool:
 
 
 def channel_axis(path: Path) -> int | None:
-    """Axis of an array that counts the channels of the images; None if none does."""
+    """Axis of an array over the channels of the images; None if it has none."""
     if path[1] not in FIRST_UNITS or path[-1] != "kernel":
         return None
     return 0 if HEAD_NAME in path else 2
 
 
 def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
-    """Variables of the given shapes from those of the same network for other classes, or for RGB.
+    """Adapts variables to the same network with other classes, or for grey images instead of RGB.
 
-    A classifier of another size is made anew. From RGB to grey, kernels are summed over the channels, which equals
-    showing the old network the grey image in all three, up to means and deviations that differ between them.
+    A classifier of another size is re-initialised. From RGB to grey, kernels are summed over the channels, which equals
+    showing the old network the grey image in all three, up to the channels' different means and deviations.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
-      shapes: what is wanted, by path; other differences than those above are left as they are.
+      shapes: the wanted shapes, by path; other differences than these two are left as they are.
 
     Returns:
-      The variables, and a sentence for each thing that was done.
+      The variables, and a sentence for each change.
     """
     arrays, notes = dict(flatten_dict(variables)), []
     kernel = (*CLASSIFIER, "kernel")
     features, classes = shapes[kernel]
     if arrays[kernel].shape[1] != classes:
-        notes.append(f"it tells {arrays[kernel].shape[1]} classes apart, not {classes}: its classifier was made anew")
+        notes.append(f"it has {arrays[kernel].shape[1]:,} classes, not {classes:,}: the classifier is re-initialised")
         fresh = Classifier(classes).init(jax.random.key(0), jnp.zeros((1, 1, 1, features)))["params"]["dense"]
         arrays |= {(*CLASSIFIER, leaf): value for leaf, value in fresh.items()}
     summed = [path for path in shapes if channel_axis(path) is not None and arrays[path].shape != shapes[path]]
     for path in summed:
         arrays[path] = arrays[path].sum(axis=channel_axis(path), keepdims=True)
     if summed:
-        notes.append("the images are grey and it was trained on RGB: the kernels of its first unit were summed")
+        notes.append(
+            "it was trained on RGB and the images are grey: the kernels of its first unit are summed over the channels"
+        )
     return unflatten_dict(arrays), notes
 
 
 def has_fresh_classifier(variables: Mapping[Path, Any], shapes: Shapes) -> bool:
-    """Whether `adapt` makes the classifier anew for these shapes; both by path."""
+    """Whether `adapt` re-initialises the classifier for these shapes; both by path."""
     kernel = (*CLASSIFIER, "kernel")
     return variables[kernel].shape != shapes[kernel]

@@ -1,4 +1,4 @@
-"""What our variables cannot hold of an imported state dict, kept so that it leaves bit for bit as it came."""
+"""What our variables cannot hold of an imported state dict, kept so that it can be exported again bit for bit."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ COUNTER, REST = "counter/", "rest/"
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """The names that a state dict had, and what is left over of its values.
+    """The names of an imported state dict, and the part of its values that our variables do not hold.
 
     Attributes:
-      layout, gated: which names they were.
-      prefix: what stood before all of them.
-      names: all of them, without the prefix.
+      layout, gated: the layout of the names.
+      prefix: common to all names.
+      names: all names, without the prefix.
       counters: batch norm's counts of batches.
-      rests: by name, what is to be added to the bits of a gate head's kernel that was divided on its way in and
-        multiplied on its way out, for that rounds.
+      rests: by name, what to add to the bits of a gate head's kernel. Import divides and export multiplies it, and both
+        round.
     """
 
     layout: str
@@ -39,12 +39,12 @@ class Conversion:
 
     @property
     def holds_heads(self) -> bool:
-        """Whether the state dict was a gated network's."""
+        """Whether the state dict had gate heads."""
         return any(map(is_head, self.names))
 
     @classmethod
     def of(cls, imported: Imported) -> "Conversion":
-        """What is left over of a state dict from which variables were made."""
+        """What the variables of an import do not hold of its state dict."""
         source, layout = imported.source, imported.layout
         back = export_state(imported.model, imported.variables, layout)
         rests = {}
@@ -55,16 +55,16 @@ class Conversion:
         return cls(layout.name, layout.gated, source.prefix, tuple(source.arrays), source.counters, rests)
 
     def restore(self, model: nn.Module, variables: Variables) -> Arrays:
-        """The state dict that was imported, from the variables that were made of it."""
-        found = export_state(model, variables, layout_called(model, self.layout, self.gated))
-        arrays = {name: found[name] for name in self.names if name in found}
+        """The imported state dict, from the variables made from it."""
+        exported = export_state(model, variables, layout_called(model, self.layout, self.gated))
+        arrays = {name: exported[name] for name in self.names if name in exported}
         for name, rest in self.rests.items():
             if name in arrays and arrays[name].shape == rest.shape:
                 arrays[name] = (_bits(arrays[name]) + rest.astype(np.int32)).view(np.float32)
         return {self.prefix + name: array for name, array in {**arrays, **self.counters}.items()}
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes the record into a workdir."""
+        """Writes this record into a workdir."""
         arrays = {COUNTER + name: array for name, array in self.counters.items()}
         arrays |= {REST + name: array for name, array in self.rests.items()}
         facts = {"layout": self.layout, "gated": self.gated, "prefix": self.prefix, "names": self.names}
@@ -85,7 +85,7 @@ class Conversion:
             )
             return cls(facts["layout"], facts["gated"], facts["prefix"], names, *parts)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / FILE} is no record of a conversion: {error!r}; remove it") from None
+            raise UserError(f"{folder / FILE} is not a valid record of a conversion: {error!r}; delete it") from None
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

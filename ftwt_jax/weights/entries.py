@@ -1,4 +1,4 @@
-"""Every array of a network, beside its name in PyTorch."""
+"""Every array of a network with its name in PyTorch."""
 
 import dataclasses
 import functools
@@ -18,19 +18,20 @@ Path = tuple[str, ...]
 Shape = tuple[int, ...]
 Shapes = Mapping[Path, Shape]
 
-# Larger than what any network shrinks to nothing; shapes of parameters do not depend on it.
+# Large enough for any network's strides; the shapes of parameters do not depend on it.
 SIDE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array of ours and its names there.
+    """One of our arrays and its names in PyTorch.
 
     Attributes:
-      path: collection, modules and leaf of ours.
-      shape: ours.
-      name: of the tensor; `copy`: the name under which a published gated network has it once more, or "".
-      factor: ours is the tensor divided by it.
+      path: collection, modules and leaf of our array.
+      shape: of our array.
+      name: of the tensor.
+      copy: the name under which a published gated network has the tensor once more, or "".
+      factor: our array is the tensor divided by it.
     """
 
     path: Path
@@ -45,11 +46,11 @@ class Entry:
         return HEAD_NAME in self.path
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Our array as the tensor."""
-        return self._turned(array) * np.float32(self.factor)
+        """Converts our array to the tensor."""
+        return self._transposed(array) * np.float32(self.factor)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The tensor as our array."""
+        """Converts the tensor to our array."""
         if self.path[-1] != "kernel":
             return tensor
         tensor = tensor[:, :, 0, 0] if self.is_head else tensor
@@ -58,9 +59,9 @@ class Entry:
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return self._turned(np.broadcast_to(np.float32(0), self.shape)).shape
+        return self._transposed(np.broadcast_to(np.float32(0), self.shape)).shape
 
-    def _turned(self, array: np.ndarray) -> np.ndarray:
+    def _transposed(self, array: np.ndarray) -> np.ndarray:
         """Our array in PyTorch's order of axes."""
         if self.path[-1] != "kernel":
             return array
@@ -74,7 +75,7 @@ _LINEAR = {"kernel": "weight", "bias": "bias"}
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(model: nn.Module, channels: int = 3) -> Shapes:
-    """Shape of every array of a network for images with so many channels."""
+    """Shape of every array of a network for images with this many channels."""
     images = jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
     leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
     return MappingProxyType({path: tuple(leaf.shape) for path, leaf in leaves.items()})

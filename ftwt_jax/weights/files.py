@@ -1,4 +1,4 @@
-"""Files of weights. They come from strangers: nothing that one of them says is ever run."""
+"""Files of weights. They may come from strangers: no code in them is ever run."""
 
 import json
 import pathlib
@@ -9,51 +9,51 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.files import written_whole
 
 SAFETENSORS = ".safetensors"
-# Key under which our exports say what network they hold.
+# Metadata key under which our exports describe their network.
 OWN = "ftwt_jax"
 
 
 def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """Reads a checkpoint: `.safetensors`, or whatever else `torch.save` wrote.
+    """Reads a checkpoint: `.safetensors`, or any file of `torch.save`.
 
     Returns:
-      Names to arrays, or what a PyTorch checkpoint holds beside them; and the metadata of a safetensors file.
+      Names to arrays, perhaps nested in other things if it is a PyTorch file; and the metadata of a safetensors file.
 
     Raises:
-      UserError: the file is missing, broken, holds more than data, or needs PyTorch, which is not installed.
+      UserError: the file is missing, broken or holds code, or it needs PyTorch, which is not installed.
     """
     if not path.is_file():
-        what = "is a folder: name the file in it" if path.is_dir() else "is not there"
+        what = "is a folder: name the file in it" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}")
     return _read_safetensors(path) if path.suffix == SAFETENSORS else (_read_torch(path), {})
 
 
 def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
-    """What one of our exports says of its network; empty for other files."""
+    """What one of our exports says about its network; empty for other files."""
     try:
         found = json.loads(metadata.get(OWN, "{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"its metadata {OWN!r} is no JSON: {one_line(error)}") from None
+        raise UserError(f"its metadata {OWN!r} is not valid JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise UserError(f"its metadata {OWN!r} is no JSON object")
+        raise UserError(f"its metadata {OWN!r} is not a JSON object")
     return found
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            names = file.keys()  # It cannot be looped over by itself.
+            names = file.keys()  # The file itself is not iterable.
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is no whole safetensors file: {one_line(error)}") from None
+        raise UserError(f"checkpoint {path} is not a complete safetensors file: {os_reason(error)}") from None
     except (TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} holds numbers of a kind that NumPy does not have: {error}") from None
+        raise UserError(f"checkpoint {path} has a dtype that NumPy does not have: {one_line(error)}") from None
 
 
 def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
@@ -61,37 +61,30 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
         import torch
     except ImportError:
         raise UserError(
-            f"reading {path.name} needs PyTorch: pip install -e '.[convert]'; a {SAFETENSORS} file does not"
+            f"reading {path.name} needs PyTorch (a {SAFETENSORS} file does not): pip install -e '.[convert]'"
         ) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of old formats, and of archives that are refused just below.
+            warnings.simplefilter("ignore")  # About old formats, and archives that are refused below.
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The reader of a broken file fails in any way: KeyError, EOFError, RuntimeError, ...
+        # Broken files raise all kinds of errors: KeyError, EOFError, RuntimeError, ...
         named = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
         if named:
             raise UserError(
-                f"checkpoint {path} is refused: it holds {named[1]}, which is no tensor and could run code; save the "
-                "state_dict alone, as safetensors or by torch.save(model.state_dict(), FILE)"
+                f"checkpoint {path} is refused: it contains a {named[1]} object, not only tensors; loading it could "
+                "run code; save only the state_dict, as safetensors or with torch.save(model.state_dict(), FILE)"
             ) from None
         reason = one_line(error).split(". ")[0]
         raise UserError(
-            f"checkpoint {path} is refused by torch.load(weights_only=True), which takes tensors alone: {reason}"
+            f"checkpoint {path} is refused by torch.load(weights_only=True), which takes only tensors: {reason}"
         ) from None
     if not isinstance(found, Mapping):
-        raise UserError(f"checkpoint {path} holds a {type(found).__name__}: save a state_dict, names to tensors")
+        raise UserError(f"checkpoint {path} contains a {type(found).__name__}: save a state_dict, names to tensors")
     return found
 
 
 def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes arrays by name; the file appears whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        with written_whole(path) as temporary:
-            save_file(dict(arrays), str(temporary), metadata={"format": "pt", **metadata})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    """Writes arrays by name; the file appears whole or not at all. Raises `UserError` if it cannot be written."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(save(dict(arrays), metadata={"format": "pt", **metadata}))

@@ -1,8 +1,8 @@
-"""What PyTorch networks call the layers of ours.
+"""The names of our layers in PyTorch networks.
 
-A *layout* is one such set of names. `published` is that of the method's own code, whose gated networks hold every
-convolution a second time, or under another index, beside its gate head; the others are torchvision's, Hugging Face's
-and timm's. Those have no gate heads: ours are added to them as a child of the convolution.
+A *layout* is one such set of names. `published` is that of the method's own code, whose gated networks have every
+convolution a second time, or under another index, next to its gate head. The others are torchvision's, Hugging Face's
+and timm's, which have no gate heads: ours are added as children of the convolutions.
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ from ftwt_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from ftwt_jax.models.resnet import ResNet
 from ftwt_jax.models.vgg import POOL, VGG
 
-# The gate head's one module, in the published code's words.
+# The only module of a gate head in the published code.
 HEAD = "mask.model.1Conv2dMask"
-# Pairs or blocks in each stage as timm groups them.
+# Number of depthwise-pointwise pairs (V1) or blocks (V2) in each of timm's stages.
 TIMM_V1_STAGES = (1, 2, 2, 6, 2)
 TIMM_V2_STAGES = (1, 2, 3, 4, 3, 3, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The modules that hold one layer.
+    """The PyTorch modules of one layer.
 
     Attributes:
       conv: the convolution, or the linear layer of the classifier.
       bn: its batch norm.
       head: its gate head.
-      copy: a module under which the published gated networks hold the same convolution and batch norm once more.
+      copy: a module with the same convolution and batch norm once more, in the published gated networks.
     """
 
     conv: str
@@ -55,7 +55,7 @@ class Layout:
     model: nn.Module
 
     def place(self, unit: str) -> Place:
-        """From the path of a layer among our parameters, such as `stage1_block0/conv1`, to its place."""
+        """The place of a layer, named by its path in our parameters, such as `stage1_block0/conv1`."""
         naming = LAYOUTS[type(self.model)][self.name]
         return Place(naming.classifier) if unit == "classifier" else naming.place(unit, self.model, self.gated)
 
@@ -65,7 +65,7 @@ def _beside(conv: str, bn: str) -> Place:
 
 
 def _masked(prefix: str, conv: str, bn: str, masked: str, gated: bool) -> Place:
-    """Names of the published networks that keep both: `conv1`, and `masked_conv1` with the same arrays."""
+    """Place in a published network that has both `conv1` and, with the same arrays, `masked_conv1`."""
     copy = f"{prefix}{masked}" if gated else ""
     return Place(prefix + conv, prefix + bn, head=f"{prefix}{masked}.{HEAD}", copy=copy)
 
@@ -75,7 +75,7 @@ def _numbers(unit: str) -> list[int]:
 
 
 def _staged(index: int, stages: tuple[int, ...]) -> str:
-    """timm's number of the block at `index`, as `STAGE.BLOCK`."""
+    """timm's `STAGE.BLOCK` of the block at `index`."""
     stage = 0
     while index >= stages[stage]:
         index -= stages[stage]
@@ -139,7 +139,7 @@ V2_PARTS = ("expand", "depthwise", "project")
 
 
 def _v2_part(unit: str) -> tuple[int, str]:
-    """Index of a block and the part of it; of a unit outside of the blocks, its name is the part."""
+    """Index of a unit's block and its part in it; outside the blocks, 0 and the unit's name."""
     block, _, part = unit.rpartition("/")
     return (_numbers(block)[0] if block else 0), part
 
@@ -159,11 +159,11 @@ def _mobilenet_v2(unit: str, model: nn.Module, gated: bool) -> Place:
 def _mobilenet_v2_torchvision(unit: str, model: nn.Module, gated: bool) -> Place:
     block, part = _v2_part(unit)
     if part == "shortcut":
-        return _mobilenet_v2(unit, model, gated)  # The CIFAR network's alone, which has no other names.
+        return _mobilenet_v2(unit, model, gated)  # Only the CIFAR network has it, and only these names.
     if part in ("stem", "last"):
         number = 0 if part == "stem" else 18
         return _beside(f"features.{number}.0", f"features.{number}.1")
-    # The first block does not expand, so that everything in it stands one place earlier.
+    # The first block has no expansion, so its other parts come one position earlier.
     position = V2_PARTS.index(part) - (block == 0)
     layer = f"features.{block + 1}.conv.{position}"
     if part == "project":
@@ -178,20 +178,20 @@ def _mobilenet_v2_timm(unit: str, model: nn.Module, gated: bool) -> Place:
     if part in ("stem", "last"):
         return _beside("conv_stem", "bn1") if part == "stem" else _beside("conv_head", "bn2")
     layer = f"blocks.{_staged(block, TIMM_V2_STAGES)}"
-    # The first block does not expand: its projection is called what an expansion is elsewhere.
+    # The first block has no expansion: its projection has the name of an expansion elsewhere.
     names = ("conv_pw", "conv_dw", "conv_pwl") if block else ("conv_expand", "conv_dw", "conv_pw")
     position = V2_PARTS.index(part)
     return _beside(f"{layer}.{names[position]}", f"{layer}.bn{position + (block != 0)}")
 
 
 class Naming(NamedTuple):
-    """How a layout calls the classifier, and the place of any other layer: (its path, network, gated names or not)."""
+    """Name of the classifier in a layout, and the place of any other layer from (its path, network, whether gated)."""
 
     classifier: str
     place: Callable[[str, nn.Module, bool], Place]
 
 
-# By architecture: its layouts.
+# The layouts of each architecture.
 LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
     ResNet: {
         "published": Naming("fc", _resnet),
@@ -206,24 +206,24 @@ LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
         "timm": Naming("classifier", _mobilenet_v2_timm),
     },
 }
-# Every module that is the classifier in one of them.
+# Every name of a classifier.
 CLASSIFIERS = sorted({naming.classifier for layouts in LAYOUTS.values() for naming in layouts.values()})
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor's name is one of a gate head."""
+    """Whether a tensor belongs to a gate head."""
     return f"{HEAD}." in name
 
 
 def default_layout(model: nn.Module) -> str:
-    """The names under which a network trained here leaves: those of its best-known PyTorch twin."""
+    """The layout in which a network is exported by default: that of its best-known PyTorch counterpart."""
     if getattr(model, "stem", "cifar") != "imagenet":
         return "published"
     return next(name for name in LAYOUTS[type(model)] if name != "published")
 
 
 def layouts(model: nn.Module) -> list[Layout]:
-    """Every set of names that a network may have, its own default ones first."""
+    """Every layout of a network, the default one first; raises `UserError` if there is none."""
     if type(model) not in LAYOUTS:
         raise UserError(f"no PyTorch names are known for {type(model).__name__}: add them to ftwt_jax/weights/names.py")
     names = sorted(LAYOUTS[type(model)], key=lambda name: name != default_layout(model))

@@ -1,4 +1,4 @@
-"""A PyTorch state dict in whatever checkpoint it came in."""
+"""A PyTorch state dict, taken out of its checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,22 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.weights.names import is_head
 
 Arrays = dict[str, np.ndarray]
 
-# What wrappers of training put before every name.
+# What training wrappers put before every name.
 PREFIXES = ("module.", "_orig_mod.")
-# Where checkpoints keep the state dict among other things.
+# Keys under which checkpoints keep the state dict beside other things.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
-# Batch norm's count of batches: PyTorch needs it only where the momentum is None.
+# Batch norm's count of batches, which PyTorch needs only if the momentum is None.
 COUNTER = "num_batches_tracked"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A state dict as it was given: its arrays by their bare names, and what surrounded them."""
+    """A state dict: its arrays by name without the common `prefix`, and batch norm's counters."""
 
     arrays: Arrays
     prefix: str
@@ -35,11 +35,7 @@ class Source:
 
 
 def read_state(state: Mapping[str, Any]) -> Source:
-    """Takes a state dict out of whatever checkpoint it came in.
-
-    Raises:
-      UserError: there is none.
-    """
+    """Takes a state dict out of its checkpoint; raises `UserError` if there is none."""
     if not isinstance(state, Mapping):
         raise UserError(f"a state_dict maps names to arrays; got {type(state).__name__}")
     for key in WRAPPERS:
@@ -48,7 +44,8 @@ def read_state(state: Mapping[str, Any]) -> Source:
             break
     tensors = {str(name): value for name, value in state.items() if hasattr(value, "shape")}
     if not tensors:
-        raise UserError(f"there are no tensors in it, but {', '.join(map(str, state)) or 'nothing'}: give a state_dict")
+        contents = f"only {', '.join(map(str, state))}" if state else "and nothing else"
+        raise UserError(f"it contains no tensors, {contents}: a state_dict is needed")
     prefix = ""
     while found := next((p for p in PREFIXES if all(name.startswith(prefix + p) for name in tensors)), ""):
         prefix += found
@@ -65,5 +62,5 @@ def _array(name: str, tensor: Any) -> np.ndarray:
             tensor = tensor.float() if tensor.is_floating_point() else tensor
         array = np.asarray(tensor)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"tensor {name} is no plain array: {error}") from None
+        raise UserError(f"tensor {name} is not a dense array: {one_line(error)}") from None
     return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -1,4 +1,4 @@
-"""A PyTorch state dict as variables of our networks, and back."""
+"""Conversion of a PyTorch state dict to variables of our networks, and back."""
 
 import dataclasses
 import warnings
@@ -21,18 +21,18 @@ from ftwt_jax.weights.source import Arrays, Source, read_state
 
 Variables = dict[str, Any]
 
-# Widths under which networks are published.
+# Widths of published networks.
 COMMON_WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Variables from a state dict, and what is needed to write the same names again.
+    """Variables from a state dict, and what is needed to export the same names again.
 
     Attributes:
-      model: the network that the variables are of.
-      notes: what is not as it was in the state dict, a sentence each.
-      fresh_classifier: whether the classifier is a new one.
+      model: the network of the variables.
+      notes: a sentence for each difference from the state dict.
+      fresh_classifier: whether the classifier was re-initialised.
     """
 
     variables: Variables
@@ -44,20 +44,20 @@ class Imported:
 
 
 def import_state(name: str, source: Source, num_classes: int, gates: GateConfig | None = None, **arch: Any) -> Imported:
-    """`from_torch` with all that it found out."""
+    """`from_torch`, with everything that it learnt about the state dict."""
     model, layout, asked = _network(name, source, num_classes, gates, arch)
     wanted = entries(model, layout, _trained_shapes(layout, source, asked))
     arrays, notes = dict(source.arrays), []
     implied = "cifar" if layout.name == "published" else "imagenet"
     if "stem" in options_of(name) and (model.stem == "imagenet") != (implied == "imagenet"):
-        notes.append(f"its names are those of the {implied} network, and it is to run with stem={model.stem!r}")
+        notes.append(f"its names are those of the {implied} network, but stem={model.stem!r} is requested")
     fresh: dict[Path, Any] = {}
     if gates is None and source.is_gated:
         arrays = {key: value for key, value in arrays.items() if not is_head(key)}
-        notes.append("its gate heads were left out, for the dense network has none")
+        notes.append("its gate heads are left out: the dense network has none")
     elif gates is not None and not source.is_gated:
         fresh = fresh_heads([entry for entry in wanted if entry.is_head], gates)
-        notes.append("it has no gate heads: fresh ones were made, every filter on")
+        notes.append("it has no gate heads: new ones are initialised, with every filter on")
     found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays, source.prefix)
     variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
     kernel = (*CLASSIFIER, "kernel")
@@ -68,9 +68,10 @@ def import_state(name: str, source: Source, num_classes: int, gates: GateConfig 
 
 
 def width_of(name: str, source: Source) -> float:
-    """The width multiplier of a state dict's network: the one whose shapes it has.
+    """The width multiplier of a state dict's network.
 
-    The filters of its first unit tell it, but where numbers of filters are rounded. If none fits, what they tell.
+    It follows from the number of filters of the first unit, or, where that was rounded, is the common width whose
+    shapes all fit. If none fits, it is the ratio of those numbers.
     """
     whole = create_model(name, num_classes=1)
     shapes = parameter_shapes(whole)
@@ -94,9 +95,9 @@ def _first_unit(shapes: Shapes) -> str:
 def _network(
     name: str, source: Source, num_classes: int, gates: GateConfig | None, arch: dict[str, Any]
 ) -> tuple[nn.Module, Layout, Shapes]:
-    """The network that a state dict is of, its layout and its shapes for RGB and the classes that are asked for.
+    """The network of a state dict, its layout, and its shapes for RGB and `num_classes`.
 
-    A stem that the caller leaves open is read off the names.
+    A stem that the caller does not choose follows from the names.
     """
     model = create_model(name, num_classes, gates, **arch)
     shapes = parameter_shapes(model)
@@ -113,7 +114,7 @@ def _network(
 
 
 def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
-    """The layout whose names the state dict shares most."""
+    """The layout that has most names in common with the state dict."""
     have = set(source.arrays)
 
     def shared(layout: Layout) -> int:
@@ -123,14 +124,14 @@ def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
     best = max(layouts(model), key=shared)
     if not shared(best):
         raise UserError(
-            f"none of its {len(have)} names, such as {min(have)}, is one of those known for {type(model).__name__}: "
+            f"none of its {len(have)} names, such as {min(have)}, is known for {type(model).__name__} in any layout: "
             f"{', '.join(LAYOUTS[type(model)])}"
         )
     return best
 
 
 def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
-    """The shapes with the channels and the classes that the state dict was trained for, as far as it has them."""
+    """The shapes with the channels and classes of the state dict, as far as it has them."""
     kernel = source.arrays.get(f"{layout.place(_first_unit(shapes)).conv}.weight", np.zeros(0))
     weight = source.arrays.get(f"{layout.place('classifier').conv}.weight", np.zeros(0))
     found = dict(shapes)
@@ -144,7 +145,7 @@ def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
 
 
 def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
-    """First parameters of gate heads."""
+    """Initial parameters of gate heads, by path."""
     kernels = [entry for entry in heads if entry.path[-1] == "kernel"]
 
     def init() -> list[dict[str, Any]]:
@@ -163,14 +164,14 @@ def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
 
 
 def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[Path, np.ndarray]:
-    """Our arrays from theirs.
+    """Our arrays from those of the state dict.
 
     Raises:
-      UserError: names every tensor that is missing, unexpected, wrongly shaped, or there twice with two values.
+      UserError: names every tensor that is missing, unexpected or of the wrong shape, or whose two copies differ.
     """
     found, missing, wrong = {}, [], []
     known = {key for entry in wanted for key in (entry.name, entry.copy)}
-    # The published code keeps all of its copies; a file of ours may have left them out.
+    # Files of the published code have all copies; ours may have none.
     with_copies = any(entry.copy in arrays for entry in wanted)
     for entry in wanted:
         names = [entry.name, *([entry.copy] if with_copies and entry.copy else [])]
@@ -180,12 +181,12 @@ def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[
             continue
         shape = entry.torch_shape
         misfits = [
-            f"{prefix}{key} is {_kind(arrays[key])}, needs {_size(shape)}"
+            f"{prefix}{key} is {_kind(arrays[key])}, not {_size(shape)}"
             for key in given
             if arrays[key].shape != shape or arrays[key].dtype != np.float32
         ]
         if not misfits and len(given) == 2 and not np.array_equal(arrays[given[0]], arrays[given[1]], equal_nan=True):
-            misfits = [f"{prefix}{entry.name} and {prefix}{entry.copy} differ"]
+            misfits = [f"{prefix}{entry.name} and {prefix}{entry.copy} should be equal and differ"]
         wrong += misfits
         if not misfits:
             found[entry.path] = entry.to_ours(arrays[given[0]])
@@ -195,7 +196,7 @@ def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[
     }
     problems = [f"{kind}: {', '.join(texts)}" for kind, texts in {**lists, "wrong": wrong}.items() if texts]
     if problems:
-        raise UserError(f"the state_dict is not that of this {name}: {'; '.join(problems)}")
+        raise UserError(f"the state_dict does not fit this {name}: {'; '.join(problems)}")
     return found
 
 
@@ -204,7 +205,7 @@ def _kind(array: np.ndarray) -> str:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a number"
+    return "x".join(map(str, shape)) or "a scalar"
 
 
 def from_torch(
@@ -212,35 +213,34 @@ def from_torch(
 ) -> Variables:
     """Variables of `create_model(name, num_classes, gates, **arch)` from a PyTorch state dict.
 
-    Understood are the names of the method's published code (dense and gated, CIFAR networks), and, dense, those of
-    torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); which of them it
-    is, is read off the names. A published gate head's kernel is divided by its number of inputs, which our heads
-    multiply their own by; published heads pool by the mean: `GateConfig(pool="mean")`.
+    Known are the names of the method's published code (dense and gated CIFAR networks) and, for dense networks, those
+    of torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); the names tell
+    which layout it is. A published gate head's kernel is divided by its number of inputs, by which our heads multiply
+    their inputs; published heads pool by the mean: `GateConfig(pool="mean")`.
 
-    What differs from the state dict is said in a `WeightsWarning`: gates are asked for and it has no heads (fresh ones
-    are made, every filter on), or the other way round (they are left out), or it has another number of classes (the
-    classifier is made anew).
+    A `WeightsWarning` tells what differs from the state dict: gates are requested and it has no heads (new ones are
+    initialised, with every filter on), or the other way round (they are left out), or it has another number of classes
+    (the classifier is re-initialised).
 
     Args:
       name: network, as for `create_model`.
-      state_dict: names to arrays (PyTorch's, NumPy's or JAX's), or a checkpoint that holds one as `state_dict` or
-        `model`; prefixes such as `module.` and second copies of a tensor do no harm.
+      state_dict: names to arrays (PyTorch's, NumPy's or JAX's), or a checkpoint with one as `state_dict` or `model`;
+        prefixes such as `module.` and second copies of a tensor are allowed.
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network.
-      **arch: as for `create_model`. A `stem` that is left out is read off the names; if that is not the one that
-        `create_model` takes by itself, or one that is given is another, a `WeightsWarning` says so.
+      **arch: as for `create_model`. A `stem` that is left out follows from the names; a `WeightsWarning` says if it
+        differs from `create_model`'s default, or if a requested one differs from the names.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32.
 
     Raises:
-      UserError: the tensors are not those of this network; those that are missing, unexpected or wrongly shaped are all
-        named.
+      UserError: the tensors do not fit this network; names all that are missing, unexpected or of the wrong shape.
     """
     imported = import_state(name, read_state(state_dict), num_classes, gates, **arch)
     notes = list(imported.notes)
     if "stem" in options_of(name) and "stem" not in arch and imported.model.stem == "imagenet" != _default_stem(name):
-        notes.append('its names are those of the imagenet network: give create_model stem="imagenet" too')
+        notes.append('its names are those of the imagenet network: pass stem="imagenet" to create_model too')
     for note in notes:
         warnings.warn(f"{name} from a state_dict: {note}", WeightsWarning, stacklevel=2)
     return imported.variables
@@ -261,27 +261,27 @@ def to_torch(
     """The inverse of `from_torch`: variables of a network as a PyTorch state dict of NumPy arrays.
 
     Args:
-      name, num_classes, gates, **arch: what the variables are of, as for `create_model`; the stem of a MobileNetV2 may
-        be left out.
+      name, num_classes, gates, **arch: the network of the variables, as for `create_model`; the stem of a MobileNetV2
+        may be left out.
       variables: {"params": ..., "batch_stats": ...}.
       layout: `published`, `torchvision`, `huggingface` or `timm`; None: `published` for CIFAR networks, otherwise
         torchvision's names, or timm's where torchvision has no such network.
 
     Raises:
-      UserError: the network has no such layout, or the variables are not its own.
+      UserError: the network has no such layout, or the variables do not fit it.
     """
     ours = flatten_dict({key: variables.get(key, {}) for key in ("params", "batch_stats")})
     model, misfits = _fitting_model(name, ours, num_classes, gates, arch)
     if misfits:
         paths = ", ".join(sorted("/".join(path) for path in misfits))
-        raise UserError(f"the variables are not those of this {name}: missing, unexpected or wrongly shaped: {paths}")
+        raise UserError(f"the variables do not fit this {name}: missing, unexpected or of the wrong shape: {paths}")
     return export_state(model, variables, layout_called(model, layout or default_layout(model), gates is not None))
 
 
 def _fitting_model(
     name: str, ours: dict[Path, Any], num_classes: int, gates: GateConfig | None, arch: dict[str, Any]
 ) -> tuple[nn.Module, list[Path]]:
-    """The network that variables are of, and the paths that do not fit; a stem left open is read off the paths."""
+    """The network of variables, and the paths that do not fit; a stem that is left out follows from the paths."""
     model = create_model(name, num_classes, gates, **arch)
     misfits = _misfits(model, ours)
     if misfits and name == "mobilenet_v2" and arch.get("stem", "cifar") == "cifar":
@@ -300,7 +300,7 @@ def _misfits(model: nn.Module, ours: dict[Path, Any]) -> list[Path]:
 
 
 def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:
-    """A network's layout by name; raises `UserError` if it has none of that name."""
+    """The layout of a network with this name; raises `UserError` if there is none."""
     for found in layouts(model):
         if (found.name, found.gated) == (name, gated):
             return found
@@ -308,7 +308,7 @@ def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:
 
 
 def export_state(model: nn.Module, variables: Mapping[str, Any], layout: Layout) -> Arrays:
-    """A network's variables under the names of a layout; published gated networks have their copies."""
+    """A network's variables under the names of a layout, with the copies of published gated networks."""
     ours = flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
     arrays: Arrays = {}
     for entry in entries(model, layout, {path: np.shape(value) for path, value in ours.items()}):

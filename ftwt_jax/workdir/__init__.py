@@ -1,4 +1,4 @@
-"""The folder of a run: its config, its checkpoints, its results."""
+"""The folder of a run: its config, the names of its files, and JSON that is written whole or not at all."""
 
 import json
 import pathlib
@@ -6,21 +6,28 @@ from typing import Any
 
 import ml_collections
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.config import updated
+from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.files import written_whole
 from ftwt_jax.parallel.processes import barrier, is_first
 
+# What a workdir holds besides its checkpoints.
 CONFIG = "config.json"
-# Fields that folders may be older than, and what they meant before.
-_GATES = {"calibrate": False, "static": False, "budgets": None, "norm": "softmax", "depthwise": "full"}
-NEWER = {"accumulate": 1, "shard_optimizer": False, "gates": _GATES}
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ESTIMATE, ESTIMATE_PLOT = "estimate.json", "estimate.png"
+EVALUATION = "evaluation.json"
+BUDGETS = "budgets.json"
+CORRUPTIONS = "corruptions.json"
+# Offsets of the budgets that training draws from, measured when the heads froze.
+OFFSETS = "offsets.json"
+BENCHMARK = "benchmark.json"
+PLAN = "plan.json"
+REPORT = "report"
 
 
 def write_json(path: pathlib.Path, data: Any) -> None:
-    """Writes `data` as JSON so that a reader sees the old file or the new one, never half of one.
-
-    Of several processes the first one does.
-    """
+    """Writes `data` as JSON, from the first process alone; a reader sees the old file or the new one, never a part."""
     if not is_first():
         return
     with written_whole(path) as temporary:
@@ -28,13 +35,13 @@ def write_json(path: pathlib.Path, data: Any) -> None:
 
 
 def read_json(path: pathlib.Path, what: str) -> Any:
-    """Reads JSON; raises `UserError` naming the file if it is missing or broken."""
+    """Reads JSON; raises `UserError`, naming the file, if it is missing or broken."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"no {what} at {path}") from None
+        raise UserError(f"{path} does not exist: it would hold the {what}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{what} at {path} cannot be read: {error}") from None
+        raise UserError(f"cannot read the {what} in {path}: {os_reason(error)}") from None
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def differing_fields(old: Any, new: Any, prefix: str = "config") -> list[str]:
             a, b = old.get(key, missing), new.get(key, missing)
             if a is missing or b is missing:
                 state = "only in this run" if a is missing else "only in the folder"
-                found.append(f"{prefix}.{key}: {state}")
+                found.append(f"{prefix}.{key} is {state}")
             else:
                 found += differing_fields(a, b, f"{prefix}.{key}")
         return found
@@ -63,13 +70,13 @@ def absolute(folder: str) -> pathlib.Path:
     try:
         return pathlib.Path(folder).expanduser().absolute()
     except RuntimeError as error:
-        raise UserError(f"{folder} is no folder: {error}") from None
+        raise UserError(f"{folder} is not a folder: {one_line(error)}") from None
 
 
 def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the folder and writes `config.json`, or checks that the one there is of the same config.
+    """Makes the folder and writes `config.json`, or checks that the folder's own is the same config.
 
-    The first process does so; all of them have to see the same folder.
+    The first process writes; all processes must see the same folder.
 
     Raises:
       UserError: the folder cannot be written, or was started with another config; the message names the fields.
@@ -78,44 +85,40 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if is_first():
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / CONFIG).exists():
-                write_json(path / CONFIG, wanted)
+            exists = (path / CONFIG).exists()
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to the workdir {path}: {reason}; choose another with --workdir") from None
+            raise UserError(
+                f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir"
+            ) from None
+        if not exists:
+            write_json(path / CONFIG, wanted)
     barrier("workdir made")
     if not (path / CONFIG).exists():
         raise UserError(
-            f"the first process has made {path}, and this one does not see it: --workdir must be a folder on a file "
-            "system that all hosts share"
+            f"the first process made {path}, but this process cannot see it: put --workdir on a file system that all "
+            "hosts share"
         )
     found = differing_fields(_kept(path), wanted)
     if found:
         raise UserError(
-            f"{path} was started with another config: {'; '.join(found)} (folder -> this run); "
+            f"{path} holds a run with another config: {'; '.join(found)} (folder -> this run); "
             "choose another --workdir, or use the folder's values"
         )
 
 
 def load(folder: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
-    """The folder of an earlier run and its config; raises `UserError` if it is none."""
+    """The folder of an earlier run and its config; raises `UserError` if it holds none."""
     path = absolute(folder)
     if not path.is_dir():
-        raise UserError(f"no such workdir: {path}; run `train --workdir={folder}` first")
+        raise UserError(f"there is no workdir {path}: train there first, `ftwt train --config=... --workdir={folder}`")
     return path, ml_collections.ConfigDict(_kept(path))
 
 
 def _kept(path: pathlib.Path) -> dict[str, Any]:
     """The config of a folder."""
-    config = read_json(path / CONFIG, "run's config")
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path} holds no run: train there first, `ftwt train --config=... --workdir={path}`")
+    config = read_json(path / CONFIG, "config")
     if not isinstance(config, dict):
-        raise UserError(f"run's config at {path / CONFIG} is not a config")
-    return _filled(config, NEWER)
-
-
-def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The config with what it lacks, section by section."""
-    sections = {
-        key: _filled(config[key], value) for key, value in defaults.items() if isinstance(config.get(key), dict)
-    }
-    return {**defaults, **config, **sections}
+        raise UserError(f"{path / CONFIG} does not hold a config")
+    return updated(config)

@@ -1,5 +1,7 @@
-"""Checkpoints with Orbax: network and optimizer together, the newest and the best kept."""
+"""Checkpoints with Orbax: network and optimizer together; the newest ones and the best are kept."""
 
+import errno
+import os
 import pathlib
 import shutil
 import time
@@ -11,37 +13,38 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError, one_line, shortened
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
-from ftwt_jax.training.step import TrainState
 from ftwt_jax.workdir.integrity import MISSING, damage, write_list
 
 FOLDER = "checkpoints"
-# Items of a checkpoint; the network is by itself so that it can be read without knowing how it was trained.
+# Items of a checkpoint. The network is an item of its own, to be read without knowing how it was trained.
 NETWORK, OPTIMIZER, DATASET = "network", "optimizer", "dataset"
-# Among what is kept of the data: that the network of step 0 is only what training starts from.
+# Key in the dataset item: the network of step 0 is only the start of a training.
 UNFINISHED = "unfinished"
-# The newest, and the one before, which is what is left if storage damages the newest.
+# The newest, and the previous one in case storage damages the newest.
 KEPT = 2
-# Before the number of a checkpoint that was found damaged, and is kept aside.
+# Prefix of the folder name of a checkpoint that was found damaged.
 DAMAGED = "damaged-"
+# Errors of the operating system that tell the user enough by themselves.
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves preemption to the training loop, whose steps have other numbers."""
+    """Leaves preemption to the training loop, which numbers the steps of both stages in one row."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
 def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
-    """Takes damaged checkpoints of a stage out of the way, so that training goes on from the one before.
+    """Renames the damaged checkpoints of a stage, so that training continues from an intact one.
 
-    They are renamed, not deleted, unless it was a deletion that was cut off: an older one with files missing. Every
-    process of a run has to call this.
+    Only a checkpoint whose deletion was cut off is deleted: an older one with files missing. Every process of a run
+    must call this.
 
     Returns:
-      What was found, a sentence each; on the first process alone.
+      A sentence for each damaged checkpoint, on the first process; an empty list on the others.
     """
     notes = []
     intact = 0
@@ -51,7 +54,7 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
             if not found:
                 intact += 1
             elif intact >= KEPT and found.endswith(MISSING):
-                # Enough newer ones are there: the process was killed while it deleted this one.
+                # There are enough newer ones, so the process was killed while it deleted this one.
                 shutil.rmtree(path)
             else:
                 aside, again = path.with_name(DAMAGED + path.name), 1
@@ -59,8 +62,8 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
                     again += 1
                     aside = path.with_name(f"{DAMAGED}{path.name}-{again}")
                 path.rename(aside)
-                notes.append(f"checkpoint {path} is damaged: {found}; it is now {aside.name}, and not used")
-    barrier(f"{stage} looked through")
+                notes.append(f"checkpoint {path} is damaged: {found}; it was renamed to {aside.name} and is not used")
+    barrier(f"{stage} checked")
     return notes
 
 
@@ -70,7 +73,7 @@ def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
 
 
 def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The complete checkpoints of a stage, the newest first; those being written have other names."""
+    """The complete checkpoints of a stage, the newest first; an incomplete one has a temporary name."""
     found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: -int(path.name))
 
@@ -79,8 +82,8 @@ class Checkpoints:
     """The checkpoints of one stage (`baseline` or `gated`) of a run, in `workdir/checkpoints/STAGE/STEP`.
 
     Args:
-      dataset: what is kept of the data with each network, see `Dataset.describe`.
-      create: make the folder if it is missing; off, that is a `UserError`.
+      dataset: the description of the data saved with each network, see `Dataset.describe`.
+      create: make the folder if it is missing; otherwise a missing folder is a `UserError`.
     """
 
     def __init__(self, workdir: pathlib.Path, stage: str, dataset: dict[str, Any], create: bool = False):
@@ -92,7 +95,7 @@ class Checkpoints:
             get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False
         )
         keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(KEPT), best])
-        # Saving returns when the files are complete: what is reported as saved survives a kill in the next moment.
+        # Synchronous: once a checkpoint is reported as saved, it survives a kill.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             best_fn=lambda metrics: metrics["accuracy"],
@@ -113,14 +116,14 @@ class Checkpoints:
             raise_if_lost(error)
             for path in _complete(self.path):
                 self._check_intact(int(path.name))
-            raise UserError(f"the checkpoints in {self.path} cannot be read: {_reason(error)}") from error
+            raise UserError(f"cannot read the checkpoints in {self.path}: {_reason(error)}") from error
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def step(self, best: bool = False) -> int | None:
-        """The newest step, or the best of those whose accuracy is known; None if there is none."""
+        """The newest step, or the step with the highest accuracy if any was measured; None without checkpoints."""
         found = self.best_step() if best else None
         return self.latest_step() if found is None else found
 
@@ -128,8 +131,16 @@ class Checkpoints:
         """Step of the checkpoint with the highest accuracy; None if there is none."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Saves the state; `metrics["accuracy"]`, if it is known, says which checkpoint is the best."""
+    def save(self, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Saves a training state.
+
+        Args:
+          state: a `training.step.TrainState`.
+          metrics: `accuracy` decides which checkpoint is the best; None if it was not measured.
+
+        Raises:
+          UserError: the files cannot be written; older checkpoints are unchanged.
+        """
         items = {
             NETWORK: ocp.args.StandardSave(state.variables),
             OPTIMIZER: ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
@@ -137,16 +148,16 @@ class Checkpoints:
         self._save(int(state.step), items, metrics)
 
     def save_network(self, variables: Any, finished: bool = True) -> None:
-        """Saves a network from elsewhere as step 0; if it is not `finished`, training starts from it."""
+        """Saves an imported network as step 0; unless it is `finished`, training starts from it."""
         items = {NETWORK: ocp.args.StandardSave(variables)}
         self._save(0, items, None, None if finished else {UNFINISHED: True})
 
     def is_unfinished(self) -> bool:
-        """Whether the newest network is only what training starts from."""
+        """Whether the newest network is only the start of a training."""
         return bool(self.kept_dataset().get(UNFINISHED))
 
     def is_finished(self, total: int) -> bool:
-        """Whether a network is there that `total` steps of training would not change."""
+        """Whether the newest network has all `total` steps of training behind it, or needs none."""
         step = self.latest_step()
         return step is not None and (step >= total or (step == 0 and not self.is_unfinished()))
 
@@ -162,14 +173,18 @@ class Checkpoints:
             raise_if_lost(error)
             self._remove_unfinished()
             newest = self.latest_step()
-            older = "there is no older one" if newest is None else f"the one of step {newest} is kept"
+            older = "there is no older one" if newest is None else f"the checkpoint of step {newest} is intact"
             raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.path}: {_reason(error)}; "
-                f"{older}; make room, then give the same command again"
+                f"cannot write the checkpoint of step {step} to {self.path}: {_reason(error)}; {older}; free some "
+                "space, then run the same command again"
             ) from error
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest state, in the shapes, dtypes and shardings of `state`."""
+    def restore(self, state: Any) -> Any:
+        """The newest training state, in the shapes, dtypes and shardings of `state`.
+
+        Raises:
+          UserError: there is none, it is damaged, or it belongs to other data.
+        """
         step = self.latest_step()
         if step is not None:
             self._check_size(step)
@@ -180,7 +195,12 @@ class Checkpoints:
         }
         found = self._restore(step, items)
         network, optimizer = found[NETWORK], found[OPTIMIZER]
-        return TrainState(optimizer["step"], network["params"], network["batch_stats"], optimizer["state"])
+        return state.replace(
+            step=optimizer["step"],
+            params=network["params"],
+            batch_stats=network["batch_stats"],
+            opt_state=optimizer["state"],
+        )
 
     def restore_network(
         self, variables: Any, sharding: NamedSharding, best: bool = False, other_classes: bool = False
@@ -188,7 +208,7 @@ class Checkpoints:
         """The newest (or best) network, shaped like `variables`; raises `UserError` if there is none that fits.
 
         Args:
-          other_classes: take one that was trained to tell other classes apart.
+          other_classes: accept a network that was trained on other classes.
         """
         step = self.step(best)
         if step is not None:
@@ -208,45 +228,49 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             raise self._unreadable(step, error) from error
         if found is None:
-            raise UserError(f"checkpoint {self.path / str(step)} has no network in it")
+            raise UserError(
+                f"checkpoint {self.path / str(step)} holds no network; rename its folder to use the previous checkpoint"
+            )
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found.tree)
 
     def kept_dataset(self, step: int | None = None) -> dict[str, Any]:
-        """What a checkpoint (the newest) keeps of its data, see `Dataset.describe`; empty if it keeps nothing."""
+        """The description of the data saved with a checkpoint (None: the newest); empty if there is none."""
         step = self.latest_step() if step is None else step
         if not (self.path / str(step) / DATASET).is_dir():
             return {}
         return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]
 
     def _check_intact(self, step: int) -> None:
-        """Raises `UserError` if a checkpoint is not as it was written."""
+        """Raises `UserError` if a checkpoint is damaged; each is checked once."""
         if step in self._intact:
             return
         found = damage(self.path / str(step)) if is_first() else None
         if broadcast(found is not None):
             raise UserError(
-                f"checkpoint {self.path / str(step)} is damaged: {found or 'the first process says how'}; `train` with "
-                "this workdir goes on from the one before"
+                f"checkpoint {self.path / str(step)} is damaged: {found or 'see the output of process 0'}; run `train` "
+                "with this workdir to continue from the previous one"
             )
         self._intact.add(step)
 
     def _check_size(self, step: int) -> None:
-        """Raises `UserError` if an epoch now has another length, so that the input position means nothing."""
+        """Raises `UserError` if the number of training images changed: the position in an epoch would be wrong."""
         kept, here = self.kept_dataset(step).get("train_size"), self._dataset["train_size"]
         if kept not in (None, here):
             raise UserError(
-                f"{self.path / str(step)} was written while there were {kept} training images, and now there are "
-                f"{here}: bring the data back to what they were, or start in a new workdir with config.init_from"
+                f"checkpoint {self.path / str(step)} was trained on {kept} images, and the data now has {here}; "
+                "restore the data, or start in a new workdir with config.init_from"
             )
 
     def _check_classes(self, step: int) -> None:
-        """Raises `UserError` if the network was trained to tell other classes apart, or the same in another order."""
+        """Raises `UserError` if the network was trained on other classes, or on the same in another order."""
         kept, here = self.kept_dataset(step).get("class_names"), self._dataset["class_names"]
         if kept and here and kept != here:
-            differing = [f"{old!r} there, {new!r} here" for old, new in zip(kept, here, strict=False) if old != new]
-            first = differing[0] if differing else f"{len(kept)} classes there, {len(here)} here"
+            pairs = enumerate(zip(kept, here, strict=False))
+            differing = [f"class {i} was {old!r} and is now {new!r}" for i, (old, new) in pairs if old != new]
+            first = differing[0] if differing else f"{len(kept)} of them, and there are now {len(here)}"
             raise UserError(
-                f"the network in {self.path} was trained on other classes: {first}; compare config.data, or the folders"
+                f"the network in {self.path} was trained on other classes: {first}; restore the data, or correct "
+                "config.data"
             )
 
     def _check_shapes(self, saved: Any, variables: Any) -> None:
@@ -256,10 +280,10 @@ class Checkpoints:
         )
         for name in (*wanted, *here):
             if here.get(name) != wanted.get(name):
-                there, mine = (shapes.get(name, "nothing") for shapes in (here, wanted))
+                there, mine = (shapes.get(name, "missing") for shapes in (here, wanted))
                 raise UserError(
-                    f"the network in {self.path} is another one: {name} is {there} there and {mine} in this config; "
-                    "compare config.model and config.data of both"
+                    f"the network in {self.path} does not fit: {name} is {there} there and {mine} in this config; "
+                    "compare config.model and config.data of both runs"
                 )
 
     def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
@@ -273,8 +297,8 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _remove_unfinished(self) -> None:
-        """Gives back the room that a save which failed has taken."""
-        # For a second, in which tasks that Orbax has left behind may still be writing.
+        """Frees the space that a failed save has taken."""
+        # For one second, because tasks of Orbax may still be writing.
         for _ in range(10):
             for path in self.path.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -282,20 +306,25 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         path = self.path / str(step)
-        return UserError(f"checkpoint {path} cannot be restored: {_reason(error)}; move it away to use the one before")
+        return UserError(
+            f"cannot restore checkpoint {path}: {_reason(error)}; rename its folder to use the previous checkpoint"
+        )
 
     def _missing(self) -> UserError:
-        return UserError(f"no trained {self.path.name} network in {self.path}: run `train` with this workdir first")
+        return UserError(f"no trained {self.path.name} network in {self.path}; run `train` with this workdir first")
 
     def close(self) -> None:
-        """Waits for whatever is still being written."""
+        """Waits until everything is written."""
         self._manager.close()
 
 
 def _reason(error: Exception) -> str:
-    """The error on one line; of a long one, how it begins and, where the system's own words stand, how it ends."""
+    """What the operating system says, if the error quotes it; otherwise the error on one line, its middle left out."""
     text = one_line(error)
-    return text if len(text) <= 240 else f"{text[:100]} ... {text[-120:]}"
+    for message in map(os.strerror, _SYSTEM_ERRORS):
+        if message in text:
+            return message.lower()
+    return shortened(error)
 
 
 def _targets(tree: Any, sharding: NamedSharding) -> Any:

@@ -1,4 +1,4 @@
-"""What a process runs on, and what a run was trained on."""
+"""The software and hardware that a process runs on, and the record of those that a run was trained on."""
 
 import importlib.metadata
 import pathlib
@@ -7,18 +7,17 @@ import subprocess
 
 import jax
 
-from ftwt_jax.commands.parse import REPOSITORY
-from ftwt_jax.data.build import threads
+from ftwt_jax.config import REPOSITORY
 from ftwt_jax.errors import UserError
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.version import __version__
-from ftwt_jax.workdir import read_json, write_json
+from ftwt_jax.workdir import ENVIRONMENT, read_json, write_json
 
-FILE = "environment.json"
 Environment = dict[str, str]
 
 
 def environment() -> Environment:
-    """What this process runs on, by name."""
+    """Versions, devices and processor of this process."""
     devices = jax.devices()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     commit = _commit()
@@ -27,31 +26,31 @@ def environment() -> Environment:
         **versions,
         "ftwt_jax": __version__,
         "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "processor": f"{_processor()}, {threads()} cores",
+        "processor": f"{_processor()}, {cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}",
         **({"git commit": commit} if commit else {}),
     }
 
 
 def record_environment(folder: pathlib.Path) -> None:
-    """Adds what this process runs on to the workdir's list, unless the last one that trained there ran on the same."""
+    """Appends the environment of this process to the workdir's list, unless it equals the last entry."""
     found, here = recorded_environments(folder), environment()
     if found[-1:] != [here]:
-        write_json(folder / FILE, [*found, here])
+        write_json(folder / ENVIRONMENT, [*found, here])
 
 
 def recorded_environments(folder: pathlib.Path) -> list[Environment]:
-    """What a workdir's run was trained on, first to last; empty if that was not recorded.
+    """The environments that a run was trained in, in order; empty if they were not recorded.
 
     Raises:
-      UserError: the file is broken.
+      UserError: the file cannot be read, or does not hold such a list.
     """
-    path = folder / FILE
+    path = folder / ENVIRONMENT
     if not path.exists():
         return []
     found = read_json(path, "list of environments")
     if not (isinstance(found, list) and all(isinstance(entry, dict) for entry in found)):
-        raise UserError(f"{path} must hold a list of what the run was trained on: delete it")
+        raise UserError(f"{path} does not hold a list of environments; delete it, and training writes it again")
     return found
 
 
@@ -65,7 +64,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the code, if it lies in a git checkout, and whether files were changed since."""
+    """The commit of a git checkout, and whether files have changed since; None outside of one."""
     if not (REPOSITORY / ".git").exists():
         return None
 
@@ -77,4 +76,4 @@ def _commit() -> str | None:
         commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit}, and changes since" if changed else commit
+    return f"{commit}, with uncommitted changes" if changed else commit

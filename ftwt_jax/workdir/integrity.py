@@ -1,6 +1,6 @@
-"""Whether a checkpoint is as it was written: a list of its files, made when it is complete, tells.
+"""Detects damaged checkpoints by a list of their files, written when a checkpoint is complete.
 
-Storage loses files and ends of files; a network restored from what is left would be a wrong one, or none.
+Storage can lose files or truncate them, and Orbax would restore wrong numbers from what is left.
 """
 
 import json
@@ -10,20 +10,20 @@ import zlib
 from ftwt_jax.files import written_whole
 
 LIST = "files.json"
-# Without a list (the process was killed before it could be written) a checkpoint must have these folders at least.
+# A checkpoint without a list (the process was killed just before writing it) must at least have these folders.
 PARTS = ("network", "dataset")
 MISSING = "is missing"
 _CHUNK = 1 << 22
 
 
 def write_list(folder: pathlib.Path) -> None:
-    """Notes size in bytes and CRC-32 of every file of a complete checkpoint, in the checkpoint itself."""
+    """Writes the size in bytes and the CRC-32 of every file of a complete checkpoint into the checkpoint."""
     with written_whole(folder / LIST) as temporary:
         temporary.write_text(json.dumps({name: [path.stat().st_size, _crc(path)] for name, path in _files(folder)}))
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if nothing is. All of it is read."""
+    """What is wrong with a checkpoint, in a few words; None if it is intact. Reads every file."""
     try:
         listed = {name: (size, crc) for name, (size, crc) in json.loads((folder / LIST).read_text()).items()}
     except FileNotFoundError:
@@ -38,9 +38,9 @@ def damage(folder: pathlib.Path) -> str | None:
                 return f"{name} {MISSING}"
             found = here[name].stat().st_size
             if found != size:
-                return f"{name} is {found} bytes long, and was {size}"
+                return f"{name} is {found} bytes long instead of {size}"
             if _crc(here[name]) != crc:
-                return f"{name} has other contents than were written"
+                return f"the contents of {name} have changed"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     return None

@@ -16,13 +16,14 @@ from flax.traverse_util import flatten_dict
 
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
+from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.keeper import OFFSETS, POINTS
-from ftwt_jax.commands.parse import parse
 from ftwt_jax.gating.gates import HEAD_NAME, GateControl
-from ftwt_jax.training.run import GATED, Run, make_run
+from ftwt_jax.training.run import Run, open_run
+from ftwt_jax.training.settings import GATED
 from ftwt_jax.workdir.checkpoints import NETWORK
 from tests.commands.test_train import reached
-from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
+from tests.conftest import TINY, TINY_STEPS, config_of, fails, read_metrics
 from tests.helpers.processes import assert_ends_like, figures, newest, wait_until, went_on
 
 pytestmark = pytest.mark.long
@@ -81,7 +82,7 @@ def read(workdir: pathlib.Path, name: str) -> dict:
 
 def opened(workdir: pathlib.Path) -> Run:
     path, config = workdirs.load(str(workdir))
-    return make_run(config, path)
+    return open_run(config, path)
 
 
 def evaluated(workdir: pathlib.Path) -> dict[int, dict]:
@@ -103,7 +104,8 @@ def heads(workdir: pathlib.Path) -> list[dict[str, np.ndarray]]:
 
 def assert_measured(run: Run, variables: dict) -> None:
     """That batch statistics are those that training images have under the masks of these gates."""
-    again = run.batch_statistics.renewed(variables, run.calibration_batches)
+    calibration = Calibration(run)
+    again = calibration.statistics.renewed(variables, calibration.batches)
     for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in (again, variables)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -246,7 +248,7 @@ def test_a_workdir_from_before_there_was_calibration_is_still_read(capsys, raw_r
     (workdir / "config.json").write_text(json.dumps(config))
     flags = [*SMALL, f"--config.init_from={config['init_from']}", *SLOW, f"--workdir={workdir}"]
     assert "config.gates.calibrate: False -> True" in fails(capsys, "train", *flags)
-    workdirs.prepare(workdir, parse("train", [*flags, "--config.gates.calibrate=False"]).config)
+    workdirs.prepare(workdir, config_of([*flags, "--config.gates.calibrate=False"]))
     kept = opened(workdir).config.gates
     assert (kept.calibrate, kept.static, kept.budgets) == (False, False, None)
 

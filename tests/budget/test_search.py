@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
-from ftwt_jax.budget.estimate import Calibrator
-from ftwt_jax.budget.search import ROUNDS, TOLERANCE, Falling
+from ftwt_jax.budget.calibrate import LARGEST_OFFSET, UNREACHABLE
+from ftwt_jax.budget.search import ROUNDS, TOLERANCE, BudgetSearch
 from ftwt_jax.training.evaluator import Evaluation
 
 LOW, HIGH = -20.0, 20.0
@@ -30,8 +30,8 @@ class Curve:
         reduction = self._reduction(value)
         return Evaluation(1, 0.5, reduction, reduction, None, (), ())
 
-    def falling(self) -> Falling:
-        return Falling(self, LOW, HIGH, SAYS)
+    def search(self) -> BudgetSearch:
+        return BudgetSearch(self, LOW, HIGH, SAYS)
 
 
 def smooth(groups):
@@ -48,7 +48,7 @@ def test_a_budget_is_met_on_any_smooth_curve(groups, budget):
     curve = Curve(smooth(groups))
     assume(curve(HIGH).macs_reduction <= budget <= curve(LOW).macs_reduction)
     curve.asked.clear()
-    value, found = curve.falling().solve(budget)
+    value, found = curve.search().solve(budget)
     assert abs(found.macs_reduction - budget) <= TOLERANCE
     assert found.macs_reduction == smooth(groups)(value)
     assert len(curve.asked) <= 2 + ROUNDS
@@ -63,7 +63,7 @@ def test_of_steps_the_nearest_is_taken(levels, budget):
     def steps(x):
         return levels[min(int((x - LOW) / (HIGH - LOW) * len(levels)), len(levels) - 1)]
 
-    _, found = Curve(steps).falling().solve(budget)
+    _, found = Curve(steps).search().solve(budget)
     error = abs(found.macs_reduction - budget)
     assert error <= max(TOLERANCE, min(abs(level - budget) for level in levels))
 
@@ -71,7 +71,7 @@ def test_of_steps_the_nearest_is_taken(levels, budget):
 @pytest.mark.parametrize("budget", [0.9, 0.9 + 1e-7, 0.1, 0.1 - 1e-7])
 def test_the_ends_of_the_range_can_be_had_and_so_can_what_rounding_makes_of_them(budget):
     curve = Curve(lambda x: 0.9 - 0.8 * (x - LOW) / (HIGH - LOW))
-    value, _ = curve.falling().solve(budget)
+    value, _ = curve.search().solve(budget)
     assert value == (LOW if budget > 0.5 else HIGH)
     assert len(curve.asked) == 2
 
@@ -80,21 +80,21 @@ def test_the_ends_of_the_range_can_be_had_and_so_can_what_rounding_makes_of_them
 def test_what_no_value_gives_is_refused_with_the_range_after_a_look_at_both_ends(budget):
     curve = Curve(lambda x: 0.9 - 0.8 * (x - LOW) / (HIGH - LOW))
     with pytest.raises(ftwt.UserError, match=rf"^no value gives {budget}: between 0.10 and 0.90$"):
-        curve.falling().solve(budget)
+        curve.search().solve(budget)
     assert sorted(curve.asked) == [LOW, HIGH]
 
 
 @pytest.mark.parametrize("budget", [0, 1, -0.5, 1.5, float("nan"), float("inf")])
 def test_what_is_no_reduction_is_refused_without_an_evaluation(budget):
     curve = Curve(lambda x: 0.5)
-    with pytest.raises(ftwt.UserError, match="must lie between 0 and 1; got"):
-        curve.falling().solve(budget)
+    with pytest.raises(ftwt.UserError, match="a MACs reduction between 0 and 1; got"):
+        curve.search().solve(budget)
     assert not curve.asked
 
 
 def test_nothing_is_evaluated_twice():
     curve = Curve(smooth([(0, 1, 1)]))
-    search = curve.falling()
+    search = curve.search()
     first = search.solve(0.6)
     before = len(curve.asked)
     assert search.solve(0.6) == first
@@ -108,7 +108,7 @@ def test_nothing_is_evaluated_twice():
 
 def test_a_step_that_no_value_hits_is_looked_for_once():
     curve = Curve(lambda x: 0.7 if x < 1.3 else 0.2)
-    search = curve.falling()
+    search = curve.search()
     assert search.solve(0.5)[1].macs_reduction == 0.7
     before = len(curve.asked)
     search.solve(0.5)
@@ -124,7 +124,7 @@ def test_a_curve_that_rises_for_a_moment_still_gives_an_answer(bumps, budget):
         return min(max(0.5 - x / (HIGH - LOW) + 0.1 * sum(size for place, size in bumps if x > place), 0), 1)
 
     curve = Curve(jagged)
-    search = curve.falling()
+    search = curve.search()
     for place, _ in bumps:
         search.at(place)
     try:
@@ -138,20 +138,20 @@ def test_a_curve_that_rises_for_a_moment_still_gives_an_answer(bumps, budget):
 
 
 class Gates:
-    """Stands for an evaluator of a network whose filters turn on around some offsets."""
+    """Stands for a network whose filters turn on around some offsets."""
 
     def __init__(self, reduction):
         self.curve = Curve(reduction)
 
-    def run(self, variables, batches, r, offset=0.0):
-        return self.curve(offset)
+    def solve(self, budget):
+        return BudgetSearch(self.curve, -LARGEST_OFFSET, LARGEST_OFFSET, UNREACHABLE).solve(budget, near=0.0)
 
 
 @any_time
 @given(GROUPS, BUDGETS)
 def test_an_offset_is_found_for_any_budget_near_where_the_gates_are(groups, budget):
     gates = Gates(smooth(groups))
-    offset, found = Calibrator(gates, None, [], 0.9).solve(budget)
+    offset, found = gates.solve(budget)
     assert abs(found.macs_reduction - budget) <= TOLERANCE
     assert abs(offset) < 64
     assert max(map(abs, gates.curve.asked)) <= 64, "far ends are not looked at where that is not needed"
@@ -160,19 +160,19 @@ def test_an_offset_is_found_for_any_budget_near_where_the_gates_are(groups, budg
 
 def test_gates_that_meet_the_budget_already_are_asked_once():
     gates = Gates(smooth([(0, 1, 1)]))
-    assert Calibrator(gates, None, [], 0.9).solve(0.5)[0] == 0
+    assert gates.solve(0.5)[0] == 0
     assert gates.curve.asked == [0]
 
 
 def test_all_gates_shut_is_as_good_an_answer_as_any():
     """Gates may be so by themselves; the reduction they have is then the most that there is."""
     gates = Gates(lambda offset: 0.97 if offset < 500 else -0.03)
-    assert Calibrator(gates, None, [], 0.9).solve(0.97)[1].macs_reduction == 0.97
-    assert Calibrator(gates, None, [], 0.9).solve(0.97 + 1e-8)[1].macs_reduction == 0.97
+    assert gates.solve(0.97)[1].macs_reduction == 0.97
+    assert gates.solve(0.97 + 1e-8)[1].macs_reduction == 0.97
 
 
 @pytest.mark.parametrize("budget", [0.98, 0.05])
 def test_a_budget_that_no_offset_reaches_is_refused_with_the_range(budget):
     gates = Gates(lambda offset: 0.1 + 0.8 / (1 + math.exp(min(offset, 50))))
     with pytest.raises(ftwt.UserError, match=rf"no offset .* of {budget}: .* cut by 0.10 to 0.90"):
-        Calibrator(gates, None, [], 0.9).solve(budget)
+        gates.solve(budget)

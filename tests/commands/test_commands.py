@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from ftwt_jax.__main__ import main
-from tests.conftest import ROOT, fails
+from tests.conftest import ROOT, config_of, fails
 
 DIGITS = "--config=configs/digits.py"
 
@@ -15,19 +15,27 @@ DIGITS = "--config=configs/digits.py"
     [
         (["trian"], "did you mean 'train'"),
         (["train", "--workdir=w"], "--config is missing"),
-        (["train", "--confg=x"], "Did you mean: config"),
+        (["train", "--confg=x"], "unknown flag --confg; did you mean --config?"),
         (["train", "--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
         (["train", DIGITS], "--workdir is missing"),
         (["train", DIGITS, "more"], "takes flags only; got 'more'"),
         (["train", DIGITS, "--config.gats.r=1"], "did you mean 'gates'"),
         (["train", DIGITS, "--config.gates.moed=joint"], "did you mean 'mode'"),
-        (["train", DIGITS, "--config.gates.r=abc"], "could not convert string to float"),
+        (["train", DIGITS, "--config.gates.r=abc"], "--config.gates.r takes a number in (0, 1]; got 'abc'"),
+        (["train", DIGITS, "--config.gates.epochs=1.5"], "--config.gates.epochs takes a whole number; got '1.5'"),
+        (["train", DIGITS, "--config.gates.static=si"], "--config.gates.static takes True or False; got 'si'"),
+        (["train", DIGITS, "--config.gates=1"], "--config.gates is a section: set its fields, such as --config.gates."),
+        (["train", DIGITS, "--batch_size=8"], "unknown flag --batch_size; did you mean --config.batch_size?"),
+        (["train", DIGITS, "--gates.r=0.8"], "unknown flag --gates.r; did you mean --config.gates.r?"),
+        (["benchmark", "--arch=resnet20", "--budget=x"], "--budget takes a number; got 'x'"),
+        (["benchmark", "--arch=resnet20", "--batch=1.5"], "--batch takes a whole number; got '1.5'"),
+        (["export", "--workdir=w", "--format=onnx"], "--format takes one of safetensors, stablehlo; got 'onnx'"),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir="], "--workdir is missing"),
-        (["evaluate", "--r=0.5", "--workdir=w"], "Unknown command line flag 'r'"),
-        (["evaluate", "--workdir=missing"], "no such workdir"),
-        (["estimate", "--workdir=missing", "--r=0.5,x"], "--r is a list of numbers"),
-        (["estimate", "--workdir=missing", "--r=0"], "must lie in (0, 1]"),
+        (["evaluate", "--r=0.5", "--workdir=w"], "unknown flag --r; known: --best, --budgets"),
+        (["evaluate", "--workdir=missing"], "there is no workdir"),
+        (["estimate", "--workdir=missing", "--r=0.5,x"], "--r takes numbers in (0, 1], such as 0.8,0.9,1; got '0.5,x'"),
+        (["estimate", "--workdir=missing", "--r=0"], "--r takes numbers in (0, 1], such as 0.8,0.9,1; got '0'"),
         (["estimate", "--workdir=missing", "--r=0.5", "--budget=0.5"], "--r or --budget, not both"),
     ],
 )
@@ -76,13 +84,13 @@ def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     error = fails(capsys, "train", DIGITS, f"--workdir={tmp_path / 'file' / 'run'}")
     assert "cannot write to the workdir" in error
-    assert "choose another with --workdir" in error
+    assert "choose another --workdir" in error
 
 
 def test_a_workdir_with_a_broken_config(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     for command in (["evaluate"], ["estimate"], ["train", DIGITS]):
-        assert f"config at {tmp_path / 'config.json'} cannot be read" in fails(
+        assert f"cannot read the config in {tmp_path / 'config.json'}" in fails(
             capsys, *command, f"--workdir={tmp_path}"
         )
 
@@ -90,14 +98,18 @@ def test_a_workdir_with_a_broken_config(capsys, tmp_path):
 def test_a_config_without_its_fields_is_refused_by_their_names(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0, "gates": {"r": 0.5}}')
     error = fails(capsys, "evaluate", f"--workdir={tmp_path}")
-    assert "lacks init_from, batch_size" in error
+    assert "lacks baseline, batch_size" in error
     assert "gates.mode" in error
     assert "gates.r," not in error
 
 
 def test_a_config_file_without_a_field(capsys, tmp_path):
     text = (ROOT / "configs" / "digits.py").read_text()
-    (tmp_path / "mine.py").write_text(text.replace("    return config", "    del config.init_from\n    return config"))
+    (tmp_path / "mine.py").write_text(
+        text.replace(
+            "    return config", "    with config.unlocked():\n        del config.init_from\n    return config"
+        )
+    )
     error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
     assert "the config lacks init_from" in error
 
@@ -140,3 +152,33 @@ def test_evaluate_again_writes_the_same_figures(program, tiny_run):
     path.unlink()
     program.run("evaluate", f"--workdir={tiny_run[0]}")
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("config.gates.r = '0.85'", "the field r takes a number; got '0.85' (text)"),
+        ("config.gates.rr = 0.85", "there is no field 'rr' in the config"),
+        ("config.gates.lr = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("config.gates.lr == )", "SyntaxError: unmatched ')'"),
+    ],
+)
+def test_of_an_error_in_a_config_file_the_line_is_named(capsys, tmp_path, line, says):
+    file = tmp_path / "mine.py"
+    text = (ROOT / "configs" / "digits.py").read_text()
+    text = text.replace("    return config", f"    {line}\n    return config")
+    file.write_text(text)
+    number = next(n for n, one in enumerate(text.splitlines(), start=1) if line in one)
+    error = fails(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert f"{file}, line {number}: {says}" in error
+
+
+def test_a_bare_name_is_a_bundled_config():
+    assert config_of(["--config=digits"]) == config_of(["--config=configs/digits.py"])
+    assert config_of(["--config", "digits:resnet20", "--config.gates.r", "0.5"]).gates.r == 0.5
+
+
+def test_what_get_config_returns_must_be_a_config(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return {}\n")
+    error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+    assert "get_config must return a ConfigDict, not dict" in error

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ftwt_jax.__main__ import main
 from ftwt_jax.data import load_dataset
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import TINY, fails, read_metrics
 from tests.helpers import torch_imagenet as imagenet
 from tests.helpers import torch_networks as theirs

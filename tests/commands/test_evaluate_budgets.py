@@ -16,13 +16,14 @@ from PIL import Image
 import ftwt_jax as ftwt
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
-from ftwt_jax.benchmark.inference import trained_subject
+from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
+from ftwt_jax.budget.trained import trained_subject
+from ftwt_jax.commands.command import parse_numbers
 from ftwt_jax.commands.estimate import SWEEP
-from ftwt_jax.commands.evaluate.budgets import any_budget, parse_budgets
-from ftwt_jax.commands.parse import parse
-from ftwt_jax.training.run import GATED, STAGES, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import GATED, STAGES
 from tests.budget.test_keeper import NEAR, SMALL, assert_measured
-from tests.conftest import fails, random_like
+from tests.conftest import config_of, fails, random_like
 
 pytestmark = pytest.mark.long
 
@@ -37,11 +38,12 @@ A_FILTER = 0.05
 def trained(tmp_path_factory) -> pathlib.Path:
     """A workdir as training leaves it, of a network whose weights and gates are random; so are its answers."""
     workdir = tmp_path_factory.mktemp("any") / "run"
-    config = parse("train", [*SMALL, "--config.gates.r=0.7", f"--workdir={workdir}"]).config
-    run = make_run(config, workdir)
+    config = config_of([*SMALL, "--config.gates.r=0.7", f"--workdir={workdir}"])
+    run = open_run(config, workdir)
     workdirs.prepare(workdir, config)
     variables = random_like(run.abstract_variables(GATED))
-    variables = run.batch_statistics.renewed(variables, run.calibration_batches)
+    calibration = Calibration(run)
+    variables = calibration.statistics.renewed(variables, calibration.batches)
     for stage in STAGES:
         wanted = flatten_dict(run.abstract_variables(stage))
         network = unflatten_dict({path: flatten_dict(variables)[path] for path in wanted})
@@ -61,8 +63,8 @@ def swept(program, trained) -> tuple[dict, str]:
 def opened(trained):
     """The run, and its network to be had at any budget."""
     path, config = workdirs.load(str(trained))
-    run = make_run(config, path)
-    return run, any_budget(run, run.trained(GATED), config.gates.r)
+    run = open_run(config, path)
+    return run, CalibratedNetwork(Calibration(run), run.trained(GATED), config.gates.r)
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +155,12 @@ def test_a_budget_out_of_reach_is_refused_with_the_range_and_nothing_is_written(
 @pytest.mark.parametrize("budgets", ["", "x", "0.5,x", "0.5,", "0", "1", "0.3,1.5", "-0.5", "nan", "0.3;0.5"])
 def test_what_is_no_list_of_budgets(capsys, budgets):
     error = fails(capsys, "evaluate", "--workdir=missing", f"--budgets={budgets}")
-    assert f"--budgets is a list of MACs reductions between 0 and 1, such as 0.3,0.5,0.7; got {budgets!r}" in error
+    assert f"--budgets takes MACs reductions between 0 and 1, such as 0.3,0.5,0.7; got {budgets!r}" in error
 
 
 def test_a_list_of_budgets():
-    assert parse_budgets("0.5") == [0.5]
-    assert parse_budgets("0.3, 0.5,.7") == [0.3, 0.5, 0.7]
+    assert parse_numbers("0.5", "budgets", "", bool) == [0.5]
+    assert parse_numbers("0.3, 0.5,.7", "budgets", "", bool) == [0.3, 0.5, 0.7]
 
 
 def test_budgets_and_corruptions_are_two_commands(capsys):

@@ -18,7 +18,8 @@ from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
-from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import Program, fails
 from tests.data.test_tfds import command_in, python
 from tests.helpers.processes import two_processes
@@ -179,7 +180,7 @@ def test_without_gates_their_figures_are_left_out(program, tiny_run, swept, tmp_
 
 def test_the_whole_sweep_compiles_each_network_once(tiny_run, tmp_path):
     path, config = workdirs.load(str(copied(tiny_run, tmp_path)))
-    run = make_run(config, path)
+    run = open_run(config, path)
     sweep(run, applied(run), "applied", Console(quiet=True))
     for stage in (BASELINE, GATED):
         assert run.evaluator(stage)._step._cache_size() == 1
@@ -189,7 +190,7 @@ def test_the_whole_sweep_compiles_each_network_once(tiny_run, tmp_path):
 def test_figures_do_not_depend_on_the_batch_size(tiny_run, swept, tmp_path, batch_size):
     path, config = workdirs.load(str(copied(tiny_run, tmp_path)))
     config.eval_batch_size = batch_size
-    run = make_run(config, path)
+    run = open_run(config, path)
     hardest = [setting for setting in applied(run) if setting.severity == 5]
     found, wanted = by_setting(sweep(run, hardest, "applied", Console(quiet=True))), by_setting(swept.result)
     assert len(found) == 6
@@ -203,7 +204,7 @@ def test_images_that_are_read_as_they_are_needed_are_corrupted_like_those_in_mem
     streamed = dataclasses.replace(data, test=Selection(data.test, np.arange(HELD_OUT)), resized_crop=True)
     seen = np.concatenate([batch["image"] for batch in eval_batches(streamed, streamed.test, 150)])
     held = dataclasses.replace(data, test=ArraySource(seen, data.test.labels))
-    found, wanted = (make_run(config, path, dataset=dataset) for dataset in (streamed, held))
+    found, wanted = (open_run(config, path, dataset=dataset) for dataset in (streamed, held))
     found, wanted = (sweep(run, applied(run)[4::5], "applied", Console(quiet=True))["rows"] for run in (found, wanted))
     assert len(found) == 6
     for row, same in zip(found, wanted, strict=True):
@@ -257,8 +258,8 @@ def test_a_set_of_tfds_is_evaluated_with_all_that_is_prepared_of_it(with_sets, t
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("tfds:ftwt_few_corrupted", "has 3 classes, and they are not the 10 of this network"),
-        ("tfds:ftwt_train_corrupted", "has neither of the splits test, validation"),
+        ("tfds:ftwt_few_corrupted", "has 3 classes, which are not the 10 of this network"),
+        ("tfds:ftwt_train_corrupted", "has no split to evaluate on: neither test nor validation"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_sets, tiny_run, tmp_path, source, says):
@@ -279,14 +280,14 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_se
         (["--corruptions", "--corruptions_from=cifar10_corrupted"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:cifar10_corupted"], "did you mean 'cifar10_corrupted'"),
-        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is no set of corrupted images with severities"),
+        (["--corruptions", "--corruptions_from=tfds:cifar10"], "is not a set of corrupted images with severities"),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted/fog_1"],
-            "with all that is prepared of it: tfds:cifar10_corrupted",
+            "takes a data set without a configuration: tfds:cifar10_corrupted;",
         ),
         (
             ["--corruptions", "--corruptions_from=tfds:cifar10_corrupted"],
-            "has images of 32x32x3, and this network is given 8x8x1",
+            "has images of 32x32x3, but this network takes 8x8x1",
         ),
         (["--corruptions", "--budgets=0.5"], "--budgets or --corruptions, not both"),
     ],
@@ -302,7 +303,7 @@ def coloured(classes: int, names: tuple[str, ...] = ()) -> Dataset:
 
 
 def test_a_set_of_which_nothing_is_prepared_is_refused_with_a_command(tmp_path):
-    with pytest.raises(UserError, match="nothing of tfds:cifar10_corrupted is prepared in") as caught:
+    with pytest.raises(UserError, match="no configuration of tfds:cifar10_corrupted is prepared in") as caught:
         open_corrupted("tfds:cifar10_corrupted", str(tmp_path), coloured(10, tuple("abcdefghij")))
     command, name, place = command_in(str(caught.value))
     assert (command, place) == ("prepare", f"--data_dir={tmp_path}")
@@ -310,5 +311,5 @@ def test_a_set_of_which_nothing_is_prepared_is_refused_with_a_command(tmp_path):
 
 
 def test_other_classes_are_refused_even_if_nothing_is_prepared(tmp_path):
-    with pytest.raises(UserError, match="has 10 classes, and they are not the 100 of this network"):
+    with pytest.raises(UserError, match="has 10 classes, which are not the 100 of this network"):
         open_corrupted("tfds:cifar10_corrupted", str(tmp_path), coloured(100))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ftwt_jax.data import load_dataset
 from ftwt_jax.training.optim import cooldown_step
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir import load
 from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
 from tests.helpers import torch_imagenet as imagenet

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftwt_jax.benchmark.inference import trained_subject
+from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.gating.gates import GateControl
 from tests.conftest import fails
 

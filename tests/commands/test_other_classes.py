@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from tests.conftest import fails, read_metrics
 from tests.helpers import torch_networks as theirs
 from tests.helpers.weight_files import (
@@ -67,8 +67,8 @@ def test_a_checkpoint_of_other_classes_is_what_a_baseline_is_trained_from(capsys
     )
     workdir = convert(save(net, tmp_path / "net.pth"), tmp_path / "run", *arguments)
     said = capsys.readouterr().out
-    assert "note: it tells 10 classes apart, not 3: its classifier was made anew" in said
-    assert "note: its gate heads were left out" in said
+    assert "note: it has 10 classes, not 3: the classifier is re-initialised" in said
+    assert "note: its gate heads are left out" in said
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [BASELINE]
     assert kept(workdir)["unfinished"]
     assert kept(workdir)["class_names"] == list(CLASSES)

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.digits import get_config
 from ftwt_jax import workdir as workdirs
-from ftwt_jax.training.run import BASELINE, GATED, make_run
+from ftwt_jax.training.run import open_run
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir.integrity import write_list
 from tests.conftest import TINY, TINY_STEPS, read_metrics
 
@@ -46,7 +47,7 @@ KEYS = {
 
 def variables(workdir: pathlib.Path, stage: str):
     path, config = workdirs.load(str(workdir))
-    return jax.device_get(make_run(config, path).trained(stage))
+    return jax.device_get(open_run(config, path).trained(stage))
 
 
 def assert_same(a, b):
@@ -180,13 +181,13 @@ def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path,
 # Notes which examples each step is given, then runs the program.
 RECORDING = """
 import json, sys
-from ftwt_jax import train
+from ftwt_jax.training import loop
 from ftwt_jax.__main__ import main
-put_batch, log = train.put_batch, open(sys.argv[1], "a")
+put_batch, log = loop.put_batch, open(sys.argv[1], "a")
 def recording(batch, mesh):
     print(json.dumps(batch["index"].tolist()), file=log, flush=True)
     return put_batch(batch, mesh)
-train.put_batch = recording
+loop.put_batch = recording
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -245,23 +246,23 @@ def refused_to_go_on(program, finished: pathlib.Path, workdir: pathlib.Path, old
 
 def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tmp_path):
     error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '"train_size": 1347', '"train_size": 1340')
-    assert "1340 training images, and now there are 1347" in error
+    assert "was trained on 1340 images, and the data now has 1347" in error
 
 
 def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
     error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '["0", "1"', '["1", "0"')
-    assert "trained on other classes: '1' there, '0' here" in error
+    assert "trained on other classes: class 0 was '1' and is now '0'" in error
 
 
 def test_a_network_is_given_images_normalised_as_in_training(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     path, config = workdirs.load(str(workdir))
-    mean = make_run(config, path).dataset.mean[0]
+    mean = open_run(config, path).dataset.mean[0]
     edit_kept_data(workdir, BASELINE, f'"mean": [{mean}]', '"mean": [0.125]')
-    assert make_run(config, path).dataset.mean == [0.125]
+    assert open_run(config, path).dataset.mean == [0.125]
     config.init_from = str(workdir)
-    assert make_run(config, tmp_path / "new").dataset.mean == [0.125]
+    assert open_run(config, tmp_path / "new").dataset.mean == [0.125]
 
 
 def reached(workdir: pathlib.Path, stage: str, step: int) -> bool:
@@ -284,7 +285,7 @@ def test_gates_start_from_another_runs_baseline(program, tiny_run, tmp_path):
 def test_a_baseline_of_another_network_is_refused_by_the_name_of_an_array(program, tiny_run, tmp_path):
     other = [*TINY, f"--config.init_from={tiny_run[0]}", "--config.model.width=2.0", f"--workdir={tmp_path}/run"]
     error = program.run("train", *other, status=2)
-    assert "is another one" in error
+    assert "does not fit" in error
     assert "unit0" in error
     assert "(8,) there" in error
     assert "(16,) in this config" in error
@@ -336,4 +337,4 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 def test_a_batch_that_the_devices_cannot_share_is_refused(program, tmp_path):
     two = dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": FLAG})
     odd = two.run("train", *TINY, f"--workdir={tmp_path / 'odd'}", "--config.batch_size=127", status=2)
-    assert "config.batch_size=127 must be a positive multiple of the number of devices, 2" in odd
+    assert "config.batch_size=127 must be a positive multiple of 2, the number of devices" in odd

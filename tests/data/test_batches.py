@@ -1,4 +1,4 @@
-"""Batches: deterministic in (seed, epoch, index), resumable, each example once; and the bundled digits."""
+"""Batches: deterministic in (seed, epoch, index), resumable, each image once; and the bundled digits."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ COUNT = 30
 
 
 class Numbered:
-    """Images of one shade each, 10x12 pixels, labelled by their number: read one by one, as large ones are."""
+    """Images of one shade each, 10x12 pixels, labelled by their number; read one by one, as large ones are."""
 
     def __len__(self) -> int:
         return COUNT
@@ -29,7 +29,7 @@ class Numbered:
 
 @pytest.fixture(scope="module")
 def in_memory() -> Dataset:
-    """30 images, each a single shade and labelled by its own number, so that what was read can be told."""
+    """30 images, each a single shade and labelled by its number, so that a test can tell what was read."""
     images = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None] + 1, (COUNT, 4, 4, 1))
     source = ArraySource(images, np.arange(COUNT, dtype=np.int32))
     return Dataset(source, source, COUNT, (4, 4, 1), (0.0,), (1.0,), crop_padding=1, flip=True)
@@ -48,7 +48,7 @@ def numbered(request) -> Dataset:
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Makes this process believe to be one of several."""
+    """Makes this process appear to be one of several."""
 
     def pretend(index: int, count: int) -> None:
         monkeypatch.setattr(jax, "process_index", lambda: index)
@@ -89,7 +89,7 @@ def test_mean_and_deviation_are_those_of_the_pixels():
     assert std[2] == 1, "a channel of one value must not be divided by 0"
 
 
-def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(numbered):
+def test_every_image_comes_once_per_epoch_in_a_new_order(numbered):
     batches = train_batches(numbered, 10, seed=3)
     epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
     orders = [np.concatenate([batch["index"] for batch in epoch]) for epoch in epochs]
@@ -101,7 +101,7 @@ def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(numbered):
     assert list(orders[0]) != list(orders[1])
 
 
-def test_batches_follow_the_seed_alone(numbered):
+def test_batches_depend_only_on_the_seed(numbered):
     def read(seed):
         batches = train_batches(numbered, 8, seed)
         return [next(batches) for _ in range(5)]
@@ -118,7 +118,7 @@ def test_a_later_start_gives_the_batches_from_there_on(numbered):
         jax.tree.map(np.testing.assert_array_equal, batch, again)
 
 
-def test_an_interrupted_epoch_is_read_to_its_end_without_an_example_twice_or_missed(numbered):
+def test_an_interrupted_epoch_is_completed_without_repeating_or_missing_an_image(numbered):
     before, after = train_batches(numbered, 6, seed=5), train_batches(numbered, 6, seed=5, start=2)
     seen = [next(before)["index"] for _ in range(2)]
     seen += [next(after)["index"] for _ in range(3)]
@@ -127,7 +127,7 @@ def test_an_interrupted_epoch_is_read_to_its_end_without_an_example_twice_or_mis
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_processes_together_read_what_one_reads(numbered, processes, count):
-    """Side by side, their shares are the whole batch: the same crops of the same examples in the same order."""
+    """Side by side, their shares are the whole batch: the same crops of the same images in the same order."""
 
     def read() -> list[dict[str, np.ndarray]]:
         return list(train_batches(numbered, 6, seed=2, stop=7))
@@ -168,7 +168,7 @@ def test_augmentation_crops_the_padded_image_and_mirrors_it():
     assert seen(0, True) == {image.tobytes(), np.ascontiguousarray(image[:, ::-1]).tobytes()}
 
 
-def test_augmentation_follows_seed_and_position_not_the_batch(in_memory):
+def test_augmentation_depends_on_seed_and_position_not_on_the_batch(in_memory):
     images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), np.uint8)
     positions = np.arange(100, 112, dtype=np.uint32)
     augment = make_augment(in_memory, seed=3)
@@ -179,8 +179,8 @@ def test_augmentation_follows_seed_and_position_not_the_batch(in_memory):
     assert (np.asarray(augment(images, positions + 12)) != whole).any()
 
 
-def test_augmentation_needs_nothing_of_the_other_devices(in_memory):
-    """The crop is a gather; were it not split with the batch, every device would be sent every image."""
+def test_augmentation_needs_nothing_from_other_devices(in_memory):
+    """The crop is a gather; if it were not split with the batch, every device would receive every image."""
     augment, whole = make_augment(in_memory, seed=0), split(data_mesh())
     images, positions = np.zeros((8, 4, 4, 1), np.uint8), np.zeros(8, np.uint32)
     text = jax.jit(augment, in_shardings=whole, out_shardings=whole).lower(images, positions).compile().as_text()
@@ -189,7 +189,7 @@ def test_augmentation_needs_nothing_of_the_other_devices(in_memory):
 
 
 @pytest.mark.parametrize(("count", "size"), [(30, 7), (30, 30), (30, 64)])
-def test_evaluation_counts_every_example_once_in_batches_of_one_size(numbered, count, size):
+def test_evaluation_counts_every_image_once_in_batches_of_one_size(numbered, count, size):
     batches = list(eval_batches(numbered, numbered.test, size))
     assert {len(batch["label"]) for batch in batches} == {size}
     counted = np.concatenate([batch["label"][batch["weight"] == 1] for batch in batches])
@@ -203,7 +203,7 @@ def test_a_limited_evaluation_is_spread_over_the_source(numbered):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_together_evaluate_every_example_once(numbered, processes, count):
+def test_processes_together_evaluate_every_image_once(numbered, processes, count):
     counted = []
     for index in range(count):
         processes(index, count)
@@ -213,7 +213,7 @@ def test_processes_together_evaluate_every_example_once(numbered, processes, cou
     assert sorted(counted) == list(range(COUNT))
 
 
-def test_images_in_memory_are_viewed_like_others_where_that_is_asked_for():
+def test_images_in_memory_are_resized_and_cropped_like_others_on_request():
     images = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3), np.uint8)
     source = ArraySource(images, np.arange(6, dtype=np.int32))
     dataset = build_dataset(source, source, [str(n) for n in range(6)], 4, "resized_crop")
@@ -225,16 +225,16 @@ def test_images_in_memory_are_viewed_like_others_where_that_is_asked_for():
 
 @pytest.mark.parametrize("augment", ["crop", "resized_crop"])
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_is_no_class_is_refused(augment, label):
+def test_a_label_without_a_class_is_refused(augment, label):
     class Labelled(Numbered):
         def __getitem__(self, index: int):
             return super().__getitem__(index) | {"label": label if index == 7 else 0, "name": f"number {index}"}
 
-    with pytest.raises(UserError, match=f"number 7 has the label {label}, and there are 3 classes"):
+    with pytest.raises(UserError, match=f"number 7 has label {label}, but there are 3 classes"):
         build_dataset(Labelled(), Labelled(), ["a", "b", "c"], 8, augment)
 
 
-def test_a_set_of_its_own_is_two_sources_and_their_classes(one_by_one):
+def test_a_data_set_can_be_made_from_two_sources_and_their_classes(one_by_one):
     small = build_dataset(Numbered(), Numbered(), [str(n) for n in range(COUNT)], 8, "crop", flip=False)
     assert small.train.images.shape == (COUNT, 8, 8, 3)
     assert small.num_classes == one_by_one.num_classes == COUNT

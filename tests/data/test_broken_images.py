@@ -1,4 +1,4 @@
-"""What becomes of images that cannot be decoded: named once, left out, counted; too many end the run."""
+"""Images that cannot be decoded are named once, skipped and counted; too many of them end the run."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("augment", ["crop", "none", "resized_crop"])
-@pytest.mark.parametrize("damage", ["no image", "empty", "cut off", "cut-off JPEG"])
+@pytest.mark.parametrize("damage", ["not an image", "empty", "truncated", "truncated JPEG"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_one_broken_image_of_120_is_skipped_with_one_warning_and_counted(tmp_path, augment, damage, split):
     write_splits(tmp_path, each=30)
@@ -39,13 +39,13 @@ def test_one_broken_image_of_120_is_skipped_with_one_warning_and_counted(tmp_pat
     if damage == "cut-off JPEG":
         broken.unlink()
         broken = broken.with_suffix(".jpg")
-        # Of noise, so that the cut lies behind all headers: only decoding can tell.
+        # Noise, so that the cut comes after all headers, where only decoding notices it.
         Image.effect_noise((40, 40), 60).convert("RGB").save(broken)
     if damage.startswith("cut"):
         data = broken.read_bytes()
         broken.write_bytes(data[: len(data) * 9 // 10] if damage == "cut-off JPEG" else data[: len(data) // 2])
     else:
-        broken.write_bytes(GARBAGE if damage == "no image" else b"")
+        broken.write_bytes(GARBAGE if damage == "not an image" else b"")
     with warned_of_images(tmp_path) as warned:
         dataset = load(tmp_path, augment=augment)
         trained = next(train_batches(dataset, 60, seed=0))
@@ -64,7 +64,7 @@ def test_one_broken_image_of_120_is_skipped_with_one_warning_and_counted(tmp_pat
     assert evaluated[0]["weight"].sum() == sizes["val"]
 
 
-def test_images_keep_their_labels_where_one_before_them_is_skipped(tmp_path):
+def test_images_keep_their_labels_if_one_before_them_is_skipped(tmp_path):
     for split in SPLITS:
         write_tree(tmp_path / split, [f"{number:02}" for number in range(60)], each=1, first=100)
     write_image(tmp_path / "train/07/more.png", 107)
@@ -98,7 +98,7 @@ def test_exactly_a_hundredth_of_broken_images_is_skipped(tmp_path, augment):
     assert len(warned) == len(dataset.skipped.names) == 2
 
 
-def test_nothing_is_skipped_where_nothing_is_broken(tmp_path):
+def test_nothing_is_skipped_if_nothing_is_broken(tmp_path):
     with warned_of_images(tmp_path) as warned:
         dataset = load(write_splits(tmp_path))
     assert not warned
@@ -107,14 +107,14 @@ def test_nothing_is_skipped_where_nothing_is_broken(tmp_path):
 
 @pytest.fixture
 def breaking_later(tmp_path) -> tuple[Dataset, pathlib.Path]:
-    """60 images to train on, the same to evaluate, each of a shade of its own, and all whole so far; their folder."""
+    """60 images to train on, the same to evaluate, each of a different shade, none broken yet; their folder."""
     write_tree(tmp_path / "train", each=30, first=100)
     write_tree(tmp_path / "val", each=30, first=100)
     dataset = load(tmp_path, augment="resized_crop")
     return dataset, tmp_path
 
 
-def test_training_goes_on_with_another_image_where_one_breaks_later(breaking_later):
+def test_training_uses_another_image_in_place_of_one_that_breaks_later(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["train/ant/004.png"])
     with warned_of_images(root) as warned:
@@ -125,14 +125,14 @@ def test_training_goes_on_with_another_image_where_one_breaks_later(breaking_lat
     assert dataset.skipped.names == (str(root / "train/ant/004.png"),)
     for epoch in epochs:
         index = np.concatenate([batch["index"] for batch in epoch])
-        # The next one stands in for it.
+        # The next one replaces it.
         assert sorted(index) == sorted([*range(4), 5, *range(5, 60)])
         shades = np.concatenate([batch["image"].max((1, 2, 3)) for batch in epoch])
         np.testing.assert_array_equal(shades, 100 + index)
         np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in epoch]), index // 30)
 
 
-def test_the_last_image_too_has_one_that_stands_in_for_it(breaking_later):
+def test_the_last_image_is_replaced_too(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["train/bee/029.png"])
     with warned_of_images(root):
@@ -140,7 +140,7 @@ def test_the_last_image_too_has_one_that_stands_in_for_it(breaking_later):
         assert sorted(next(batches)["index"]) == sorted([0, *range(59)])
 
 
-def test_evaluation_gives_no_weight_to_a_image_that_breaks_later(breaking_later):
+def test_evaluation_gives_no_weight_to_an_image_that_breaks_later(breaking_later):
     dataset, root = breaking_later
     spoil(root, ["val/ant/004.png"])
     with warned_of_images(root) as warned:
@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_opened_is_skipped_like_a_broken_one(tmp_path, aug
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A finished run on a folder of images: what it read, where it wrote and what it printed."""
+    """A finished run on a folder of images: what it read, where it wrote, and what it printed."""
 
     images: pathlib.Path
     broken: pathlib.Path
@@ -185,7 +185,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def quick(program) -> Program:
-    """The program, compiling in a third of the time what then runs slower."""
+    """The program with fewer compiler optimisations: a third of the time to compile, slower to run."""
     return dataclasses.replace(program, environment=program.environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
 
 
@@ -227,11 +227,11 @@ def test_training_on_a_folder_names_the_broken_image_once_and_counts_it(trained)
 
 
 @pytest.mark.parametrize("stage", ["baseline", "gated"])
-def test_a_checkpoint_holds_what_the_network_must_know_of_its_data(trained, stage):
+def test_a_checkpoint_holds_what_the_network_must_know_about_its_data(trained, stage):
     steps = [path for path in (trained.workdir / "checkpoints" / stage).iterdir() if path.name.isdigit()]
     assert steps
     for step in steps:
-        # Its name is the checkpoint library's own affair.
+        # The checkpoint library chooses its name.
         (text,) = [text for path in (step / "dataset").iterdir() if (text := path.read_text()).startswith("{")]
         kept = json.loads(text)
         assert kept["class_names"] == list(CLASSES)

@@ -1,4 +1,4 @@
-"""Corrupted images are what their definitions say: against other libraries, and whatever else is corrupted."""
+"""Corruptions agree with their definitions and with other libraries, whatever batch an image is in."""
 
 import colorsys
 import io
@@ -47,7 +47,7 @@ def test_noise_has_the_published_deviation(published, channels):
         assert found.mean() == pytest.approx(expected.mean(), abs=0.005)
 
 
-def test_noise_is_of_no_pixel_channel_or_image_twice():
+def test_noise_is_independent_between_pixels_channels_and_images():
     flat = np.full((64, 64, 3), 128, np.uint8)
     found = np.stack([corrupt(flat, "gaussian_noise", 3, 0, index)[..., c] for index in range(3) for c in range(3)])
     alike = np.corrcoef(found.reshape(9, -1)) - np.eye(9)
@@ -66,7 +66,7 @@ def test_blur_is_a_gaussian_with_the_edge_repeated(published, channels):
 
 @pytest.mark.parametrize("deviation", [*BLUR["CIFAR-10-C"], *BLUR["ImageNet-C"]])
 @each_kind
-def test_blur_adds_and_takes_nothing(deviation, channels):
+def test_blur_keeps_the_sum_of_the_values(deviation, channels):
     point = np.zeros((65, 65, channels), np.float32)
     point[32, 32] = 1
     np.testing.assert_allclose(gaussian_blur(point, deviation).sum((0, 1)), 1, rtol=1e-5)
@@ -74,7 +74,7 @@ def test_blur_adds_and_takes_nothing(deviation, channels):
 
 @each_set
 @each_kind
-def test_blur_and_contrast_keep_a_image_of_one_colour(published, channels):
+def test_blur_and_contrast_keep_an_image_of_one_colour(published, channels):
     flat = np.broadcast_to(np.array([7, 130, 251], np.uint8)[:channels], (*[SIDES[published]] * 2, channels)).copy()
     for corruption in ("gaussian_blur", "contrast"):
         for found in severities(flat, corruption):
@@ -134,7 +134,7 @@ def test_a_higher_severity_is_further_from_the_clean_image(corruption, published
 @each_corruption
 @each_kind
 @pytest.mark.parametrize("shape", [(8, 8), (64, 64), (20, 65)])
-def test_any_size_comes_back_as_it_was_and_the_image_is_left_alone(corruption, channels, shape):
+def test_any_shape_is_kept_and_the_input_is_not_changed(corruption, channels, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
     before = image.copy()
     for found in severities(image, corruption):
@@ -143,7 +143,7 @@ def test_any_size_comes_back_as_it_was_and_the_image_is_left_alone(corruption, c
 
 
 @pytest.mark.parametrize("side", [64, 65])
-def test_the_published_set_follows_the_size(side):
+def test_the_size_decides_between_the_published_constants(side):
     flat = np.full((side, side, 1), 100, np.uint8)
     added = {64: BRIGHTNESS["CIFAR-10-C"], 65: BRIGHTNESS["ImageNet-C"]}[side]
     found = [image[0, 0, 0] for image in severities(flat, "brightness")]
@@ -151,7 +151,7 @@ def test_the_published_set_follows_the_size(side):
 
 
 @each_corruption
-def test_a_image_is_corrupted_alike_in_any_batch(corruption):
+def test_an_image_is_corrupted_alike_in_any_batch(corruption):
     images = np.stack([photograph(32, 3, seed) for seed in range(7)])
     whole = corrupt_batch(images, corruption, 3, 5, range(7))
     for start, stop in ((0, 1), (1, 4), (4, 7)):
@@ -161,7 +161,7 @@ def test_a_image_is_corrupted_alike_in_any_batch(corruption):
         np.testing.assert_array_equal(corrupt(images[index], corruption, 3, 5, index), whole[index])
 
 
-def test_noise_follows_from_seed_severity_and_index():
+def test_noise_depends_on_seed_severity_and_index():
     image = photograph(32, 3)
 
     def noise(severity: int, seed: int, index: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images of every kind come upright, as uint8 of the wanted channels; damaged ones are refused by one exception."""
+"""Images of every format come upright, as uint8 of the wanted channels; damaged ones raise one kind of exception."""
 
 import contextlib
 import struct
@@ -36,7 +36,7 @@ def palette_image() -> tuple[Image.Image, np.ndarray]:
 
 
 def lossless_files() -> dict[str, tuple[bytes, np.ndarray]]:
-    """Files of every kind that keeps its values, beside the colours that they must give."""
+    """Files of every lossless format, and the colours that they must decode to."""
     colour, shades = noise(7, 11), noise(7, 11, seed=1)[..., 0]
     alpha = noise(7, 11, seed=2)[..., :1]
     deep = np.random.default_rng(3).integers(0, 2**16, (7, 11), np.uint16)
@@ -63,7 +63,7 @@ def lossless_files() -> dict[str, tuple[bytes, np.ndarray]]:
         "png, grey with alpha": (encoded(la, "PNG"), three(shades)),
         "png, 1 bit": (encoded(Image.fromarray(bits), "PNG"), three(bits * 255)),
         "webp": (encoded(colour, "WEBP", lossless=True), colour),
-        # Else the encoder is free to change the colours of what nobody sees.
+        # Otherwise the encoder may change the colours of transparent pixels.
         "webp, with alpha": (encoded(rgba, "WEBP", lossless=True, exact=True), colour),
     }
 
@@ -84,13 +84,13 @@ WHOLE = {
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_a_lossless_file_gives_its_own_values(kind, channels):
+def test_a_lossless_file_keeps_its_values(kind, channels):
     data, colours = LOSSLESS[kind]
-    # Equal shares of grey are that grey again, so that one rule holds for both.
+    # The luma of a grey is that grey, so one rule holds for both.
     np.testing.assert_array_equal(decoded(data, channels), colours if channels == 3 else grey(colours))
 
 
-def test_deep_greys_are_scaled_not_clipped_to_white():
+def test_sixteen_bit_greys_are_scaled_not_clipped_to_white():
     values = np.array([[0, 255, 256, 300, 32768, 65535]], np.uint16)
     assert decoded(encoded(values, "PNG"), 1).ravel().tolist() == [0, 0, 1, 1, 128, 255]
 
@@ -101,7 +101,7 @@ def test_deep_greys_are_scaled_not_clipped_to_white():
     [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:0", "optimize": True}],
     ids=["baseline", "progressive", "full colour", "halved colour"],
 )
-def test_a_jpeg_gives_nearly_its_own_values(options, channels):
+def test_a_jpeg_nearly_keeps_its_values(options, channels):
     wanted = smooth(41, 67)
     found = decoded(encoded(wanted, "JPEG", quality=95, **options), channels)
     assert_close(found, wanted if channels == 3 else grey(wanted), most=16, on_average=2)
@@ -116,7 +116,7 @@ def test_a_grey_jpeg_is_the_same_grey_in_every_channel(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_jpeg_of_printing_colours_keeps_them(channels):
+def test_a_cmyk_jpeg_keeps_its_colours(channels):
     colours = np.array([[[200, 30, 40], [20, 180, 60]], [[30, 60, 210], [240, 230, 220]]], np.uint8)
     wanted = colours.repeat(24, axis=0).repeat(24, axis=1)
     found = decoded(encoded(Image.fromarray(wanted).convert("CMYK"), "JPEG", quality=95), channels)
@@ -129,19 +129,19 @@ def test_a_jpeg_of_printing_colours_keeps_them(channels):
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_image_comes_upright(kind, orientation):
+def test_an_image_comes_upright(kind, orientation):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(smooth(34, 53), kind, orientation, **options)
     wanted = np.asarray(pillow_upright(data))
     assert LazyImage(data, 3).size == wanted.shape[:2]
     most = 4 if kind == "JPEG" else 0
     assert_close(decoded(data), wanted, most, most)
-    # Greys of a JPEG are those it holds, not those of its rounded colours.
+    # The greys of a JPEG are its stored luma, not computed from its rounded colours.
     assert_close(decoded(data, 1), grey(wanted), most, most)
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_reduced_image_comes_upright_and_its_size_stays_that_of_the_whole(orientation):
+def test_a_reduced_image_comes_upright_and_reports_its_full_size(orientation):
     data = encoded(smooth(34, 53), "JPEG", orientation, quality=95)
     wanted = pillow_upright(data)
     lazy = LazyImage(data, 3)
@@ -152,13 +152,13 @@ def test_a_reduced_image_comes_upright_and_its_size_stays_that_of_the_whole(orie
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_note_on_the_orientation_spoils_no_image(kind):
+def test_damaged_exif_data_do_not_spoil_an_image(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(smooth(34, 53), kind, exif=b"Exif\0\0no directory", **options)
     np.testing.assert_array_equal(decoded(data), decoded(encoded(smooth(34, 53), kind, **options)))
 
 
-def test_an_array_is_taken_as_it_is():
+def test_an_array_is_returned_unchanged():
     pixels = noise(5, 9)
     for reduction in (1, *REDUCTIONS):
         np.testing.assert_array_equal(decoded(pixels, reduction=reduction), pixels)
@@ -177,9 +177,9 @@ def test_a_jpeg_that_only_a_strict_decoder_refuses_is_decoded(orientation, chann
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\0", b"This is no image.\n" * 40, b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]
+    "data", [b"", b"\0", b"This is not an image.\n" * 40, b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"]
 )
-def test_what_is_no_image_is_refused(data):
+def test_what_is_not_an_image_is_refused(data):
     with pytest.raises(BrokenImageError) as caught:
         decoded(data)
     assert str(caught.value)
@@ -196,7 +196,7 @@ def claiming(data: bytes, height: int, width: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_file_that_claims_to_be_vast_is_refused_before_memory_is_taken(kind):
+def test_a_file_that_claims_a_vast_size_is_refused_before_memory_is_taken(kind):
     data = encoded(smooth(9, 13), kind)
     assert claiming(data, 9, 13) == data
     with pytest.raises(BrokenImageError, match="exceeds limit"):
@@ -212,14 +212,14 @@ def test_a_png_with_a_broken_part_is_refused():
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_file_cut_off_is_refused(kind, share):
+def test_a_truncated_file_is_refused(kind, share):
     data = WHOLE[kind]
     for channels in (1, 3):
         with pytest.raises(BrokenImageError):
             decoded(data[: int(share * len(data))], channels)
 
 
-def test_a_file_cut_off_is_refused_at_every_scale():
+def test_a_truncated_file_is_refused_at_every_scale():
     data = encoded(noise(90, 120), "JPEG")
     for reduction in (1, *REDUCTIONS):
         with pytest.raises(BrokenImageError):
@@ -227,7 +227,7 @@ def test_a_file_cut_off_is_refused_at_every_scale():
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_garbage_in_the_middle_gives_a_image_or_the_one_exception(kind):
+def test_garbage_in_the_middle_gives_an_image_or_the_one_exception(kind):
     data = bytearray(WHOLE[kind])
     data[len(data) // 2 : len(data) // 2 + 20] = b"\xa5" * 20
     with contextlib.suppress(BrokenImageError):
@@ -242,7 +242,7 @@ def test_garbage_in_the_middle_gives_a_image_or_the_one_exception(kind):
     channels=st.sampled_from([1, 3]),
     reduction=st.sampled_from([1, *REDUCTIONS]),
 )
-def test_no_damage_gives_anything_but_a_image_or_the_one_exception(kind, length, flips, channels, reduction):
+def test_any_damage_gives_an_image_or_the_one_exception(kind, length, flips, channels, reduction):
     data = bytearray(WHOLE[kind])
     for place, change in flips:
         data[int(place * len(data))] ^= change
@@ -263,7 +263,7 @@ def test_a_reduced_jpeg_has_the_side_divided_and_rounded_up(shape, reduction, ch
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_what_is_no_jpeg_comes_whole_at_every_scale(kind):
+def test_other_formats_come_at_full_size_at_every_scale(kind):
     data = encoded(smooth(33, 47), kind)
     for reduction in REDUCTIONS:
         np.testing.assert_array_equal(decoded(data, reduction=reduction), decoded(data))

@@ -1,4 +1,4 @@
-"""Fashion-MNIST out of its four files: the images padded, the labels beside them, and damaged files refused."""
+"""Fashion-MNIST from its four files: images are padded, labels stay with them, damaged files are refused."""
 
 import gzip
 import pathlib
@@ -28,7 +28,7 @@ def idx(values: np.ndarray) -> bytes:
 
 @pytest.fixture
 def arrays() -> dict[tuple[str, str], np.ndarray]:
-    """A small set without a black pixel, so that what was padded can be told from what was there."""
+    """A small set without a black pixel, so that padding can be told from images."""
     rng = np.random.default_rng(0)
     return {
         (split, kind): rng.integers(1, 256, (size, 28, 28), np.uint8) if kind == "images" else np.arange(size) % 10
@@ -56,7 +56,7 @@ def refused(folder: pathlib.Path, **options) -> str:
 
 
 @pytest.mark.parametrize(("side", "before"), [(None, 2), (28, 0), (29, 0), (32, 2), (35, 3), (64, 18)])
-def test_images_are_padded_with_zeros_around_exactly_their_own_pixels(folder, arrays, side, before):
+def test_images_are_padded_with_zeros_and_keep_their_pixels(folder, arrays, side, before):
     dataset = load(folder, image_size=side)
     side = side or 32
     assert dataset.image_shape == (side, side, 1)
@@ -68,7 +68,7 @@ def test_images_are_padded_with_zeros_around_exactly_their_own_pixels(folder, ar
         assert np.count_nonzero(source.images) == SIZES[split] * 28 * 28
 
 
-def test_labels_stand_beside_their_images_and_are_named(folder):
+def test_labels_stay_with_their_images_and_have_names(folder):
     dataset = load(folder)
     for split, source in (("train", dataset.train), ("t10k", dataset.test)):
         assert source.labels.dtype == np.int32
@@ -100,13 +100,13 @@ def test_the_wanted_augmentation_is_set(folder, options, wanted):
 
 
 @pytest.mark.parametrize("side", [27, 8, 0, -32])
-def test_a_side_shorter_than_the_images_own_is_refused(folder, side):
+def test_a_side_shorter_than_that_of_the_images_is_refused(folder, side):
     assert "config.data.image_size must be at least 28" in refused(folder, image_size=side)
 
 
 @pytest.mark.parametrize("key", FILES)
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
-def test_a_file_cut_off_is_refused_by_its_name(folder, key, keep):
+def test_a_truncated_file_is_refused_by_its_name(folder, key, keep):
     path = folder / FILES[key]
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
@@ -124,8 +124,8 @@ def test_a_file_cut_off_is_refused_by_its_name(folder, key, keep):
         lambda data: gzip.compress(gzip.decompress(data) + b"\0"),
         lambda data: gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:]),
         lambda data: gzip.compress(b"\0\0\x08\x7f" + gzip.decompress(data)[4:]),
-        lambda data: gzip.compress(b"These are no images."),
-        lambda data: b"These are no images.",
+        lambda data: gzip.compress(b"These are not images."),
+        lambda data: b"These are not images.",
         lambda data: data[:30] + bytes(byte ^ 0xFF for byte in data[30:]),
     ],
     ids=["empty", "a value less", "a value more", "floats", "127 axes", "text", "not packed", "garbage"],
@@ -156,7 +156,7 @@ def test_files_of_another_shape_are_refused_with_what_they_hold(folder, key, val
 
 
 @pytest.mark.parametrize("split", SIZES)
-def test_labels_of_no_class_are_refused(folder, split):
+def test_labels_without_a_class_are_refused(folder, split):
     (folder / FILES[split, "labels"]).write_bytes(gzip.compress(idx(np.arange(SIZES[split]) % 11)))
     assert str(folder) in refused(folder)
 
@@ -167,7 +167,7 @@ def test_a_missing_file_is_refused_by_its_name(folder, key):
     assert f"{folder / FILES[key]} cannot be read" in refused(folder)
 
 
-def test_where_there_are_no_files_the_message_says_how_to_get_them(tmp_path):
+def test_without_files_the_message_says_how_to_get_them(tmp_path):
     error = refused(tmp_path)
     assert str(tmp_path) in error
     assert "apt-get install dataset-fashion-mnist" in error
@@ -175,7 +175,7 @@ def test_where_there_are_no_files_the_message_says_how_to_get_them(tmp_path):
 
 
 @pytest.mark.skipif(not PACKAGE.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_the_real_files_hold_as_many_images_of_every_class():
+def test_the_real_files_hold_equally_many_images_of_every_class():
     dataset = load_dataset("fashion_mnist")
     assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
     assert np.bincount(dataset.test.labels).tolist() == [1000] * 10

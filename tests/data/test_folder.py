@@ -67,7 +67,7 @@ def test_images_are_found_in_folders_of_a_class_and_under_every_extension(tmp_pa
     assert sorted(found) == sorted(f"bee/{name}" for name in ["000.png", *names])
 
 
-def test_images_come_in_the_order_of_their_names_however_the_disk_holds_them(tmp_path):
+def test_images_are_ordered_by_name_whatever_the_order_on_disk(tmp_path):
     write_splits(tmp_path, each=1)
     names = [f"{number:02}" for number in np.random.default_rng(0).permutation(40)]
     for name in names:
@@ -97,7 +97,7 @@ def test_images_come_in_the_order_of_their_names_however_the_disk_holds_them(tmp
         "000.png",
     ],
 )
-def test_what_is_hidden_or_no_image_of_a_class_is_left_alone(tmp_path, name):
+def test_hidden_files_and_files_that_are_not_images_of_a_class_are_ignored(tmp_path, name):
     write_splits(tmp_path)
     wanted = files(load(tmp_path).train, tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def test_of_one_tree_the_same_share_of_every_class_is_held_out(tmp_path, fractio
     assert (files(again.train, tmp_path), files(again.test, tmp_path)) == (train, test)
 
 
-def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
+def test_what_is_held_out_of_one_tree_does_not_depend_on_its_path(tmp_path):
     parts = [files(load(write_tree(tmp_path / name, each=20)).test, tmp_path / name) for name in ("here", "there")]
     assert parts[0] == parts[1]
     numbers = [int(pathlib.Path(name).stem) for name, label in parts[0] if label == 0]
@@ -136,11 +136,11 @@ def test_what_is_held_out_of_one_tree_does_not_hang_on_where_it_lies(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "options", "says"),
     [
-        ([], {}, ["no class in {root}"]),
-        (["ant/000.png"], {}, ["only one class, 'ant'", "{root}"]),
-        (["train/ant/0.png", "val/ant/0.png"], {}, ["only one class, 'ant'", "{root}/train"]),
-        (["ant/0.txt", "bee/0.png"], {}, ["no images in {root}/ant", "jpg, jpeg, png, webp"]),
-        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has one image"]),
+        ([], {}, ["{root} has no class folders"]),
+        (["ant/000.png"], {}, ["only one class folder, 'ant'", "{root}"]),
+        (["train/ant/0.png", "val/ant/0.png"], {}, ["only one class folder, 'ant'", "{root}/train"]),
+        (["ant/0.txt", "bee/0.png"], {}, ["no images in {root}/ant", ".jpg, .jpeg, .png, .webp"]),
+        (["ant/0.png", "bee/0.png", "bee/1.png"], {}, ["{root}/ant has only one image"]),
         (["train/ant/0.png", "train/bee/0.png"], {}, ["{root} has no val/ or test/", "folder:{root}/train"]),
         (["train/ant/0.png", "train/bee/0.png"], {"test_split": "judge"}, ["{root} has no judge/"]),
         (["val/ant/0.png", "val/bee/0.png"], {"train_split": "fit"}, ["{root} has no fit/"]),
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_used_is_refused_on_one_line_that_names_it(tmp_p
             write_image(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("no image")
+            path.write_text("not an image")
     error = refused(tmp_path, **options)
     for text in says:
         assert text.format(root=tmp_path) in error
@@ -194,8 +194,7 @@ def test_a_folder_that_is_missing_is_refused_by_its_name(tmp_path):
     file = write_image(tmp_path / "image.png")
     for place in (tmp_path / "nowhere", file, ""):
         error = refused(place)
-        assert f"no folder of images at {str(place)!r}" in error
-        assert "config.data.name=folder:PATH" in error
+        assert f"config.data.name=folder:PATH must name a folder of images; {str(place)!r} is not a folder" in error
 
 
 def test_a_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
@@ -207,7 +206,7 @@ def test_a_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
     for place in ("images", "~/images", "./images/"):
         dataset = load_dataset(f"folder:{place}", image_size=8)
         assert dataset.train.entries == wanted
-    # Images are read long after; whoever changes the folder meanwhile must not be noticed.
+    # Images are read much later, when the folder may have changed.
     monkeypatch.chdir("/")
     assert dataset.train[0]["image"].read_bytes() == (tmp_path / "images/train/ant/000.png").read_bytes()
 
@@ -226,7 +225,7 @@ def test_small_images_are_held_in_memory_at_one_size_with_their_mean_and_deviati
         assert source.images.dtype == np.uint8
         assert source.images.shape == (10, 32, 32, 3)
         np.testing.assert_array_equal(source.labels, [0] * 5 + [1] * 5)
-    # The shorter side is whole already: nothing but the centre is cut out.
+    # The shorter side has the wanted length already, so the image is only cropped.
     tall = np.asarray(Image.open(tmp_path / "train/ant/3.png"))
     np.testing.assert_array_equal(dataset.train.images[3], tall[8:40])
     pixels = dataset.train.images / 255
@@ -259,14 +258,14 @@ def test_a_set_too_large_for_memory_is_refused_before_it_is_read(tmp_path, monke
     assert len(load(tmp_path, augment=augment).train) == 6
 
 
-def test_a_link_to_a_folder_above_is_not_followed_round(tmp_path):
+def test_a_link_to_a_folder_above_is_not_followed_forever(tmp_path):
     write_splits(tmp_path)
     before = len(load(tmp_path).train)
     (tmp_path / "train/ant/loop").symlink_to(tmp_path / "train/ant")
     assert len(load(tmp_path).train) == before
 
 
-def test_what_is_trained_on_is_not_held_out(tmp_path):
+def test_one_folder_cannot_be_both_splits(tmp_path):
     write_splits(tmp_path)
     assert "both trained on and held out" in refused(tmp_path, train_split="train", test_split="train")
 
@@ -278,7 +277,7 @@ def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names
     assert load(tmp_path, train_split=names[0], test_split=names[1]).class_names == CLASSES
 
 
-def test_a_held_out_part_alone_is_no_tree_of_classes(tmp_path):
+def test_a_held_out_split_alone_is_not_taken_for_a_tree_of_classes(tmp_path):
     write_splits(tmp_path)
     shutil.rmtree(tmp_path / "train")
     assert "has no train/" in refused(tmp_path)

@@ -1,4 +1,4 @@
-"""`tfds:NAME`: a set that TFDS prepared is read as it was written, never with TensorFlow; what is missing is said."""
+"""`tfds:NAME`: a set that TFDS prepared is read as it was written, without TensorFlow; errors name what is missing."""
 
 import collections
 import dataclasses
@@ -37,14 +37,14 @@ TRAIN = (
     "--config.baseline.epochs=1",
     "--config.gates.epochs=1",
 )
-# What a machine without TensorFlow is: a package that no path holds.
+# A machine without TensorFlow: the package cannot be found.
 WITHOUT_TENSORFLOW = """
 import importlib.machinery
 
 find = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
 """
-# Runs what follows it, then tells which modules of TensorFlow that has loaded.
+# Runs the arguments, then prints which modules of TensorFlow were loaded.
 TELL_TENSORFLOW = "\nimport sys\nprint('loaded:', [m for m in sys.modules if m.partition('.')[0] == 'tensorflow'])"
 
 
@@ -66,7 +66,7 @@ def count(images, labels) -> collections.Counter:
 
 
 def counted(source: Source, channels: int = 3) -> collections.Counter:
-    """What is in a source, whatever its order."""
+    """The contents of a source, in any order."""
     examples = [source[i] for i in range(len(source))]
     return count([LazyImage(e["image"], channels).pixels() for e in examples], [e["label"] for e in examples])
 
@@ -93,7 +93,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def python(program: Program, code: str, *arguments) -> str:
-    """Runs code in a process of its own; what it prints."""
+    """Runs code in a separate process; returns its output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     options = {"cwd": program.cwd, "env": program.environment, "capture_output": True, "text": True, "timeout": 600}
     done = subprocess.run(command, **options)
@@ -105,7 +105,7 @@ def python(program: Program, code: str, *arguments) -> str:
 def written(program, tmp_path_factory) -> Written:
     folder, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
     labels = {split: rng.integers(0, len(CLASSES), size) for split, size in SIZES.items()}
-    # Channels of different means and deviations, so that they cannot be taken for one another.
+    # Channels of different means and deviations, so that they cannot be confused.
     images = {
         split: (rng.integers(0, (60, 120, 170), (size, SIDE, SIDE, 3)) + 40 * labels[split][:, None, None, None])
         for split, size in SIZES.items()
@@ -156,12 +156,12 @@ def test_every_image_is_read_as_it_was_written(written, augment):
 
 
 @pytest.mark.parametrize(("augment", "side"), [("crop", SIDE), ("resized_crop", 224)])
-def test_the_side_follows_the_images_if_none_is_given(written, augment, side):
+def test_the_default_side_is_that_of_the_images(written, augment, side):
     data = load(written.array_record, augment=augment)
     assert data.image_shape == (side, side, 3)
 
 
-def test_splits_can_be_cut_and_leave_nothing_out(written):
+def test_slices_of_splits_leave_nothing_out(written):
     options = {"train_split": "train[:90%]", "test_split": "train[90%:]"}
     data = load(written.array_record, **options)
     assert (len(data.train), len(data.test)) == (81, 9)
@@ -170,7 +170,7 @@ def test_splits_can_be_cut_and_leave_nothing_out(written):
 
 
 @pytest.mark.parametrize(("train", "size"), [("train[:50]", 50), ("train[-7:]", 7), ("train[:50%]+train[80:]", 55)])
-def test_a_cut_of_one_split_leaves_the_other(written, train, size):
+def test_a_slice_of_one_split_does_not_change_the_other(written, train, size):
     data = load(written.array_record, train_split=train)
     assert len(data.train) == size
     assert not counted(data.train) - written.counted("train", "test")
@@ -185,7 +185,7 @@ def test_nothing_that_is_held_out_is_trained_on(written, train, test):
     error = refused(written.array_record, train_split=train, test_split=test)
     assert repr(train or "train") in error
     assert repr(test or "test") in error
-    assert "share examples" in error
+    assert "share images" in error
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_nothing_that_is_held_out_is_trained_on(written, train, test):
     ],
 )
 @pytest.mark.parametrize("which", ["train_split", "test_split"])
-def test_a_split_that_is_not_there_or_empty(written, split, says, which):
+def test_a_missing_or_empty_split_is_refused(written, split, says, which):
     assert says in refused(written.array_record, **{which: split})
 
 
@@ -208,17 +208,17 @@ def test_a_split_that_is_not_there_or_empty(written, split, says, which):
     ("name", "says"),
     [
         ("cifarr10", "did you mean 'cifar10'"),
-        ("no_such_set_at_all", "unknown TFDS data set 'no_such_set_at_all': it is none of"),
+        ("no_such_set_at_all", "unknown TFDS data set 'no_such_set_at_all': not one of"),
         ("cifar10/", "cannot be opened"),
-        ("ftwt_words", "no set of images with classes"),
+        ("ftwt_words", "is not a set of images with classes"),
         ("ftwt_undivided", "train_split='train[:90%]' and config.data.test_split='train[90%:]'"),
     ],
 )
-def test_a_set_that_cannot_be_used(written, name, says):
+def test_an_unusable_set_is_refused(written, name, says):
     assert says in refused(written.array_record, name)
 
 
-def test_a_set_of_one_split_and_other_features_is_read_once_it_is_cut(written):
+def test_a_set_of_one_split_and_other_features_is_read_in_slices(written):
     options = {"train_split": "train[:90%]", "test_split": "train[90%:]"}
     data = load(written.array_record, "ftwt_undivided", **options)
     assert (data.class_names, data.image_shape) == (("0", "1", "2"), (SIDE, SIDE, 1))
@@ -257,7 +257,7 @@ def test_the_other_format_is_refused_until_the_command_that_is_named_has_convert
     assert files(tfrecord) == converted
 
 
-def test_records_that_are_damaged_are_not_converted_by_halves(program, tfrecord):
+def test_damaged_records_are_not_half_converted(program, tfrecord):
     records = next(tfrecord.rglob("*-train.tfrecord-*"))
     records.write_bytes(records.read_bytes()[:50_000])
     error = program.run("prepare", f"tfds:{NAME}", f"--data_dir={tfrecord}", status=2)
@@ -268,7 +268,7 @@ def test_records_that_are_damaged_are_not_converted_by_halves(program, tfrecord)
 
 
 @pytest.mark.parametrize("harm", [pathlib.Path.unlink, lambda path: os.truncate(path, 100_000)], ids=["gone", "cut"])
-def test_records_that_are_gone_or_damaged_are_refused(array_record, harm):
+def test_missing_or_damaged_records_are_refused(array_record, harm):
     harm(next(array_record.rglob(f"{NAME}-train.*")))
     assert NAME in refused(array_record)
 
@@ -293,12 +293,12 @@ def test_training_ends_with_gates_that_can_be_evaluated(program, trained):
     assert (workdir / "evaluation.json").read_text() == result
 
 
-def test_training_leaves_tensorflow_alone_where_it_is_installed(trained):
+def test_training_does_not_load_tensorflow_even_if_it_is_installed(trained):
     assert importlib.util.find_spec("tensorflow"), "it must be there to be left alone"
     assert trained[1].splitlines()[-1] == "loaded: []"
 
 
-def test_what_is_prepared_needs_no_tensorflow(without_tensorflow, written, array_record):
+def test_a_prepared_set_needs_no_tensorflow(without_tensorflow, written, array_record):
     before = files(array_record)
     code = f"""
 import sys
@@ -337,7 +337,7 @@ def test_prepare_used_wrongly(capsys, monkeypatch, tmp_path, arguments, says):
 
 
 def test_preparing_without_tensorflow_names_the_extra(without_tensorflow, tfrecord):
-    """For a set to be downloaded, one to be converted, and one whose own code cannot even be opened without it."""
+    """For a set to download, one to convert, and one that cannot even be opened without it."""
     before = files(tfrecord)
     code = f"""
 import contextlib, sys
@@ -355,8 +355,8 @@ with contextlib.redirect_stderr(sys.stdout):
     assert files(tfrecord) == before
 
 
-def test_archives_that_have_to_be_fetched_by_hand_are_named(program, tmp_path):
-    """The one set of TFDS's own whose preparation gets far without a network, and then must say how to go on."""
+def test_archives_that_must_be_downloaded_by_hand_are_named(program, tmp_path):
+    """The only set of TFDS whose preparation gets far without a network; then it must say what to do."""
     error = program.run("prepare", "tfds:imagenet2012", f"--data_dir={tmp_path}", status=2)
     assert error.splitlines()[-1].startswith("ftwt: error: tfds:imagenet2012 cannot be prepared: ")
     for archive in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):

@@ -1,4 +1,4 @@
-"""What a network is shown: random regions to train on; to be judged by, the centre as Pillow and torchvision cut it."""
+"""What a network sees: random regions in training; in evaluation the centre, as Pillow and torchvision crop it."""
 
 import math
 from typing import Any
@@ -46,7 +46,7 @@ def test_a_random_view_decodes_at_the_smallest_scale_that_is_enough(jpegs_decode
     assert used == {4, 8}, "these regions have sides from about 100 to 377"
 
 
-def test_only_training_takes_the_decoder_s_short_cuts(jpegs_decoded):
+def test_only_training_uses_the_decoders_fast_paths(jpegs_decoded):
     lazy = LazyImage(encoded(smooth(377, 501), "JPEG"), 3)
     random_view(lazy, 24, True, np.random.default_rng(0))
     central_view(lazy, 24)
@@ -73,7 +73,7 @@ def test_a_random_view_shows_its_region_and_nothing_else(size):
     for seed in range(20):
         top, left, height, width = random_region(90, 130, np.random.default_rng(seed))
         region = Image.fromarray(pixels[top : top + height, left : left + width])
-        # Larger, smaller or much smaller: of a slope, every way of resizing makes the same.
+        # Enlarged, reduced or much reduced: every way of resizing keeps a slope.
         wanted = np.asarray(region.resize((size, size), Image.Resampling.BILINEAR))
         found = random_view(LazyImage(encoded(pixels, "PNG"), 3), size, False, np.random.default_rng(seed))
         assert_close(found, wanted, most=6, on_average=1.5)
@@ -118,13 +118,13 @@ def test_a_random_region_lies_inside_even_the_longest_image(height, width, seed,
     assert 0 <= left <= left + w <= shape[1]
 
 
-def test_random_regions_are_of_every_area_ratio_and_place():
+def test_random_regions_cover_every_area_ratio_and_position():
     rng = np.random.default_rng(0)
     top, left, height, width = np.asarray([random_region(300, 300, rng) for _ in range(4000)]).T
     shares, ratios = height * width / 300**2, width / height
     assert shares.min() < 0.09
     assert shares.max() > 0.95
-    # Uniform, less what does not fit of the largest ones.
+    # Uniform, except that some of the largest do not fit.
     assert 0.45 < shares.mean() < 0.55
     assert ratios.min() < 0.76
     assert ratios.max() > 1.32
@@ -186,7 +186,7 @@ def test_a_central_view_of_a_large_jpeg_is_nearly_that_of_the_whole(jpegs_decode
     assert_close(found, reference_central_view(pillow_upright(data), 56, 64), most=8, on_average=2)
 
 
-def test_a_central_view_of_a_hair_thin_image_takes_no_more_memory_than_others(monkeypatch):
+def test_a_central_view_of_a_very_thin_image_takes_no_more_memory_than_others(monkeypatch):
     """Resized as a whole, a file of 100 bytes, 1x6000 pixels, would fill 4 GiB to yield 224x224."""
     made, resize = [], Image.Image.resize
 
@@ -195,6 +195,6 @@ def test_a_central_view_of_a_hair_thin_image_takes_no_more_memory_than_others(mo
         return resize(image, size, *arguments, **options)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    # At this size the whole, 37x148000, is harmless to try.
+    # At this size the whole image, 37x148000, would not fill memory.
     assert central_view(LazyImage(smooth(1, 4000), 3), 32).shape == (32, 32, 3)
     assert sum(made) <= 4 * round(32 / CENTRAL) ** 2

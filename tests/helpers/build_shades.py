@@ -1,4 +1,4 @@
-"""Writes small data sets with TFDS, as `python tests/helpers/build_shades.py FOLDER` out of FOLDER/written.npz."""
+"""Writes small data sets with TFDS, as `python tests/helpers/build_shades.py FOLDER` from FOLDER/written.npz."""
 
 import sys
 from typing import ClassVar
@@ -32,7 +32,7 @@ class FtwtShades(tfds.core.GeneratorBasedBuilder):
 
 
 class FtwtUndivided(FtwtShades):
-    """Grey, one split, classes without names, and features that are called otherwise."""
+    """Grey, one split, classes without names, and features with other names."""
 
     SPLITS, IMAGE, LABEL = ("train",), "photo", "kind"
     FEATURES: ClassVar = {

@@ -1,4 +1,4 @@
-"""Networks whose gates say anything at all, and what compact execution of them is compared with."""
+"""Networks with gates that differ between images, and the reference for their compact execution."""
 
 import functools
 
@@ -32,20 +32,20 @@ def heads_of(variables):
 
 
 def random_variables(model, images, seed=0, never=0.0, **options):
-    """Variables with nothing left at its first value; a share of all filters is never on."""
+    """Variables that all differ from their initial values; a share of all filters is never on."""
     shapes = jax.eval_shape(lambda x: model.init(KEY, x, **options), images[:1])
     variables = random_like(shapes, seed)
     rng = np.random.default_rng(seed)
     for head in heads_of(variables):
         if len(head["kernel"]) == 1:
-            # Gates that turn their own channel off when it lights would let no image reach the end of a network.
+            # If gates turned off the channels that light up, no image would reach the end of a network.
             head["kernel"] = np.abs(head["kernel"])
         head["bias"][rng.random(head["bias"].shape) < never] = NEVER
     return variables
 
 
 def masked(model, variables, images, **options):
-    """What the network itself returns."""
+    """The network's own outputs."""
     return jax.jit(lambda v, x: model.apply(v, x, **options))(variables, images)
 
 
@@ -56,7 +56,7 @@ def assert_close(actual, expected, share=1e-4):
 
 
 def assert_same(actual, expected):
-    """Logits to rounding, masks and counted work exactly."""
+    """Compares logits up to rounding, masks and counted work exactly."""
     assert_close(actual.logits, expected.logits)
     assert actual.gate_names == expected.gate_names
     for ours, theirs in zip(actual.gates, expected.gates, strict=True):

@@ -1,4 +1,4 @@
-"""Folders of images that tests are made of."""
+"""Folders of images for tests."""
 
 import contextlib
 import pathlib
@@ -12,20 +12,20 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
 
-GARBAGE = b"This is no image."
+GARBAGE = b"This is not an image."
 SPLITS = ("train", "val")
 CLASSES = ("ant", "bee")
 
 
 def write_image(path: pathlib.Path, shade: int = 0, side: int = 8) -> pathlib.Path:
-    """An image of one shade, of which nearly nothing is lost in any format."""
+    """An image of one shade, which every format nearly preserves."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side, side), (shade, shade, shade)).save(path)
     return path
 
 
 def write_tree(root: pathlib.Path, classes: Iterable[str] = CLASSES, each: int = 3, first: int = 0) -> pathlib.Path:
-    """`each` images a class, of shades that count on from `first` in the order of the classes."""
+    """`each` images per class, their shades counting up from `first` in the order of the classes."""
     for place, name in enumerate(classes):
         for index in range(each):
             write_image(root / name / f"{index:03}.png", first + place * each + index)
@@ -43,7 +43,7 @@ def load(root: pathlib.Path, **options) -> Dataset:
 
 
 def refused(root: pathlib.Path | str, **options) -> str:
-    """What the refusal says: one line."""
+    """The one line of the error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UserError) as caught:
@@ -53,14 +53,14 @@ def refused(root: pathlib.Path | str, **options) -> str:
 
 
 def files(source, root: pathlib.Path) -> list[tuple[str, int]]:
-    """Path below `root` and label of everything in a split."""
+    """Path below `root` and label of every image in a split."""
     examples = [source[index] for index in range(len(source))]
     return [(pathlib.Path(e["name"]).relative_to(root).as_posix(), int(e["label"])) for e in examples]
 
 
 @contextlib.contextmanager
 def warned_of_images(root: pathlib.Path) -> Iterator[list[str]]:
-    """The warnings of undecodable images below `root` that are given inside; threads of other tests may warn too."""
+    """Collects warnings about undecodable images below `root`; threads of other tests may warn too."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

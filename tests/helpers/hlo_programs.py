@@ -1,11 +1,11 @@
-"""Programs for eight devices of which it is known what they do: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
+"""Programs for eight devices whose work is known: python -m tests.helpers.hlo_programs cpu|tpu FOLDER."""
 
 import os
 import pathlib
 import sys
 
 DEVICES, TRIPS = 8, 5
-# Of the training step: parts of its batch, images on a device, filters of its two units.
+# Of the training step: parts of its batch, images per device, filters of its two units.
 PARTS, SHARE, FILTERS = 4, 16, (8, 16)
 # Changes of its config.
 STEPS = {"step": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}
@@ -15,10 +15,10 @@ def main(platform: str, folder: pathlib.Path) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     import jax
 
-    from ftwt_jax.plan.compile import slice_devices
+    from ftwt_jax.plan.compile import find_devices
     from ftwt_jax.plan.roofline import parse_slice
 
-    devices = jax.devices() if platform == "cpu" else slice_devices(parse_slice("v5e:2x4"))
+    devices = jax.devices() if platform == "cpu" else find_devices(parse_slice("v5e:2x4"))
     # A CPU's compiler is asked for less: nobody plans for one.
     wanted = STEPS if platform == "tpu" else ("step",)
     for name, lowered in {**exchanges(devices), **convolutions(devices), **steps(devices, wanted)}.items():
@@ -75,18 +75,19 @@ def convolutions(devices):
 
 def steps(devices, wanted):
     """The gated training step of a small VGG; the same in parts, and with the optimizer's state divided."""
-    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.config import read
     from ftwt_jax.parallel.sharding import data_mesh
-    from ftwt_jax.training.run import GATED, make_run
+    from ftwt_jax.training.run import make_run
+    from ftwt_jax.training.settings import GATED
     from ftwt_jax.training.stage import make_stage
 
     found = {}
     for name in wanted:
-        config = parse("train", ["--config=configs/digits.py"]).config
+        config = read(["--config=configs/digits.py"])
         config.model.plan = (FILTERS[0], "M", FILTERS[1])
         config.batch_size = SHARE * DEVICES
         config.update(STEPS[name])
-        run = make_run(config, pathlib.Path(os.devnull) / "nowhere", data_mesh(devices))
+        run = make_run(config, mesh=data_mesh(devices))
         stage = make_stage(run, GATED)
         found[name] = stage.step.lower(stage.state, stage.batch, stage.control)
     return found

@@ -1,4 +1,4 @@
-"""Images that tests are made of, and what Pillow makes of them."""
+"""Images for tests, and how Pillow encodes and decodes them."""
 
 import io
 from typing import Any
@@ -34,7 +34,7 @@ def encoded(image: np.ndarray | Image.Image, kind: str, orientation: int | None 
 
 
 def decoded(data: bytes | np.ndarray, channels: int = 3, reduction: int = 1) -> np.ndarray:
-    """The pixels, after it was checked that they are what was announced."""
+    """The decoded pixels; checks that their size is the announced one."""
     lazy = LazyImage(data, channels)
     height, width = lazy.size
     pixels = lazy.pixels(reduction)

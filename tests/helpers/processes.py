@@ -1,4 +1,4 @@
-"""Runs that are killed on the way: two joined processes, moments to wait for, and how a run must end all the same."""
+"""Runs that are killed: two joined processes, moments to wait for, and how a run must end nevertheless."""
 
 import dataclasses
 import json
@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.commands.test_train import assert_same, variables
 from tests.conftest import Program, read_metrics
 
 STAGES = BASELINE, GATED
-# Seconds that anything may take on a busy machine.
+# Time limit in seconds, for a busy machine.
 SOON = 300
 
 
 @contextmanager
 def two_processes(program: Program, *arguments: str, second: tuple[str, ...] = ()) -> Iterator[list[subprocess.Popen]]:
-    """The same command as processes 0 and 1 of one run; none of them outlives the block.
+    """The same command as processes 0 and 1 of one run; neither outlives the block.
 
     Args:
       second: further arguments of process 1 alone.
@@ -48,7 +48,7 @@ def two_processes(program: Program, *arguments: str, second: tuple[str, ...] = (
 
 
 def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen) -> None:
-    """Waits for something that the processes bring about, while they run."""
+    """Waits until a condition holds, while the processes run."""
     deadline = time.monotonic() + SOON
     while not condition():
         for process in processes:
@@ -70,7 +70,7 @@ def newest(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def went_on(printed: str) -> tuple[str, int] | None:
-    """Stage and step from which a run says that it goes on."""
+    """Stage and step from which a run reports that it goes on."""
     found = re.search(r"^(\w+): going on from step (\d+) of", printed, re.MULTILINE)
     return (found.group(1), int(found.group(2))) if found else None
 
@@ -92,7 +92,7 @@ def assert_ends_like(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
 
 
 def figures(workdir: pathlib.Path) -> list[dict]:
-    """Every line of metrics.jsonl without what a clock says."""
+    """Every line of metrics.jsonl without times."""
     lines = read_metrics(workdir)
     for line in lines:
         del line["images_per_second"], line["input_wait"]

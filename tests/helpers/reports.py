@@ -20,9 +20,9 @@ CORRUPTED = [
     for name in ("fog", "gaussian_noise")
     for severity in (1, 3, 5)
 ]
-# Where it was trained, first and then.
+# Where it was trained, in order.
 MOVED = [{"devices": "32 x TPU v5 lite (tpu)"}, {"devices": "8 x <H100> (gpu)", "jax": "0.10.2"}]
-# A name that a page has to escape, and a plot too.
+# A name that both the page and the plots must escape.
 STRANGE = '_$<b>&"x$'
 
 

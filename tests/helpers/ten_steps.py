@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import sys
 from unittest import mock
@@ -14,14 +13,14 @@ import numpy as np
 from tests.conftest import random_like
 
 DEVICES, STEPS, PARTS, R = 8, 10, 4, 0.86
-# Rounding makes a ReLU's input of almost zero positive here and negative there; a small rate keeps that small.
+# Rounding changes the sign of a ReLU's input near zero; a small learning rate keeps the effect small.
 SLOW = ("--config.baseline.lr=0.01", "--config.gates.lr=0.01", "--config.gates.head_lr=0.01")
 TEN_STEPS = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=64", *SLOW)
 VARIANTS = {"at once": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}
 # A multiple of the devices, and not of the devices times the parts.
 REFUSED = (*TEN_STEPS, f"--config.accumulate={PARTS}", "--config.batch_size=72")
 
-PICTURES = 64
+IMAGES = 64
 # Filters such that no map and no mask has as many elements as a parameter.
 NETWORKS = {
     "vgg": ("--config=configs/digits.py", "--config.model.plan=(24,24,'M',40,40,'M',40)"),
@@ -39,17 +38,17 @@ PROGRAMS = {
 
 def make(flags=TEN_STEPS, **changes):
     """A run on all devices that there are."""
-    from ftwt_jax.commands.parse import parse
+    from ftwt_jax.config import read
     from ftwt_jax.training.run import make_run
 
-    config = parse("train", list(flags)).config
+    config = read(flags)
     config.update(changes)
-    return make_run(config, pathlib.Path(os.devnull) / "nowhere")
+    return make_run(config)
 
 
 @contextlib.contextmanager
 def short_networks():
-    """MobileNet with its first two pairs; what follows them is the same again."""
+    """MobileNet with its first two pairs; the rest only repeats them."""
     from ftwt_jax.models import mobilenet
 
     with mock.patch.object(mobilenet, "V1_PAIRS", mobilenet.V1_PAIRS[:2]):
@@ -72,7 +71,7 @@ def start(run, name):
 
 
 def ten_steps(run, name):
-    """What ten steps lead to: every number by its name, of a metric one a step; the step; the state."""
+    """Result of ten steps: arrays by name, of metrics one value per step; the step; the state."""
     stage, state, batches, control = start(run, name)
     seen = []
     for batch in batches:
@@ -89,10 +88,10 @@ def named(tree):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Equal but for rounding, as seen from the largest number of each array."""
+    """Equal up to rounding relative to the largest number of each array."""
     assert ours.keys() == theirs.keys()
     for name, wanted in theirs.items():
-        # Batch norm takes the mean away: rounding is all that moves a bias before it, and all that its momentum is.
+        # Batch norm removes the mean, so a bias before it, and its momentum, change only by rounding.
         least = 0.1 if "['conv']['bias']" in name else 0
         # A momentum is a sum of gradients that cancel each other.
         factor = 10 if ".trace[" in name else 1
@@ -102,7 +101,7 @@ def assert_close(ours, theirs, tolerance):
 
 def results(variants):
     """Name, numbers, step and last state of the baseline, then of the gates in these variants."""
-    from ftwt_jax.training.run import BASELINE, GATED
+    from ftwt_jax.training.settings import BASELINE, GATED
 
     yield BASELINE, *ten_steps(make(), BASELINE)
     for variant in variants:
@@ -117,7 +116,7 @@ def write_numbers(folder):
     for name, numbers, step, state in results(VARIANTS):
         np.savez(folder / f"{name}.npz", **numbers)
         facts["compiled"][name] = step._cache_size()
-        # Of each array of the optimizer: its shape, and what every device holds of it.
+        # Of each array of the optimizer: its shape, and the part on each device.
         facts[name] = [
             {"shape": leaf.shape, "held": [(str(shard.index), shard.data.shape) for shard in leaf.addressable_shards]}
             for leaf in jax.tree.leaves(state.opt_state)
@@ -134,12 +133,12 @@ def write_programs(folder):
     from ftwt_jax.training.stage import make_stage
 
     def step(network, stage, changes):
-        made = make_stage(make(NETWORKS[network], batch_size=PICTURES, **changes), stage)
+        made = make_stage(make(NETWORKS[network], batch_size=IMAGES, **changes), stage)
         return made.step.lower(made.state, made.batch, made.control)
 
     with short_networks():
         lowered = {name: step(*program) for name, program in PROGRAMS.items()}
-    # A step that does not know of the devices makes sums over samples in two steps, with whole maps between them.
+    # A step unaware of the devices sums over images in two steps, with whole maps between them.
     with mock.patch("ftwt_jax.parallel.sharding.traced_on", lambda mesh, fn: fn):
         lowered["maps"] = step("vgg", "baseline", {})
     for name, program in {**lowered, "masks": everyones_masks()}.items():
@@ -147,13 +146,13 @@ def write_programs(folder):
 
 
 def everyones_masks():
-    """Masks [N, C] of the VGG's first unit that every device is told of."""
+    """Masks [N, C] of the VGG's first unit that every device receives."""
     import jax.numpy as jnp
 
     from ftwt_jax.parallel.sharding import data_mesh, replicated, split
 
     mesh = data_mesh()
-    maps = jax.ShapeDtypeStruct((PICTURES, 8, 8, 24), jnp.float32, sharding=split(mesh))
+    maps = jax.ShapeDtypeStruct((IMAGES, 8, 8, 24), jnp.float32, sharding=split(mesh))
     return jax.jit(lambda maps: jnp.max(maps, axis=(1, 2)) > 0, out_shardings=replicated(mesh)).lower(maps)
 
 

@@ -1,4 +1,4 @@
-"""ImageNet networks in PyTorch, dense, under the names of torchvision and timm; to compare ours with."""
+"""ImageNet networks in PyTorch, dense, under the names of torchvision and timm; to compare with ours."""
 
 import functools
 import math

@@ -1,6 +1,6 @@
-"""The networks whose weights we import, written a second time, in PyTorch.
+"""The networks whose weights we import, in PyTorch.
 
-They write checkpoints under the names of each layout and give the numbers that an imported network must reproduce.
+They write checkpoints under the names of each layout, and imported networks must reproduce their outputs.
 They have the names of the published code and can be gated. Everything is NCHW.
 """
 
@@ -49,7 +49,7 @@ class Outputs:
 def target(feature_maps: Tensor, r: float) -> Tensor:
     """The published rule on [N, C, H, W]: which filters hold the share `r` of the heatmap mass, bool [N, C]."""
     mass = feature_maps.abs().amax((2, 3))
-    # An all-zero sample is 0 / 0 here, and no comparison with NaN keeps a filter.
+    # An all-zero image is 0 / 0 here, and no comparison with NaN keeps a filter.
     share = mass / mass.sum(1, keepdim=True)
     if r == 1:
         return share > 1e-5
@@ -59,7 +59,7 @@ def target(feature_maps: Tensor, r: float) -> Tensor:
 
 
 def gate_loss(outputs: Outputs) -> Tensor:
-    """Binary cross-entropy summed over filters, averaged over samples and units."""
+    """Binary cross-entropy summed over filters, averaged over images and units."""
     losses = [
         F.binary_cross_entropy_with_logits(logits, wanted.to(logits), reduction="none").sum(1).mean()
         for logits, wanted in zip(outputs.gate_logits, outputs.targets, strict=True)
@@ -303,10 +303,10 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
         if isinstance(module, Head):
             (layer,) = module.model
             # The softmax hands the head numbers near 1 / C_in. Kernels of size C_in bring them back to 1, and without
-            # their mean only what differs between channels counts, which is what differs between samples.
+            # their mean only what differs between channels counts, which is what differs between images.
             nn.init.normal_(layer.weight, std=layer.in_channels, generator=rng)
             layer.weight -= layer.weight.mean(1, keepdim=True)
-            # A bias much larger than that would leave narrow units with the same mask for every sample.
+            # A bias much larger than that would leave narrow units with the same mask for every image.
             nn.init.normal_(layer.bias, std=0.01, generator=rng)
     return model
 

@@ -1,4 +1,4 @@
-"""Files of weights, and what tests of them look at."""
+"""Files of weights, and helpers to check what becomes of them."""
 
 import contextlib
 import pathlib
@@ -12,7 +12,7 @@ from torch import nn
 
 from ftwt_jax.__main__ import main
 from ftwt_jax.parallel.sharding import data_mesh, replicated
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.workdir.checkpoints import Checkpoints
 from tests.helpers import torch_networks as theirs
 
@@ -29,7 +29,7 @@ def tensors(net: nn.Module) -> dict[str, np.ndarray]:
 
 
 def save(net: nn.Module, path: pathlib.Path) -> pathlib.Path:
-    """As safetensors, or else as the published code does."""
+    """Saves as safetensors, or as the published code does."""
     if path.suffix == ".safetensors":
         save_file(tensors(net), path)
     else:
@@ -55,13 +55,13 @@ def steps(workdir: pathlib.Path, stage: str) -> set[int]:
 
 
 def kept(workdir: pathlib.Path) -> dict[str, Any]:
-    """What the newest baseline keeps of its data."""
+    """What the newest baseline records about its data."""
     with checkpoints(workdir, BASELINE) as saved:
         return saved.kept_dataset()
 
 
 def variables(workdir: pathlib.Path, stage: str) -> Any:
-    """The newest network of a stage, whether its data are there or not."""
+    """The newest network of a stage, even if its data are missing."""
     with checkpoints(workdir, stage) as saved:
         return jax.device_get(saved.restore_network(saved.network_shapes(), replicated(data_mesh())))
 

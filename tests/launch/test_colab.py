@@ -182,7 +182,7 @@ def test_a_command_that_fails_stops_the_notebook(program, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=program.environment, capture_output=True, text=True
     )
     assert done.returncode
-    assert "ftwt: error: no such workdir" in done.stdout
+    assert "ftwt: error: there is no workdir" in done.stdout
     assert "RuntimeError: status 2" in done.stderr
     assert "went on" not in done.stdout
 

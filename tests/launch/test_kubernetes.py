@@ -1,4 +1,4 @@
-"""launch/kubernetes.yaml: fields that Kubernetes knows, and hosts, names and statuses that agree with each other."""
+"""launch/kubernetes.yaml: its fields are valid, and its hosts, names and exit statuses agree with each other."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def parts(jobset):
     return replicated, job, pod, container
 
 
-def test_its_fields_are_those_of_the_documentation(jobset):
+def test_it_fits_the_schema(jobset):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(jobset, SCHEMA)
 
@@ -46,13 +46,13 @@ def test_its_fields_are_those_of_the_documentation(jobset):
         (lambda jobset: jobset["spec"]["failurePolicy"]["rules"][0].update(action="Restart"), "is not one of"),
     ],
 )
-def test_the_schema_refuses_what_the_api_would(jobset, change, says):
+def test_the_schema_refuses_mistakes(jobset, change, says):
     change(jobset)
     with pytest.raises(jsonschema.ValidationError, match=says):
         jsonschema.validate(jobset, SCHEMA)
 
 
-def test_every_host_is_one_process_and_all_look_for_the_first(jobset):
+def test_every_host_is_one_process_and_all_connect_to_the_first(jobset):
     replicated, job, _, container = parts(jobset)
     environment = {each["name"]: each for each in container["env"]}
     hosts = int(environment["JAX_NUM_PROCESSES"]["value"])
@@ -69,7 +69,7 @@ def test_every_host_is_one_process_and_all_look_for_the_first(jobset):
 
 
 def action_for(jobset, message, reason):
-    """What becomes of the set, by the first of its rules that fits; a restart that counts if none does."""
+    """The action of the first rule that matches; without one, a restart that counts."""
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
         if reason in rule["onJobFailureReasons"] and any(
             re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"]
@@ -89,7 +89,7 @@ def action_for(jobset, message, reason):
         (137, False, "RestartJobSet"),
     ],
 )
-def test_what_becomes_of_the_set_depends_on_the_status(jobset, status, evicted, action):
+def test_the_exit_status_decides_between_restart_and_failure(jobset, status, evicted, action):
     _, job, _, container = parts(jobset)
     message, reason = "Job has reached the specified backoff limit", "BackoffLimitExceeded"
     for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
@@ -109,16 +109,16 @@ def test_what_becomes_of_the_set_depends_on_the_status(jobset, status, evicted, 
     assert action_for(jobset, message, reason) == action
 
 
-def test_the_workdir_is_on_the_shared_volume_and_the_command_is_understood(jobset):
+def test_the_workdir_is_on_the_shared_volume_and_the_command_is_valid(jobset):
     _, _, pod, container = parts(jobset)
     assert container["command"] == ["python", "-m", "ftwt_jax", "train"]
     values = parse("train", container["args"])
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
-    assert os.path.dirname(values.workdir) == mount["mountPath"]
+    assert os.path.dirname(values.flags.workdir) == mount["mountPath"]
 
 
-def test_with_the_lines_for_a_tpu_it_still_fits(jobset):
+def test_with_the_lines_for_a_tpu_it_fits_the_schema_too(jobset):
     text = re.sub(r"# TPU nodeSelector:", "nodeSelector:", TEXT)
     text = re.sub(r" *nvidia.com/gpu.*\n", "", text)
     text = text.replace("# TPU   cloud", "  cloud").replace("# TPU google", "google")

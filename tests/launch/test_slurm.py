@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a Slurm of its own: one node, on this machine, for as long as the tests last."""
+"""launch/slurm.sbatch under a Slurm with one node, which runs on this machine during the tests."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 needs_slurm = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, DAEMONS)), reason="needs slurm-wlm and munge, and root to start them"
 )
-# One Slurm for all of them, and one worker that has it.
+# All tests share one Slurm.
 pytestmark = pytest.mark.long
 
 CONF = """
@@ -33,7 +33,7 @@ SlurmUser=root
 SlurmctldPort={port}
 SlurmdPort={other_port}
 AuthType=auth/munge
-# A job that is put back into the queue waits until its credential has run out: 120 seconds, if nothing is said.
+# A requeued job waits until its credential expires: by default 120 seconds.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}
 SlurmdSpoolDir={folder}/spool
@@ -45,14 +45,14 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1
-# The node has more CPUs and GPUs than this machine; nothing looks for them.
+# The node has more CPUs and GPUs than this machine; nothing checks that.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES
 """
 
-# In place of Python: one word of STATUSES a run, which says how its processes end.
+# Stands in for Python: each run takes one word of STATUSES, which says how its processes exit.
 STUB = """#!/usr/bin/env bash
 run=${SLURM_RESTART_COUNT:-0}
 statuses=($STATUSES)
@@ -86,7 +86,7 @@ def wait_until(condition, what, seconds=90):
 
 @dataclasses.dataclass
 class Job:
-    """A job that was handed in, and the file that it prints to."""
+    """A submitted job, and the file of its output."""
 
     number: str
     log: pathlib.Path
@@ -102,7 +102,7 @@ class Job:
         return self.log.exists() and text in self.log.read_text()
 
     def end(self, seconds=90):
-        """Waits for the job's end: its state, how often it was put back, its output."""
+        """Waits for the end of the job; returns its state, the number of restarts, and its output."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         try:
             state = wait_until(lambda: {self.field("JobState")} & ended, "end", seconds).pop()
@@ -113,7 +113,7 @@ class Job:
 
 @dataclasses.dataclass
 class Slurm:
-    """What a user's shell has where Slurm runs."""
+    """The environment of a user of Slurm."""
 
     environment: dict[str, str]
 
@@ -137,7 +137,7 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def slurm(program):
     with contextlib.ExitStack() as stack:
-        # Not pytest's folder: the name of a socket has room for 100 characters.
+        # Not a folder of pytest: the path of a socket must be shorter than 100 characters.
         folder = pathlib.Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm", ignore_cleanup_errors=True))
         )
@@ -155,7 +155,7 @@ def slurm(program):
         log = stack.enter_context((folder / "daemons.log").open("w"))
 
         def start(*command):
-            # The daemons end with this process, however it ends.
+            # The daemons exit with this process, however it ends.
             guarded = ["setpriv", "--pdeathsig", "TERM", *command] if shutil.which("setpriv") else command
             process = subprocess.Popen(guarded, env=environment, stdout=log, stderr=log)
             stack.callback(process.wait, timeout=20)
@@ -181,7 +181,7 @@ def slurm(program):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A Python environment whose Python is STUB."""
+    """A Python environment whose interpreter is STUB."""
     python = tmp_path / "stub" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(STUB)
@@ -190,7 +190,7 @@ def stub(tmp_path):
 
 
 @needs_slurm
-def test_a_job_that_slurm_takes_away_goes_on_and_finishes(slurm, tmp_path):
+def test_a_job_that_slurm_requeues_continues_and_finishes(slurm, tmp_path):
     more = ("--config.baseline.epochs=12", "--config.checkpoint_every=10")
     job = slurm.submit(tmp_path, *TINY, *more, "--workdir=run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -229,7 +229,7 @@ def test_what_becomes_of_a_job_depends_on_the_status(slurm, tmp_path, stub):
 
 
 @needs_slurm
-def test_processes_that_end_on_a_signal_go_back_but_a_cancelled_job_stays_away(slurm, tmp_path, stub):
+def test_a_signalled_job_is_requeued_and_a_cancelled_one_is_not(slurm, tmp_path, stub):
     signalled, cancelled = (
         slurm.submit(tmp_path, FTWT_VENV=stub, STATUSES="wait 0", PREEMPTED=str(PREEMPTED)) for _ in range(2)
     )
@@ -241,14 +241,14 @@ def test_processes_that_end_on_a_signal_go_back_but_a_cancelled_job_stays_away(s
 
 
 @needs_slurm
-def test_what_is_not_said_is_one_process_per_gpu_of_a_node_with_eight(slurm, tmp_path, stub):
+def test_the_default_is_one_process_per_gpu_of_a_node_with_eight(slurm, tmp_path, stub):
     state, _, output = slurm.submit(tmp_path, options=(), FTWT_VENV=stub, STATUSES="0").end()
     assert state == "COMPLETED", output
     assert sorted(re.findall(r"process (\d) of 8", output)) == list("01234567")
 
 
 @needs_slurm
-def test_a_copy_asks_where_the_code_is(slurm, tmp_path, stub):
+def test_a_copy_of_the_script_asks_for_the_repository(slurm, tmp_path, stub):
     copy = tmp_path / "mine.sbatch"
     shutil.copy(SCRIPT, copy)
     lost, told = (
@@ -261,7 +261,7 @@ def test_a_copy_asks_where_the_code_is(slurm, tmp_path, stub):
     assert told.end()[0] == "COMPLETED"
 
 
-def test_without_slurm_it_says_what_it_would_run(tmp_path):
+def test_without_slurm_a_dry_run_shows_the_command(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
 
     def start(*arguments):

@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh against a gcloud that plays a slice of two workers, with preemptions and losses."""
+"""launch/tpu_pod.sh with a fake gcloud that simulates a slice of two workers, with preemptions and failures."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.long
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 WORKERS = 2
 
-# Keeps its slice in a folder, and runs what the workers are told in folders of their own, which are new with each
-# slice. `launches` says how the launches end, one word each: a status, or "status:STATE" for what becomes of the slice.
+# Keeps the slice in a folder, and runs the commands of each worker in a folder that is new with each slice. `launches`
+# has a word for how each launch ends: an exit status, or "status:STATE" if the state of the slice changes too.
 GCLOUD = """#!/usr/bin/env -S python3 -IS
 import json, os, pathlib, shutil, subprocess, sys
 
@@ -75,7 +75,7 @@ else:
             state.write_text(after)
     sys.exit(next(filter(None, statuses), 0))
 """
-# In place of the workers' Python: the set-up finds all installed, training ends as `launches` says.
+# Stands in for Python on the workers: everything is installed, and training ends as `launches` says.
 PYTHON = """#!/usr/bin/env bash
 case "$1 $2" in
     "-m pip") exit 0 ;;
@@ -97,7 +97,7 @@ class Cloud:
     folder: pathlib.Path
 
     def start(self, *arguments, endings="0"):
-        """Starts the script; each word of `endings` says how one launch ends."""
+        """Starts the script; each word of `endings` says how a launch ends."""
         (self.folder / "launches").write_text(endings)
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "CLOUD": str(self.folder), "POLL_SECONDS": "0.05"}
@@ -154,7 +154,7 @@ SLICE = ("--zone=here", "--type=v5litepod-16", "--bucket=images")
 RUN = ("--config=configs/imagenet.py:resnet50", "--workdir=/mnt/images/a run")
 
 
-def test_a_slice_is_made_trains_on_all_workers_and_is_deleted(cloud):
+def test_a_slice_is_created_trains_on_all_workers_and_is_deleted(cloud):
     done = cloud.launch(*SLICE, *RUN, "--spot")
     assert done.returncode == 0, done.stderr
     assert [call[1] for call in cloud.calls if call[1] != "describe"] == ["create", "scp", "ssh", "ssh", "delete"]
@@ -169,7 +169,7 @@ def test_a_slice_is_made_trains_on_all_workers_and_is_deleted(cloud):
         assert re.search(rf"worker{number} gcsfuse .*--rename-dir-limit=\d+ .* images /mnt/images\n", ran)
 
 
-def test_a_preempted_slice_is_made_again_as_often_as_it_takes(cloud):
+def test_a_preempted_slice_is_created_again_until_training_is_done(cloud):
     endings = f"{PREEMPTED}:SUSPENDING {LOST}:SUSPENDED 255:SUSPENDED 1:SUSPENDING 0"
     done = cloud.launch(*SLICE, *RUN, endings=endings)
     assert done.returncode == 0, done.stderr
@@ -177,11 +177,11 @@ def test_a_preempted_slice_is_made_again_as_often_as_it_takes(cloud):
     assert len(cloud.trained) == 5 * WORKERS
 
 
-def test_a_slice_that_outlives_its_training_is_used_again_and_then_replaced(cloud):
+def test_a_slice_that_survives_a_failure_is_used_again_and_then_replaced(cloud):
     done = cloud.launch(*SLICE, *RUN, endings=f"{LOST} {LOST} 0")
     assert done.returncode == 0, done.stderr
     assert (cloud.count("create"), cloud.count("delete")) == (2, 2)
-    # Told to stop, and then nothing happened to the slice: no reason to give it back.
+    # The training was told to stop but the slice survived: it is kept.
     again = cloud.launch(*SLICE, *RUN, endings=f"{PREEMPTED} {PREEMPTED} {PREEMPTED} {PREEMPTED} 0")
     assert again.returncode == 0, again.stderr
     assert (cloud.count("create"), cloud.count("delete")) == (3, 3)
@@ -190,7 +190,7 @@ def test_a_slice_that_outlives_its_training_is_used_again_and_then_replaced(clou
 def test_it_gives_up_after_failures_in_a_row_and_leaves_no_slice(cloud):
     done = cloud.launch(*SLICE, *RUN, endings=" ".join([str(LOST)] * 9))
     assert done.returncode == LOST
-    assert "the same command goes on" in done.stderr
+    assert "giving up after 4 failures in a row; run the same command again" in done.stderr
     assert len(cloud.trained) == 4 * WORKERS
     assert not (cloud.folder / "state").exists()
 
@@ -202,7 +202,7 @@ def test_a_mistake_is_not_tried_again(cloud):
     assert not (cloud.folder / "state").exists()
 
 
-def test_whoever_stops_it_is_left_without_a_slice(cloud):
+def test_stopping_the_script_deletes_the_slice(cloud):
     process = cloud.start(*SLICE, *RUN, endings="never")
     wait_for_training(cloud)
     os.killpg(process.pid, signal.SIGTERM)
@@ -220,7 +220,7 @@ def test_a_slice_that_is_kept_serves_the_next_run(cloud):
     assert (cloud.count("create"), cloud.count("delete")) == (1, 1)
 
 
-def test_a_slice_that_cannot_be_made_is_said_at_once(cloud):
+def test_a_slice_that_cannot_be_created_is_reported_at_once(cloud):
     (cloud.folder / "no_create").touch()
     done = cloud.launch(*SLICE, *RUN)
     assert done.returncode == 2
@@ -230,7 +230,7 @@ def test_a_slice_that_cannot_be_made_is_said_at_once(cloud):
 
 @pytest.fixture
 def worker(cloud, tmp_path):
-    """Starts one launch on a worker of its own."""
+    """Starts one launch on a new worker."""
     folder = tmp_path / "worker"
     shutil.copytree(ROOT / "launch", folder / "launch")
     python = folder / ".venv" / "bin" / "python"
@@ -245,12 +245,12 @@ def worker(cloud, tmp_path):
     return train
 
 
-def test_a_worker_that_is_given_its_command_again_does_not_start_alone(cloud, worker):
+def test_a_worker_that_receives_its_command_again_does_not_start_alone(cloud, worker):
     assert [worker(name, "0").wait(60) for name in ("first", "first", "second")] == [0, LOST, 0]
     assert len(cloud.trained) == 2
 
 
-def test_a_process_that_an_earlier_launch_left_behind_ends_first(cloud, worker):
+def test_a_process_left_of_an_earlier_launch_exits_first(cloud, worker):
     left_behind = worker("first", "never")
     wait_for_training(cloud)
     assert worker("second", "0").wait(60) == 0
@@ -282,7 +282,7 @@ def test_a_dry_run_touches_nothing(cloud):
         (("--zone=here", "--type=v99-8", "--bucket=b", "--workdir=/mnt/b/run"), "--runtime=VERSION"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(cloud, arguments, says):
+def test_a_missing_flag_is_named_in_one_line(cloud, arguments, says):
     done = cloud.launch(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("ftwt: error: ")

@@ -1,4 +1,4 @@
-"""Batch norm against Flax's, and the sums and maxima under it against jax.numpy's."""
+"""Batch norm against Flax's, and the reductions that it uses against jax.numpy's."""
 
 import flax
 import flax.linen as nn
@@ -24,7 +24,7 @@ def normals(shape, seed=0, dtype=jnp.float32):
 
 
 def distinct(shape, dtype=jnp.float32):
-    """No two alike in a map, also when rounded to bfloat16."""
+    """No two values of a map are equal, even when rounded to bfloat16."""
     samples, height, width, features = shape
     rng = np.random.default_rng(0)
     pixels = np.stack([rng.permutation(height * width) for _ in range(samples * features)])
@@ -33,7 +33,7 @@ def distinct(shape, dtype=jnp.float32):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Equal but for rounding, as seen from the largest number, in every array of a tree."""
+    """Equal up to rounding relative to the largest number of each array."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype
@@ -60,7 +60,7 @@ def with_gradients(layer, variables, x, weights):
 
 
 @either_use
-def test_variables_are_flaxs(evaluate):
+def test_variables_equal_flaxs(evaluate):
     x = normals((2, 3, 3, 5), dtype=jnp.bfloat16)
     ours, flaxs = jax.jit(lambda x: [layer.init(KEY, x) for layer in both(evaluate, jnp.bfloat16)])(x)
     names = {"/".join(path) for path in flax.traverse_util.flatten_dict(ours)}
@@ -69,7 +69,7 @@ def test_variables_are_flaxs(evaluate):
 
 
 def compared(shape, evaluate, dtype=jnp.float32, asked=None):
-    """What batch norm and Flax's make of maps of one type when asked for another."""
+    """Results of our batch norm and of Flax's on maps of one dtype with another as result."""
     x = normals(shape, 1, dtype) * 2 + 1
     variables = random_like(jax.eval_shape(both(evaluate)[1].init, KEY, x))
     compare = jax.jit(lambda *given: [with_gradients(layer, *given) for layer in both(evaluate, asked)])
@@ -78,7 +78,7 @@ def compared(shape, evaluate, dtype=jnp.float32, asked=None):
 
 @either_use
 @every_shape
-def test_outputs_statistics_and_gradients_are_flaxs(shape, evaluate):
+def test_outputs_statistics_and_gradients_equal_flaxs(shape, evaluate):
     assert_close(*compared(shape, evaluate), 1e-5)
 
 
@@ -89,7 +89,7 @@ def test_outputs_statistics_and_gradients_are_flaxs(shape, evaluate):
     ids=["bf16", "bf16 as bf16", "f32 as bf16"],
 )
 @pytest.mark.parametrize("shape", [(1, 4, 3, 6), (3, 2, 5, 7)], ids=str)
-def test_in_bfloat16_they_are_flaxs_with_statistics_in_float32(shape, dtype, asked, evaluate):
+def test_in_bfloat16_they_equal_flaxs_with_statistics_in_float32(shape, dtype, asked, evaluate):
     ours, flaxs = compared(shape, evaluate, dtype, asked)
     assert ours["out"].dtype == (asked or jnp.float32)
     assert_close(ours, flaxs, TOLERANCES[jnp.bfloat16])
@@ -97,7 +97,7 @@ def test_in_bfloat16_they_are_flaxs_with_statistics_in_float32(shape, dtype, ask
     assert_close(ours["new"], flaxs["new"], 1e-5)
 
 
-def test_evaluation_leaves_the_statistics_alone():
+def test_evaluation_does_not_change_the_statistics():
     ours, _ = both(evaluate=True)
     x = normals((3, 2, 2, 4))
     variables = random_like(jax.eval_shape(ours.init, KEY, x))
@@ -114,7 +114,7 @@ def test_a_channel_of_one_value_far_from_zero_stays_finite():
     assert (result["new"]["batch_stats"]["var"] >= 0.9).all()
 
 
-def test_several_steps_under_scan_are_flaxs():
+def test_several_steps_under_scan_equal_flaxs():
     batches = normals((5, 4, 3, 3, 6)) * 3 - 1
 
     def run(layer):
@@ -130,7 +130,7 @@ def test_several_steps_under_scan_are_flaxs():
 
 
 @either_use
-def test_gradients_by_vmap_are_flaxs(evaluate):
+def test_gradients_by_vmap_equal_flaxs(evaluate):
     x = normals((3, 4, 2, 2, 5))
     weights = normals((4, 2, 2, 5), 1)
     variables = random_like(jax.eval_shape(both(True)[1].init, KEY, x[0]))
@@ -156,7 +156,7 @@ every_reduction = pytest.mark.parametrize(("ours", "theirs"), REDUCTIONS.values(
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["f32", "bf16"])
 @every_shape
 @every_reduction
-def test_reductions_and_their_gradients_are_jax_numpys(ours, theirs, shape, dtype):
+def test_reductions_and_their_gradients_equal_jax_numpys(ours, theirs, shape, dtype):
     x = distinct(shape, dtype)
     cotangent = normals(jax.eval_shape(theirs, x).shape, 1, dtype)
 
@@ -184,7 +184,7 @@ def test_a_maximum_is_exact_with_ties_and_infinities(dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (3, 2, 5, 4)], ids=str)
-def test_values_over_channels_broadcast_to_every_sample(shape):
+def test_values_over_channels_broadcast_to_every_image(shape):
     values = normals((4,))
     whole = over_channels(values, shape)
     assert whole.shape == (1, *shape[1:])

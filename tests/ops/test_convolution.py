@@ -1,4 +1,4 @@
-"""The convolution against XLA's: values, gradients, what jit, vmap and exports make of it."""
+"""The convolution against XLA's: values and gradients, also under jit, vmap and export."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tests.conftest import random_like
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 SIDES = st.integers(1, 9)
-# Every pixel of a depthwise kernel takes its time to compile: few of the large ones.
+# Large depthwise kernels take long to compile, so there are few.
 KERNELS = st.sampled_from([(1, 1), (2, 2), (3, 3), (1, 3), (3, 2), (2, 5), (5, 1), (7, 1), (1, 7), (7, 7)])
 STEPS = st.integers(1, 3)
 PADS = st.tuples(st.integers(0, 8), st.integers(0, 8))
@@ -30,7 +30,7 @@ FEATURES = {
     "depthwise with multiplier": (3, 3, 6),
     "grouped": (2, 4, 6),
 }
-# Map, kernel, strides, padding, groups: one for every way that a CPU may compute it.
+# Map, kernel, strides, padding, groups: one for every lowering on a CPU.
 CASES = {
     "depthwise": ((2, 6, 7, 8), (3, 3, 1, 8), (2, 1), "SAME", 8),
     "1x1": ((3, 9, 8, 6), (1, 1, 6, 5), (1, 1), "VALID", 1),
@@ -66,7 +66,7 @@ def both(case, **options):
 
 
 def assert_close(ours, xlas, tolerance=2e-6):
-    """Equal but for rounding, as seen from the largest number, in every array of a tree."""
+    """Equal up to rounding relative to the largest number of each array."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
         assert a.dtype == b.dtype
         b = np.asarray(b, np.float32)
@@ -89,7 +89,7 @@ def value_and_gradients(conv, lhs, rhs, cotangent):
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     seed=st.integers(0, 2**16),
 )
-def test_values_and_gradients_are_xlas(samples, sides, kernel, strides, padding, features, dtype, seed):
+def test_values_and_gradients_equal_xlas(samples, sides, kernel, strides, padding, features, dtype, seed):
     groups, in_features, out_features = FEATURES[features]
     rng = np.random.default_rng(seed)
     lhs = signs(rng, (samples, *sides, in_features), dtype)
@@ -113,12 +113,12 @@ def compared(case, dtype=jnp.float32, **options):
 
 
 @every_case
-def test_values_and_gradients_of_real_numbers_are_xlas_to_rounding(case):
+def test_values_and_gradients_of_real_numbers_equal_xlas_up_to_rounding(case):
     assert_close(*compared(case))
 
 
 @every_kind
-def test_in_bfloat16_they_are_xlas_to_its_rounding(name):
+def test_in_bfloat16_they_equal_xlas_up_to_its_rounding(name):
     assert_close(*compared(CASES[name], jnp.bfloat16), 2e-2)
 
 
@@ -129,7 +129,7 @@ def test_outside_jit_the_value_is_the_same(name):
 
 
 @every_kind
-def test_forward_derivatives_are_xlas(name):
+def test_forward_derivatives_equal_xlas(name):
     case = CASES[name]
     lhs, rhs = operands(case)
 
@@ -141,7 +141,7 @@ def test_forward_derivatives_are_xlas(name):
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["maps", "kernels", "both"])
 @every_kind
-def test_vmap_over_either_operand_is_xlas(name, axes):
+def test_vmap_over_either_operand_equals_xlas(name, axes):
     arrays = [
         np.stack([a, a[::-1] - 1]) if axis == 0 else a for a, axis in zip(operands(CASES[name]), axes, strict=True)
     ]
@@ -197,12 +197,12 @@ def test_what_is_dilated_or_not_plain_nhwc_is_passed_on(maps, kernel, options):
     ids=["none", "precision", "dilation by 1", "lower case"],
 )
 @every_kind
-def test_options_that_change_no_value_are_taken(name, options):
+def test_options_that_do_not_change_values_are_accepted(name, options):
     ours, xlas = both(CASES[name], **options)
     assert_close(*jax.jit(lambda *arrays: [ours(*arrays), xlas(*arrays)])(*operands(CASES[name])))
 
 
-def test_a_result_in_another_type_is_xlas():
+def test_a_result_of_another_dtype_equals_xlas():
     lhs, rhs = operands(CASES["few pixels"], jnp.bfloat16)
     ours, xlas = both(CASES["few pixels"], preferred_element_type=jnp.float32)
     assert ours(lhs, rhs).dtype == jnp.float32
@@ -224,7 +224,7 @@ def test_operands_that_do_not_fit_are_refused():
     ],
     ids=["depthwise", "1x1", "few pixels"],
 )
-def test_a_flax_layer_takes_it(options):
+def test_a_flax_layer_can_use_it(options):
     x = normals((2, 4, 4, 8), 0)
     ours, flaxs = nn.Conv(**options, conv_general_dilated=conv_general_dilated), nn.Conv(**options)
     variables = random_like(jax.eval_shape(flaxs.init, jax.random.key(0), x))
@@ -260,24 +260,24 @@ def test_an_export_for_every_platform_takes_any_batch(name):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", EXPORTED)
-def test_gpu_and_tpu_get_xlas_convolution_alone(name, platform):
+def test_gpu_and_tpu_get_only_xlas_convolution(name, platform):
     text = exported(name, [platform])[0].mlir_module()
     assert text.count("stablehlo.convolution") == 1
     for other in ("stablehlo.slice", "stablehlo.pad", "stablehlo.dot_general", "optimization_barrier"):
         assert other not in text
 
 
-# 8 samples have 128 pixels where the map stays whole.
+# 8 images have 128 output pixels where the map keeps its size.
 @pytest.mark.parametrize("batch", ["8", "b"])
 @pytest.mark.parametrize(
     ("name", "convolutions"), [("depthwise", 0), ("1x1", 0), ("few pixels", 0), ("many pixels", 1), ("grouped", 1)]
 )
-def test_a_cpu_gets_a_convolution_only_where_xlas_is_good(name, convolutions, batch):
+def test_a_cpu_gets_a_convolution_only_where_xlas_is_fast(name, convolutions, batch):
     assert exported(name, ["cpu"], batch)[0].mlir_module().count("stablehlo.convolution") == convolutions
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_gpu_and_tpu_get_xlas_gradients_alone(platform):
+def test_gpu_and_tpu_get_only_xlas_gradients(platform):
     kernel = normals((3, 3, 1, 8), 1)
     ours, xlas = both(CASES["depthwise"])
     texts = []

@@ -1,4 +1,4 @@
-"""One training step on one device, on eight, in parts, and in half precision: the same numbers, and little said."""
+"""A training step on one device, on eight, in parts and in bfloat16: the same numbers, and small collectives."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from ftwt_jax.data.augment import make_augment
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.units import GatedUnit
 from ftwt_jax.plan import collectives, hlo
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.training.stage import make_stage
 from tests.conftest import ROOT, fails
 from tests.helpers.ten_steps import (
@@ -56,14 +56,14 @@ def on_eight_devices(what: str, folder):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """The text of every program that is compiled for eight devices."""
+    """The text of the programs compiled for eight devices."""
     folder = on_eight_devices("programs", tmp_path_factory.mktemp("programs"))
     return {path.stem: path.read_text() for path in folder.glob("*.txt")}
 
 
 @pytest.fixture(scope="module")
 def on_eight(tmp_path_factory):
-    """Ten steps on eight devices: the numbers of each variant by their names, and facts."""
+    """Ten steps on eight devices: the numbers of each variant by name, and further facts."""
     folder = on_eight_devices("numbers", tmp_path_factory.mktemp("numbers"))
     numbers = {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
     return numbers, json.loads((folder / "facts.json").read_text())
@@ -71,18 +71,18 @@ def on_eight(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(quick_compilation):
-    """Ten steps on the one device that is here: the numbers of each variant."""
+    """Ten steps on this one device: the numbers of each variant."""
     assert jax.device_count() == 1
     return {name: numbers for name, numbers, _, _ in results(("at once", "parts"))}
 
 
-def strangers(text: str, network: str, stage: str, kinds=("all-reduce",)):
-    """What devices tell each other besides gradients, batch statistics and metrics in collectives of these kinds.
+def find_unexpected(text: str, network: str, stage: str, kinds=("all-reduce",)):
+    """Finds what collectives carry besides gradients, batch statistics and metrics, and collectives of other kinds.
 
-    Compilers lay kernels out in other shapes, so they are told from maps and masks by their number of elements.
+    Compilers reshape kernels, so arrays are recognized by their number of elements.
 
     Returns:
-      the strange arrays and their kinds; numbers exchanged by kind; number of parameters.
+      the unexpected arrays and their kinds; numbers exchanged by kind; number of parameters.
     """
     run = make(NETWORKS[network], batch_size=PICTURES)
     with short_networks():
@@ -94,34 +94,36 @@ def strangers(text: str, network: str, stage: str, kinds=("all-reduce",)):
     for unit in units:
         of_one = {unit.positions, unit.positions * unit.out_features}
         sizes = of_one | {n * size for n in (PICTURES // DEVICES, PICTURES) for size in {1, unit.out_features, *of_one}}
-        assert not sizes & known, f"maps or masks of {unit.name} cannot be told from parameters"
+        assert not sizes & known, f"maps or masks of {unit.name} cannot be distinguished from parameters"
 
-    found = collectives.collectives(hlo.parse(text))
+    found = collectives.find_collectives(hlo.parse(text))
     assert len(found) == len(re.findall(rf"^ +(?:ROOT )?%?\S+ = .*? {COLLECTIVE}\(", text, flags=re.MULTILINE))
     exchanged = [(one.kind, one.times, array) for one in found for array in one.arrays]
-    strange = [(kind, array) for kind, _, array in exchanged if kind not in kinds or array.size not in known]
+    unexpected = [(kind, array) for kind, _, array in exchanged if kind not in kinds or array.size not in known]
     numbers = {kind: sum(times * array.size for like, times, array in exchanged if like == kind) for kind in kinds}
-    return strange, numbers, sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    return unexpected, numbers, sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if "divided" not in name])
-def test_devices_exchange_gradients_statistics_and_metrics_and_nothing_else(programs, name):
+def test_devices_exchange_only_gradients_statistics_and_metrics(programs, name):
     network, stage, _ = PROGRAMS[name]
-    strange, numbers, parameters = strangers(programs[name], network, stage)
-    assert strange == []
+    unexpected, numbers, parameters = find_unexpected(programs[name], network, stage)
+    assert unexpected == []
     assert numbers["all-reduce"] > parameters
 
 
-def test_a_divided_optimizer_has_its_parameters_gathered_besides(programs):
-    strange, numbers, parameters = strangers(programs["vgg divided"], "vgg", GATED, ("all-reduce", "all-gather"))
-    assert strange == []
+def test_a_sharded_optimizer_also_gathers_parameters(programs):
+    unexpected, numbers, parameters = find_unexpected(
+        programs["vgg divided"], "vgg", GATED, ("all-reduce", "all-gather")
+    )
+    assert unexpected == []
     assert 0 < numbers["all-gather"] <= parameters
 
 
 @pytest.mark.parametrize(("name", "size"), [("maps", 8 * 8 * 24), ("masks", PICTURES * 24)])
 def test_an_exchange_of_maps_or_masks_would_be_found(programs, name, size):
-    strange, _, _ = strangers(programs[name], "vgg", BASELINE, collectives.KINDS)
-    assert size in {array.size for _, array in strange}
+    unexpected, _, _ = find_unexpected(programs[name], "vgg", BASELINE, collectives.KINDS)
+    assert size in {array.size for _, array in unexpected}
 
 
 @pytest.mark.parametrize("variant", [BASELINE, "at once", "parts"])
@@ -132,7 +134,7 @@ def test_eight_devices_train_as_one_does(on_one, on_eight, variant):
 
 
 def test_gates_differ_from_step_to_step_and_are_neither_open_nor_shut(on_one):
-    """Without which ten steps would show little."""
+    """Otherwise ten steps would show little."""
     numbers = on_one["at once"]
     assert len(set(numbers["density"])) > STEPS // 2
     assert all(0.1 < density < 0.9 for density in numbers["density"])
@@ -144,12 +146,12 @@ def test_steps_compile_once_on_eight_devices(on_eight):
     assert set(facts["compiled"].values()) == {1}
 
 
-def test_a_divided_optimizer_takes_the_same_steps(on_eight):
+def test_a_sharded_optimizer_takes_the_same_steps(on_eight):
     numbers, _ = on_eight
     assert_close(numbers["divided"], numbers["at once"], 1e-6)
 
 
-def test_each_device_holds_its_share_of_a_divided_optimizer(on_eight):
+def test_each_device_holds_its_share_of_a_sharded_optimizer(on_eight):
     _, facts = on_eight
     momenta = [one for one in facts["divided"] if any(side % DEVICES == 0 for side in one["shape"])]
     assert len(momenta) > 10
@@ -216,12 +218,11 @@ def test_a_batch_that_devices_and_parts_cannot_share_is_refused(on_eight):
     _, facts = on_eight
     assert facts["status"] == 2
     assert facts["error"] == (
-        "ftwt: error: config.batch_size=72 must be a positive multiple of the number of devices, 8, times "
-        "config.accumulate, 4\n"
+        "ftwt: error: config.batch_size=72 must be a positive multiple of 32: 8 devices times config.accumulate=4\n"
     )
 
 
-def test_no_parts_are_refused(capsys, tmp_path):
+def test_zero_parts_are_refused(capsys, tmp_path):
     error = fails(capsys, "train", *TEN_STEPS, "--config.accumulate=0", f"--workdir={tmp_path / 'run'}")
     assert "config.accumulate" in error
     assert not (tmp_path / "run").exists()
@@ -239,7 +240,7 @@ def forward(run, variables, images, **options):
     return run.models[GATED].apply(variables, run.normalize(images), train=True, **options)
 
 
-def test_in_bfloat16_what_is_learnt_and_what_is_lost_stay_float32(in_bfloat16):
+def test_in_bfloat16_parameters_and_losses_stay_float32(in_bfloat16):
     run, stage, variables, batch = in_bfloat16
     state, metrics = jax.eval_shape(stage.step, stage.state, stage.batch, stage.control)
     outputs, _ = jax.eval_shape(lambda v: forward(run, v, batch["image"], mutable=["batch_stats"]), variables)

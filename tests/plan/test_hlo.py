@@ -1,4 +1,4 @@
-"""What is read out of compiled programs, of a CPU's compiler and of a TPU's: collectives, operations, traffic."""
+"""Collectives, floating point operations and traffic of programs compiled for a CPU and for a TPU."""
 
 import collections
 import os
@@ -11,8 +11,7 @@ import pytest
 from ftwt_jax import create_model
 from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.plan import collectives as c
-from ftwt_jax.plan import cost as work
-from ftwt_jax.plan import hlo
+from ftwt_jax.plan import cost, hlo
 from tests.conftest import ROOT, needs_libtpu
 from tests.helpers.hlo_programs import DEVICES, FILTERS, PARTS, TRIPS
 
@@ -22,7 +21,7 @@ on_a_tpu = pytest.mark.parametrize("programs", PLATFORMS[1:], indirect=True)
 
 @pytest.fixture(scope="module", params=PLATFORMS)
 def programs(request, tmp_path_factory):
-    """The platform, and every program compiled for it."""
+    """The platform, and the programs compiled for it."""
     folder = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "tests.helpers.hlo_programs", request.param, str(folder)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
@@ -37,38 +36,38 @@ def parameters():
     return [leaf.size for leaf in jax.tree.leaves(shapes["params"])]
 
 
-def carried(program, parameters) -> collections.Counter:
+def bytes_by_content(program, parameters) -> collections.Counter:
     """Bytes of a step's collectives by what they carry."""
     found = collections.Counter()
-    for one in c.collectives(program):
-        for what, arrays in one.carries(parameters).items():
-            found[what] += one.times * sum(array.bytes for array in arrays)
+    for one in c.find_collectives(program):
+        for content, arrays in one.carries(parameters).items():
+            found[content] += one.times * sum(array.bytes for array in arrays)
     return found
 
 
-def test_kinds_sizes_groups_and_loops_are_told(programs):
+def test_kinds_sizes_groups_and_loops_are_found(programs):
     platform, texts = programs
-    found = {(one.kind, one.arrays[0].bytes, one.devices, one.times) for one in c.collectives(texts["exchanges"])}
+    found = {(one.kind, one.arrays[0].bytes, one.devices, one.times) for one in c.find_collectives(texts["exchanges"])}
     share = 16 * 128 * 4
     assert {("all-reduce", share, 4, TRIPS), ("all-gather", DEVICES * share, 8, 1)} <= found
-    # A TPU scatters so few numbers by adding them up everywhere.
+    # For so few numbers, a TPU uses an all-reduce.
     scattered = ("reduce-scatter", share // 2, 2, 1) if platform == "cpu" else ("all-reduce", share, 2, 1)
     assert scattered in found
     assert len(found) == 3
 
 
-def test_the_line_of_python_that_makes_a_collective_is_told(programs):
-    gather = next(one for one in c.collectives(programs[1]["exchanges"]) if one.kind == "all-gather")
+def test_the_line_of_python_behind_a_collective_is_found(programs):
+    gather = next(one for one in c.find_collectives(programs[1]["exchanges"]) if one.kind == "all-gather")
     file, _, line = gather.source.rpartition(":")
     assert "all_gather" in (ROOT / "tests" / "helpers" / "hlo_programs.py").read_text().splitlines()[int(line) - 1]
     assert file.endswith("hlo_programs.py")
     assert "all_gather" in gather.op_name
 
 
-def test_a_training_step_exchanges_gradients_statistics_and_metrics_and_nothing_else(programs, parameters):
-    found = carried(programs[1]["step"], parameters)
+def test_a_training_step_exchanges_only_gradients_statistics_and_metrics(programs, parameters):
+    found = bytes_by_content(programs[1]["step"], parameters)
     assert set(found) == {c.GRADIENTS, c.STATISTICS, c.METRICS}
-    # Four numbers a filter: sums and sums of squares, and on the way back two that gradients of scale and bias share.
+    # Four numbers per filter: sum and sum of squares, and in the backward pass two for the gradients of scale and bias.
     gradients, statistics = 4 * sum(parameters), 4 * 4 * sum(FILTERS)
     assert gradients <= found[c.GRADIENTS] + found[c.STATISTICS] <= gradients + statistics
     assert found[c.METRICS] < 100
@@ -76,40 +75,40 @@ def test_a_training_step_exchanges_gradients_statistics_and_metrics_and_nothing_
 
 @on_a_tpu
 def test_on_a_tpu_a_step_in_parts_exchanges_its_gradients_once(parameters, programs):
-    whole, parts = (carried(programs[1][name], parameters) for name in ("step", "parts"))
+    whole, parts = (bytes_by_content(programs[1][name], parameters) for name in ("step", "parts"))
     assert whole[c.GRADIENTS] == parts[c.GRADIENTS]
     assert PARTS * whole[c.STATISTICS] == parts[c.STATISTICS]
 
 
 @on_a_tpu
-def test_a_divided_optimizer_gathers_parameters_besides(programs, parameters):
-    found = carried(programs[1]["divided"], parameters)
+def test_a_sharded_optimizer_also_gathers_parameters(programs, parameters):
+    found = bytes_by_content(programs[1]["divided"], parameters)
     assert set(found) == {c.GRADIENTS, c.STATISTICS, c.METRICS, c.PARAMETERS}
     assert 0 < found[c.PARAMETERS] <= 4 * sum(parameters)
 
 
 def test_operations_are_counted_without_padding(programs):
-    """Of a strided convolution, one in groups, and a matrix product; each as often again for either gradient."""
+    """A strided convolution, a grouped one and a matrix product; each gradient costs as much again."""
     platform, texts = programs
     strided, grouped, dense = 4 * 23**2 * 8 * 16, 4 * 6**2 * 3**2 * 4 * 32, 4 * 1152 * 10
     expected = 2 * 3 * (strided + grouped + dense)
-    found = work.flops(texts["convolutions"])
-    # A TPU's compiler may choose to do more than has to be done.
+    found = cost.count_flops(texts["convolutions"])
+    # A TPU's compiler may choose to compute more than necessary.
     assert found == expected if platform == "cpu" else expected <= found < 1.5 * expected
 
 
 @on_a_tpu
-def test_a_step_in_parts_is_the_same_work(programs):
-    whole, parts = (work.flops(programs[1][name]) for name in ("step", "parts"))
+def test_a_step_in_parts_costs_the_same(programs):
+    whole, parts = (cost.count_flops(programs[1][name]) for name in ("step", "parts"))
     assert parts == pytest.approx(whole, rel=0.02)
 
 
-def test_traffic_counts_what_comes_from_and_goes_to_memory(programs):
+def test_traffic_counts_reads_and_writes_of_memory(programs):
     platform, texts = programs
     share = 16 * 128 * 4
-    # Three results and one argument at least, of which the gathered one is the largest.
+    # At least three results, of which the gathered one is the largest, and one argument.
     least = share + share + DEVICES * share + share // 2
-    memory, whole = (work.traffic(texts["exchanges"], on_chip) for on_chip in (False, True))
+    memory, whole = (cost.count_traffic(texts["exchanges"], on_chip) for on_chip in (False, True))
     assert least <= memory <= whole
     assert memory < whole if platform == "tpu" else memory == whole
 
@@ -125,8 +124,8 @@ def test_traffic_counts_what_comes_from_and_goes_to_memory(programs):
         ("pred[3,5]{1,0}", 15, 15, False),
     ],
 )
-def test_arrays_take_whole_tiles_in_memory(text, size, padded, on_chip):
-    (array,) = hlo.arrays(text)
+def test_arrays_are_padded_to_whole_tiles_in_memory(text, size, padded, on_chip):
+    (array,) = hlo.parse_arrays(text)
     assert (array.bytes, array.padded_bytes, array.on_chip) == (size, padded, on_chip)
 
 
@@ -149,8 +148,8 @@ ENTRY %main (p: f32[4]) -> f32[8] {
 """.replace("METADATA", METADATA)
 
 
-def test_collectives_that_other_work_may_hide_are_told_from_those_that_are_waited_for():
-    found = {one.kind: one for one in c.collectives(hlo.parse(ASYNCHRONOUS))}
+def test_asynchronous_collectives_are_hidden_and_others_are_not():
+    found = {one.kind: one for one in c.find_collectives(hlo.parse(ASYNCHRONOUS))}
     assert {kind: one.hidden for kind, one in found.items()} == {
         "all-reduce": True,
         "all-gather": True,
@@ -165,8 +164,8 @@ def test_collectives_that_other_work_may_hide_are_told_from_those_that_are_waite
     assert (found["all-reduce"].op_name, found["all-reduce"].source) == ("jit(step)/sum", "step.py:7")
 
 
-def test_an_exchange_of_maps_is_no_part_of_a_step():
-    maps = hlo.arrays("f32[8,16,16,64]")
+def test_an_exchange_of_feature_maps_is_unexpected():
+    maps = hlo.parse_arrays("f32[8,16,16,64]")
     for name in ("jit(step)/jvp(VGG)/unit0/bn/reduce_sum", "jit(step)/transpose(jvp(VGG))/unit0/conv"):
         one = c.Collective("all-reduce", maps, 8, 1, False, name, "")
         assert one.carries([64, 1024]) == {c.OTHER: maps}
@@ -191,6 +190,6 @@ ENTRY %main (x: f32[100,8], j: s32[]) -> f32[100,8] {
 """
 
 
-def test_of_an_array_only_the_slice_that_is_read_or_changed_counts():
+def test_only_the_slice_of_an_array_that_is_read_or_changed_counts():
     row, index = 8 * 4, 4
-    assert work.traffic(hlo.parse(SLICED)) == (row + index + row) + (row + 2 * index + row)
+    assert cost.count_traffic(hlo.parse(SLICED)) == (row + index + row) + (row + 2 * index + row)

@@ -1,4 +1,4 @@
-"""The command `plan`: a training step compiled for a TPU slice that is not here."""
+"""The command `plan`: a training step compiled for a TPU slice that this machine does not have."""
 
 import dataclasses
 import importlib.util
@@ -7,12 +7,11 @@ import json
 import jax
 import pytest
 
-from ftwt_jax.commands.parse import parse
 from ftwt_jax.plan.collectives import GRADIENTS, METRICS, STATISTICS
-from ftwt_jax.plan.compile import compile_step, planned_run
+from ftwt_jax.plan.compile import compile_step, make_run_on
 from ftwt_jax.plan.roofline import CHIPS, parse_slice
-from ftwt_jax.training.run import BASELINE, GATED
-from tests.conftest import fails, needs_libtpu
+from ftwt_jax.training.settings import BASELINE, GATED
+from tests.conftest import config_of, fails, needs_libtpu
 
 SMALL = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=128")
 DIGITS = ("plan", *SMALL)
@@ -20,9 +19,9 @@ pytestmark = [pytest.mark.long, needs_libtpu]
 
 
 def step(topology: str, *flags: str, name: str = GATED):
-    config = parse("plan", [*SMALL, *flags]).config
+    config = config_of([*SMALL, *flags])
     where = parse_slice(topology)
-    return compile_step(planned_run(config, where, num_classes=10), name, where)
+    return compile_step(make_run_on(config, where, num_classes=10), name, where)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def planned(program, tmp_path_factory):
     return out, json.loads((workdir / "plan.json").read_text())
 
 
-def test_a_plan_tells_memory_work_collectives_and_a_bound_of_both_steps(planned):
+def test_a_plan_has_memory_work_collectives_and_a_bound_for_both_steps(planned):
     out, found = planned
     assert (found["chips"], found["batch_size"]) == (8, 128)
     assert list(found["steps"]) == ["gated", "dense"]
@@ -63,7 +62,7 @@ def test_a_plan_tells_memory_work_collectives_and_a_bound_of_both_steps(planned)
     assert "warning" not in out
 
 
-def test_growth_keeps_the_batch_of_a_chip_and_waits_longer_for_more_chips(planned):
+def test_on_larger_slices_the_batch_per_chip_stays_and_collectives_take_longer(planned):
     rows = planned[1]["steps"]["gated"]["growth"]
     assert [row["chips"] for row in rows] == [8, 16, 32, 64, 128, 256]
     assert {row["batch_size"] // row["chips"] for row in rows} == {16}
@@ -74,19 +73,19 @@ def test_growth_keeps_the_batch_of_a_chip_and_waits_longer_for_more_chips(planne
     assert all(0 < row["efficiency"] < 1 for row in rows)
 
 
-def test_tables_are_whole_in_a_pipe_of_any_width(planned):
+def test_tables_in_a_pipe_are_not_cut_off(planned):
     out = planned[0]
     assert "…" not in out
     for text in ("v5e:16x16", "images/s", "efficiency", "batch statistics", "interconnect"):
         assert text in out
 
 
-def test_with_the_same_batch_on_each_chip_the_program_is_the_same_on_more_chips(small):
+def test_with_the_same_batch_per_chip_the_program_is_the_same_on_more_chips(small):
     more = step("v5e:4x4", "--config.batch_size=256")
     assert more.flops == small.flops
     assert more.memory == pytest.approx(small.memory, rel=0.1)
     assert more.traffic == pytest.approx(small.traffic, rel=0.1)
-    assert more.groups() == small.groups()
+    assert more.group_collectives() == small.group_collectives()
     assert {one.devices for one in small.collectives} == {8}
     assert {one.devices for one in more.collectives} == {16}
 
@@ -99,16 +98,16 @@ def test_other_chips_can_be_planned_for(chip):
     assert {one.devices for one in found.collectives} == {parse_slice(f"{chip}:{where}").size}
 
 
-def test_a_step_that_does_not_fit_is_told_before_anyone_rents_chips(small, monkeypatch, capsys):
+def test_a_step_that_does_not_fit_is_refused_with_remedies(small, monkeypatch, capsys):
     tight = dataclasses.replace(CHIPS["v5e"], memory=small.memory - 1)
     monkeypatch.setitem(CHIPS, "v5e", tight)
     error = fails(capsys, *DIGITS, "--topology=v5e:2x4")
-    assert "the gated step does not fit: it needs 0.00" in error
+    assert "the gated step does not fit on v5e:2x4: it needs 0.00" in error
     assert "--config.batch_size" in error
     assert "--config.accumulate" in error
 
 
-def test_what_the_compiler_refuses_for_want_of_memory_is_told_in_gib(capsys):
+def test_memory_that_the_compiler_lacks_is_stated_in_gib(capsys):
     error = fails(
         capsys,
         *(
@@ -120,8 +119,8 @@ def test_what_the_compiler_refuses_for_want_of_memory_is_told_in_gib(capsys):
         *("--num_classes=5", "--config.data.image_size=1024", "--config.batch_size=128", "--topology=v5e:2x2"),
         *("--config.eval_batch_size=128", "--config.gates.epochs=0"),
     )
-    assert "the dense step does not fit: it needs" in error
-    assert "which has 15.75 GiB" in error
+    assert "the dense step does not fit on v5e:2x2: it needs" in error
+    assert "a chip has 15.75 GiB" in error
 
 
 @pytest.mark.parametrize(
@@ -129,23 +128,23 @@ def test_what_the_compiler_refuses_for_want_of_memory_is_told_in_gib(capsys):
     [
         ([], "--topology is missing, for example --topology=v5e:16x16"),
         (["--topology=v5:2x4"], "unknown TPU 'v5'"),
-        (["--topology=v5e:3x5"], "is no slice of v5e"),
-        (["--topology=v5e:2x4", "--config.batch_size=100"], "must be a positive multiple of the number of devices, 8"),
-        (["--topology=v5e:2x4", "--config.accumulate=3"], "times config.accumulate, 3"),
-        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "give --num_classes"),
+        (["--topology=v5e:3x5"], "v5e has no slice of size 3x5; use 1x1, 2x2"),
+        (["--topology=v5e:2x4", "--config.batch_size=100"], "must be a positive multiple of 8, the number of devices"),
+        (["--topology=v5e:2x4", "--config.accumulate=3"], "multiple of 24: 8 devices times config.accumulate=3"),
+        (["--topology=v5e:2x4", "--config.data.name=folder:nowhere"], "set --num_classes"),
         (["--topology=v5e:2x4", "--config.data.name=tfds:cifar11"], "did you mean 'cifar10"),
         (["--topology=v5e:2x4", "--config.data.name=digit"], "did you mean 'digits'"),
         (["--topology=v5e:2x4", "--num_classes=1"], "num_classes"),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_one_line(capsys, arguments, says):
+def test_what_cannot_be_planned_is_refused_in_one_line(capsys, arguments, says):
     assert says in fails(capsys, *DIGITS, *arguments)
 
 
 def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
-    from ftwt_jax.plan.compile import slice_devices
+    from ftwt_jax.plan.compile import find_devices
 
-    slice_devices.cache_clear()
+    find_devices.cache_clear()
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else there(name))
     assert "pip install -e '.[plan]'" in fails(capsys, *DIGITS, "--topology=v5e:2x4")
@@ -162,7 +161,7 @@ def test_without_the_compiler_the_extra_is_named(capsys, monkeypatch):
 )
 def test_shapes_and_classes_are_known_without_the_data(config, shape, classes):
     where = parse_slice("v5e:2x4")
-    run = planned_run(parse("plan", [f"--config={config}"]).config, where)
+    run = make_run_on(config_of([f"--config={config}"]), where)
     assert run.dataset.image_shape == shape
     assert run.dataset.num_classes == classes
     assert run.mesh.size == 8
@@ -172,7 +171,7 @@ def test_a_folder_of_images_is_described_by_the_names_in_it(tmp_path):
     for split in ("train", "val"):
         for name in ("bat", "cat", "rat"):
             (tmp_path / split / name).mkdir(parents=True)
-    config = parse("plan", ["--config=configs/folder.py:resnet18", f"--config.data.name=folder:{tmp_path}"]).config
-    run = planned_run(config, parse_slice("v5e:2x2"))
+    config = config_of(["--config=configs/folder.py:resnet18", f"--config.data.name=folder:{tmp_path}"])
+    run = make_run_on(config, parse_slice("v5e:2x2"))
     assert (run.dataset.num_classes, run.dataset.image_shape) == (3, (224, 224, 3))
     assert len(jax.tree.leaves(run.abstract_variables(GATED))) > 0

@@ -1,4 +1,4 @@
-"""`report`: what stands on the page, that it needs nothing else, and what is said when it cannot be written."""
+"""`report`: what the page shows, that it is self-contained, and the errors when it cannot be written."""
 
 import base64
 import html.parser
@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.parse import parse
+from ftwt_jax.report.co_activation import average_blocks, measure_co_activation
+from ftwt_jax.report.images import measure_images
 from ftwt_jax.report.reproduce import train_command
 from ftwt_jax.report.runs import read_runs
-from ftwt_jax.report.samples import look_at
-from ftwt_jax.report.together import fire_together, in_blocks
-from ftwt_jax.training.run import make_run
-from tests.conftest import fails
+from ftwt_jax.training.run import open_run
+from tests.conftest import config_of, fails
 from tests.helpers.reports import MOVED, STRANGE, change_json, copies
 
 
@@ -61,7 +60,7 @@ def report(program, tiny_run, tmp_path_factory):
     return runs, out, Page((out / "index.html").read_text()), printed
 
 
-def test_where_each_run_was_trained_is_on_the_page(report):
+def test_the_page_names_the_environments_of_each_run(report):
     runs, _, page, _ = report
     (recorded,) = json.loads((runs[0] / "environment.json").read_text())
     for place in (recorded, *MOVED):
@@ -69,7 +68,7 @@ def test_where_each_run_was_trained_is_on_the_page(report):
     assert page.text.index("TPU v5 lite") < page.text.index("<H100>")
 
 
-def test_figures_of_every_evaluation_are_on_the_page(report):
+def test_the_page_has_the_figures_of_every_evaluation(report):
     runs, _, page, _ = report
     for run in runs[:2]:
         found = json.loads((run / "evaluation.json").read_text())
@@ -83,7 +82,7 @@ def test_figures_of_every_evaluation_are_on_the_page(report):
     assert "fog" in page.text
 
 
-def test_the_page_needs_nothing_else(report):
+def test_the_page_is_self_contained(report):
     _, out, page, _ = report
     for _, attributes in page.tags:
         for name in ("src", "href", "data", "poster", "action"):
@@ -94,12 +93,12 @@ def test_the_page_needs_nothing_else(report):
     assert (out / "index.html").stat().st_size < 3_000_000
 
 
-def test_every_image_has_a_text_and_every_plot_lies_beside_the_page(report):
+def test_every_image_has_an_alt_text_and_every_plot_a_png_file(report):
     _, out, page, _ = report
     images = page.attributes("img")
     assert all(image["alt"] for image in images)
     kinds = [image["src"].partition(";")[0] for image in images]
-    # Six cheapest and six dearest of each run that could be looked at.
+    # The six least and the six most expensive images of each run whose images were measured.
     assert kinds.count("data:image/png") == 24
     plots = sorted(path.name for path in out.glob("*.png"))
     assert len(plots) == kinds.count("data:image/svg+xml")
@@ -124,7 +123,7 @@ def test_names_are_escaped(report):
     assert f"2 {STRANGE}" in "".join(drawn.itertext())
 
 
-def test_what_is_not_there_is_said(report):
+def test_what_is_missing_is_named(report):
     _, _, page, printed = report
     assert "3 dense: there is no gated network yet" in printed
     assert "4 gone: its images were not looked at" in printed
@@ -143,43 +142,43 @@ def test_the_command_on_the_page_has_the_config_of_the_run(report):
         words = shlex.split(command.replace("\\\n", ""))
         assert words[:4] == ["python", "-m", "ftwt_jax", "train"]
         assert words[-1] == f"--workdir={run}"
-        config = parse("train", words[4:]).config
+        config = config_of(words[4:])
         assert workdir.as_dict(config) == json.loads((run / "config.json").read_text())
     assert any("--corruptions" in block for block in page.blocks)
     assert any("--budgets=0.6,0.3" in block for block in page.blocks)
     assert f"jax{jax.__version__}" in re.sub(r"\s", "", page.text)
 
 
-def test_a_config_that_no_file_leads_to_is_shown_whole(tiny_run, tmp_path):
+def test_a_config_that_flags_cannot_give_has_no_command(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "run")
     change_json(run / "config.json", wishes="many")
     assert train_command(read_runs([str(run)])[0]) is None
 
 
-def test_the_work_and_the_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
+def test_macs_and_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
     folder = tiny_run[0]
     found = json.loads((folder / "evaluation.json").read_text())
     _, config = workdir.load(str(folder))
-    run = make_run(ConfigDict(config), folder)
-    samples = look_at(run, best=False)
-    assert len(samples.macs) == found["samples"] == 450
-    assert 1 - samples.macs.mean() / samples.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)
-    assert np.mean(samples.labels == samples.predicted) == pytest.approx(found["accuracy"])
-    densities = [samples.masks(unit).mean() for unit in found["units"]]
+    run = open_run(ConfigDict(config), folder)
+    measured = measure_images(run, best=False)
+    assert len(measured.macs) == found["samples"] == 450
+    assert 1 - measured.macs.mean() / measured.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)
+    assert np.mean(measured.labels == measured.predicted) == pytest.approx(found["accuracy"])
+    densities = [measured.masks(unit).mean() for unit in found["units"]]
     np.testing.assert_allclose(densities, found["density"], atol=1e-6)
-    dynamic, filters = (sum(xs) for xs in (map(samples.dynamic, samples.units), samples.widths))
+    dynamic, filters = (sum(xs) for xs in (map(measured.dynamic, measured.units), measured.widths))
     assert dynamic / filters == pytest.approx(found["dynamic_filters"])
-    np.testing.assert_array_equal(samples.labels, run.dataset.test.labels[samples.indices])
+    np.testing.assert_array_equal(measured.labels, run.dataset.test.labels[measured.indices])
 
 
-def test_filters_that_fire_together_become_neighbours():
+def test_filters_that_fire_together_are_neighbors():
     rng = np.random.default_rng(0)
     labels = np.arange(400) % 4
     of_class, of_image = labels < 2, rng.random(400) < 0.5
     # 0 and 3 follow the class, 1 and 4 the image; 2 is always off, 5 always on.
     always = np.ones(400, bool)
     masks = np.stack([of_class, of_image, ~always, of_class, ~of_image, always], axis=1)
-    found = fire_together(masks, labels, classes=5, most_classes=2)
+    found = measure_co_activation(masks, labels, classes=5, most_classes=2)
     order = found.order.tolist()
     assert order[0] == 5
     assert order[-1] == 2
@@ -189,7 +188,7 @@ def test_filters_that_fire_together_become_neighbours():
     one, two, three, four = (place.index(number) for number in (0, 3, 1, 4))
     assert found.correlation[one, two] == pytest.approx(1)
     assert found.correlation[three, four] == pytest.approx(-1)
-    # The class says all of the first two, and nothing of the others.
+    # The class determines the first two, and says nothing of the others.
     assert found.within[one, two] == 0
     assert found.within[three, four] == pytest.approx(-1)
     assert 0.45 < found.explained < 0.55
@@ -199,13 +198,13 @@ def test_filters_that_fire_together_become_neighbours():
     assert found.both[:, one, two].tolist() == [1, 1]
 
 
-def test_large_maps_are_means_of_blocks():
-    cells, side = in_blocks(np.arange(25.0).reshape(5, 5), most=3)
+def test_large_maps_are_averaged_over_blocks():
+    cells, side = average_blocks(np.arange(25.0).reshape(5, 5), most=3)
     assert side == 2
     np.testing.assert_allclose(cells, [[3, 5, 6.5], [13, 15, 16.5], [20.5, 22.5, 24]])
 
 
-def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
+def test_runs_with_the_same_name_get_longer_names(tiny_run, tmp_path):
     folders = [shutil.copytree(tiny_run[0], tmp_path / parent / "run") for parent in ("a", "b")]
     names = [run.name for run in read_runs([str(folders[0]), str(folders[1]), f"{folders[0]}/."])]
     assert names == ["a/run", "b/run"]
@@ -215,13 +214,13 @@ def test_runs_of_one_name_are_told_apart(tiny_run, tmp_path):
     ("change", "says"),
     [
         ((lambda run: (run / "evaluation.json").unlink()), "run `python -m ftwt_jax evaluate --workdir="),
-        ((lambda run: (run / "evaluation.json").write_text('{"acc')), "evaluation.json cannot be read"),
-        ((lambda run: (run / "evaluation.json").write_text("[]")), "it lacks accuracy, dense_accuracy"),
-        ((lambda run: change_json(run / "evaluation.json", density=[0.5])), "it lacks units and density"),
-        ((lambda run: change_json(run / "evaluation.json", dynamic_filters="many")), "it lacks dynamic_filters"),
-        ((lambda run: (run / "budgets.json").write_text('{"rows": [{"budget": 1}]}')), "make it again by `evaluate"),
-        ((lambda run: (run / "corruptions.json").write_text("x")), "corruptions.json cannot be read"),
-        ((lambda run: (run / "config.json").unlink()), "no run's config at"),
+        ((lambda run: (run / "evaluation.json").write_text('{"acc')), "cannot read the evaluation in"),
+        ((lambda run: (run / "evaluation.json").write_text("[]")), "evaluation.json lacks accuracy, dense_accuracy"),
+        ((lambda run: change_json(run / "evaluation.json", density=[0.5])), "lacks units and density"),
+        ((lambda run: change_json(run / "evaluation.json", dynamic_filters="many")), "lacks dynamic_filters"),
+        ((lambda run: (run / "budgets.json").write_text('{"rows": [{"budget": 1}]}')), "write it again with `evaluate"),
+        ((lambda run: (run / "corruptions.json").write_text("x")), "cannot read the table in"),
+        ((lambda run: (run / "config.json").unlink()), "holds no run"),
     ],
 )
 def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):
@@ -234,7 +233,7 @@ def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):
 def test_misuse(capsys, tiny_run, tmp_path):
     run = str(tiny_run[0])
     assert "report takes one dir or more, such as workdirs/digits; got none" in fails(capsys, "report")
-    assert "no such workdir" in fails(capsys, "report", str(tmp_path / "missing"))
+    assert "there is no workdir" in fails(capsys, "report", str(tmp_path / "missing"))
     unit = json.loads((tiny_run[0] / "evaluation.json").read_text())["units"][1]
     assert f"did you mean {unit!r}" in fails(capsys, "report", run, f"--unit={unit}x", f"--out={tmp_path / 'r'}")
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""A report in a browser: on a telephone and on a desk, light and dark, whole and without a word to the network."""
+"""A report in a browser: on a phone and on a desktop, light and dark, complete and without network access."""
 
 import shutil
 
@@ -10,7 +10,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
-SECTIONS = ("summary", "accuracy", "density", "images", "together", "training", "corruptions", "again")
+SECTIONS = ("summary", "accuracy", "density", "images", "filters", "training", "corruptions", "reproduce")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def browser():
 
 @pytest.fixture
 def opened(address, browser):
-    """Opens the page at a width, with everything unfolded; gives it and what it asked for or complained of."""
+    """Opens the page at a width with everything unfolded; returns it, its console messages and its requests."""
 
     def opened(width: int, scheme: str = "light"):
         size = {"width": width, "height": 800}
@@ -50,7 +50,7 @@ def opened(address, browser):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_whole_at_any_width(opened, address, width):
+def test_the_page_is_complete_at_any_width(opened, address, width):
     page, said, asked = opened(width)
     assert said == []
     assert asked == [address]
@@ -83,5 +83,5 @@ def test_links_lead_to_their_sections(opened):
     page, _, _ = opened(1280)
     names = page.evaluate("Array.from(document.querySelectorAll('nav a'), link => link.hash.slice(1))")
     assert tuple(names) == SECTIONS
-    page.click("nav a[href='#again']")
-    assert page.evaluate("document.getElementById('again').getBoundingClientRect().top < innerHeight")
+    page.click("nav a[href='#reproduce']")
+    assert page.evaluate("document.getElementById('reproduce').getBoundingClientRect().top < innerHeight")

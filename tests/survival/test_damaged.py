@@ -1,4 +1,4 @@
-"""Checkpoints that storage has damaged: found by name, kept aside, and training goes on from the one before."""
+"""Checkpoints that storage has damaged: named in the error, set aside, and training continues from the previous one."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir.checkpoints import DAMAGED, set_damaged_aside
 from ftwt_jax.workdir.integrity import LIST, damage, write_list
 from tests.conftest import TINY, TINY_STEPS, fails
 from tests.helpers.processes import assert_ends_like, completed
 
-# The one before the newest.
+# Step of the checkpoint before the newest.
 BEFORE = 20
 
 
@@ -43,11 +43,11 @@ def empty(folder: pathlib.Path) -> None:
     folder.mkdir()
 
 
-# What happens to which part of a checkpoint, and what is then said to be wrong.
+# The damage: which part of a checkpoint, what happens to it, and words of the message.
 DAMAGES: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     "numbers of the network cut short": ("network/**/d/*", halve, "bytes long"),
-    "numbers of the network with a wrong byte": ("network/**/d/*", flip, "other contents"),
-    "numbers of the network zeroed": ("network/**/d/*", blank, "other contents"),
+    "numbers of the network with a wrong byte": ("network/**/d/*", flip, "have changed"),
+    "numbers of the network zeroed": ("network/**/d/*", blank, "have changed"),
     "numbers of the network gone": ("network/**/d/*", pathlib.Path.unlink, "is missing"),
     "manifest gone": ("network/manifest.ocdbt", pathlib.Path.unlink, "is missing"),
     "manifest of the optimizer empty": ("optimizer/manifest.ocdbt", lambda path: path.write_bytes(b""), "bytes long"),
@@ -55,15 +55,15 @@ DAMAGES: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     "description of the optimizer gone": ("optimizer/_METADATA", pathlib.Path.unlink, "is missing"),
     "accuracy cut short": ("metrics/metrics", halve, "bytes long"),
     "accuracy gone": ("metrics/metrics", pathlib.Path.unlink, "is missing"),
-    "what is kept of the data cut short": ("dataset/metadata", halve, "bytes long"),
-    "what is kept of the data with a wrong byte": ("dataset/metadata", flip, "other contents"),
+    "the description of the data cut short": ("dataset/metadata", halve, "bytes long"),
+    "the description of the data with a wrong byte": ("dataset/metadata", flip, "have changed"),
     "list of files cut short": (LIST, halve, "cannot be read"),
     "list of files empty": (LIST, lambda path: path.write_bytes(b""), "cannot be read"),
     "network gone": ("network", shutil.rmtree, "is missing"),
     "optimizer gone": ("optimizer", shutil.rmtree, "is missing"),
     "everything gone but the folder": ("", empty, "is missing"),
 }
-# Those after which the rest of the training is watched as well.
+# Those after which training is run to its end as well.
 TRAINED = (
     "numbers of the network cut short",
     "numbers of the network with a wrong byte",
@@ -74,7 +74,7 @@ TRAINED = (
 
 
 def configure(values: dict[str, object]) -> dict[str, object]:
-    """Sets values of JAX's configuration that have to do with what is kept compiled; returns those before."""
+    """Sets options of JAX's compilation cache; returns their previous values."""
     before = {name: getattr(jax.config, name) for name in values}
     for name, value in values.items():
         jax.config.update(name, value)
@@ -84,7 +84,7 @@ def configure(values: dict[str, object]) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def compiled_by_the_program(program):
-    """What the program has compiled is not compiled again here."""
+    """Uses what the program has compiled, instead of compiling it again."""
     folder = program.environment["JAX_COMPILATION_CACHE_DIR"]
     before = configure({"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0})
     yield
@@ -93,7 +93,7 @@ def compiled_by_the_program(program):
 
 @pytest.fixture
 def damaged(tiny_run, tmp_path) -> Callable[[str], tuple[pathlib.Path, pathlib.Path, str]]:
-    """A copy of the tiny run with damage to its newest checkpoint; that checkpoint; and the part that was damaged."""
+    """Damages the newest checkpoint of a copy of the tiny run; returns copy, checkpoint and damaged part."""
 
     def make(name: str) -> tuple[pathlib.Path, pathlib.Path, str]:
         workdir = tmp_path / "run"
@@ -117,10 +117,10 @@ def test_evaluate_and_export_refuse_a_damaged_checkpoint_by_name(damaged, capsys
         for word in (str(checkpoint), part, DAMAGES[name][2], "`train`"):
             assert word in error
     assert not out.exists()
-    assert checkpoint.exists(), "only training moves it"
+    assert checkpoint.exists(), "only training renames it"
 
 
-def test_a_checkpoint_that_was_being_written_beside_a_damaged_one_changes_nothing(damaged, capsys):
+def test_an_incomplete_checkpoint_beside_a_damaged_one_changes_nothing(damaged, capsys):
     workdir, checkpoint, part = damaged("accuracy cut short")
     checkpoint.with_name(f"{TINY_STEPS + 2}.orbax-checkpoint-tmp").mkdir()
     checkpoint.with_name(f"{BEFORE - 2}.orbax-checkpoint-tmp").mkdir()
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_was_being_written_beside_a_damaged_one_changes_nothin
     assert part in error
 
 
-def test_what_a_deletion_has_left_of_an_older_checkpoint_is_cleared_away(tmp_path):
+def test_the_remains_of_a_checkpoint_whose_deletion_was_cut_off_are_deleted(tmp_path):
     stage = tmp_path / "checkpoints" / BASELINE
     for step in (8, 12, 16):
         for part in ("network", "dataset"):
@@ -142,7 +142,7 @@ def test_what_a_deletion_has_left_of_an_older_checkpoint_is_cleared_away(tmp_pat
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_the_newest(damaged, name):
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_is_the_newest(damaged, name):
     workdir, checkpoint, part = damaged(name)
     kept = {path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     (note,) = set_damaged_aside(workdir, GATED)
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_the_newest(dam
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(
     damaged, tiny_run, compiled_by_the_program, capsys, name
 ):
     workdir, checkpoint, part = damaged(name)
@@ -170,7 +170,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert damage(checkpoint) is None
 
 
-def test_a_checkpoint_damaged_again_is_kept_aside_beside_the_first(damaged, tiny_run, compiled_by_the_program, capsys):
+def test_a_checkpoint_damaged_again_is_set_aside_beside_the_first(damaged, tiny_run, compiled_by_the_program, capsys):
     workdir, checkpoint, _ = damaged("network gone")
     for _ in range(2):
         assert main(["train", *TINY, f"--workdir={workdir}"]) == 0
@@ -181,7 +181,7 @@ def test_a_checkpoint_damaged_again_is_kept_aside_beside_the_first(damaged, tiny
     assert names == {f"{DAMAGED}{TINY_STEPS}{suffix}" for suffix in ("", "-2", "-3")}
 
 
-def test_a_stage_without_a_good_checkpoint_starts_anew(tiny_run, compiled_by_the_program, tmp_path, capsys):
+def test_a_stage_without_an_intact_checkpoint_starts_over(tiny_run, compiled_by_the_program, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     steps = completed(workdir, GATED)
@@ -203,7 +203,7 @@ FILES = st.dictionaries(
 
 @contextlib.contextmanager
 def written(files: dict[str, bytes]) -> Iterator[pathlib.Path]:
-    """A checkpoint of these files, and their list."""
+    """A checkpoint that consists of these files and their list."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = pathlib.Path(folder)
         for name, content in files.items():
@@ -252,4 +252,4 @@ def test_a_list_with_any_wrong_byte_or_cut_short_anywhere_is_found():
         ]
         for changed in (*wrong, *(content[:length] for length in range(len(content)))):
             (checkpoint / LIST).write_bytes(changed)
-            assert damage(checkpoint) or json.loads(changed) == json.loads(content), "only a blank may be another one"
+            assert damage(checkpoint) or json.loads(changed) == json.loads(content), "only white space may differ"

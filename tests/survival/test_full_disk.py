@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a run: one line says so, nothing older is lost, and with room it goes on."""
+"""A disk that fills up during a run: one line says so, nothing older is lost, and with more space it continues."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.workdir.integrity import LIST
 from tests.commands.test_train import reached
 from tests.conftest import TINY, fails, read_metrics
@@ -16,7 +16,7 @@ from tests.helpers.processes import being_written, completed, wait_until, went_o
 
 # Checkpoints of 4.7 MB each, at steps 4, 8 and 11.
 LARGE = (*TINY, "--config.model.plan=(8,'M',256,256)", "--config.baseline.epochs=1", "--config.gates.epochs=0")
-# As many steps as it takes to fill whatever room the files still have.
+# Enough steps to fill whatever space the files still have.
 LONG = (*TINY, "--config.log_every=1", "--config.baseline.epochs=8", "--config.gates.epochs=0")
 
 
@@ -38,7 +38,7 @@ def disk(tmp_path) -> Iterator[pathlib.Path]:
 
 
 def fill(disk: pathlib.Path) -> pathlib.Path:
-    """Leaves no page free; returns the file that takes them."""
+    """Fills the disk to the last page; returns the file that does."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -52,7 +52,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones_and_goes_on_with_more_room(program, disk, tmp_path):
+def test_a_checkpoint_that_does_not_fit_leaves_older_ones_intact_until_there_is_space(program, disk, tmp_path):
     workdir, undisturbed = disk / "run", tmp_path / "undisturbed"
     arguments = ["train", *LARGE, f"--workdir={workdir}"]
     first = workdir / "checkpoints" / BASELINE / "4"
@@ -62,8 +62,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones_and_goes_on_with_m
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.count("\n") == 1, error
-    for word in ("ftwt: error: the checkpoint of step 8", str(workdir), "No space left", "the one of step 4 is kept"):
-        assert word in error
+    for words in (
+        f"ftwt: error: cannot write the checkpoint of step 8 to {workdir}",
+        "no space left on device; the checkpoint of step 4 is intact",
+        "free some space",
+    ):
+        assert words in error
     assert completed(workdir, BASELINE) == [4]
     assert contents(first) == before
     assert not being_written(workdir)
@@ -77,8 +81,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones_and_goes_on_with_m
 
 
 @pytest.mark.parametrize("full", ["metrics.jsonl", "events"])
-def test_figures_that_cannot_be_written_end_the_run_with_one_line(program, disk, tmp_path, full):
-    """All but one of a workdir's files are elsewhere."""
+def test_metrics_that_cannot_be_written_end_the_run_with_one_line(program, disk, tmp_path, full):
+    """Only the file under test is on the full disk."""
     workdir = disk / "run" if full == "events" else tmp_path / "run"
     workdir.mkdir()
     (tmp_path / "checkpoints").mkdir()
@@ -91,7 +95,8 @@ def test_figures_that_cannot_be_written_end_the_run_with_one_line(program, disk,
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.startswith("ftwt: error: ")
-    assert "No space left" in error
+    assert "cannot write the metrics of step" in error
+    assert "no space left" in error
     assert error.count("\n") == 1, error
 
     filler.unlink()
@@ -103,7 +108,7 @@ def test_figures_that_cannot_be_written_end_the_run_with_one_line(program, disk,
 def test_a_config_that_cannot_be_written_is_one_line(disk, capsys):
     fill(disk)
     error = fails(capsys, "train", *TINY, f"--workdir={disk / 'run'}")
-    for word in ("workdir", str(disk / "run"), "No space left"):
+    for word in ("cannot write", str(disk / "run"), "no space left"):
         assert word in error
     assert contents(disk).keys() == {"filler"}
 
@@ -114,6 +119,6 @@ def test_results_that_cannot_be_written_are_one_line_and_the_old_ones_stay(tiny_
     filler = fill(disk)
     before = contents(workdir)
     for command in (["evaluate"], ["export", f"--out={workdir / 'network.safetensors'}"]):
-        assert "No space left" in fails(capsys, *command, f"--workdir={workdir}")
+        assert "no space left" in fails(capsys, *command, f"--workdir={workdir}")
         assert contents(workdir) == before
     os.unlink(filler)

@@ -1,4 +1,4 @@
-"""A run alone that is told to stop, or killed: nothing that was saved is lost, and the end is the same."""
+"""A run of one process that is told to stop, or killed: nothing saved is lost, and the result is the same."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ftwt_jax.parallel.processes import PREEMPTED
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.commands.test_train import reached
 from tests.conftest import TINY, TINY_STEPS
 from tests.helpers.processes import STAGES, assert_ends_like, being_written, figures, newest, wait_until, went_on
@@ -18,7 +18,7 @@ from tests.helpers.processes import STAGES, assert_ends_like, being_written, fig
 pytestmark = pytest.mark.long
 
 
-def test_a_run_told_to_stop_saves_and_goes_on_from_that_step_each_time(program, tiny_run, tmp_path):
+def test_a_run_told_to_stop_saves_and_continues_from_that_step_each_time(program, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     for stage, moment in (
         (None, lambda: (workdir / "config.json").exists()),
@@ -44,7 +44,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_from_that_step_each_time(program, 
     assert_ends_like(workdir, tiny_run[0])
 
 
-# A checkpoint after every step, so that most of the time is spent on saving.
+# A checkpoint after every step, so that most of the time is spent saving.
 OFTEN = (*TINY, "--config.checkpoint_every=1")
 
 
@@ -53,7 +53,7 @@ class Kill:
     """When a run is killed: `delay` seconds after its `start`, or after a checkpoint is `being written` or `complete`.
 
     Attributes:
-      checkpoint: which one, counted over both stages; the next, if it is there already.
+      checkpoint: its number, counted over both stages; the next one if it exists already.
     """
 
     moment: str
@@ -61,7 +61,7 @@ class Kill:
     delay: float
 
     def has_come(self, workdir: pathlib.Path, first: int) -> bool:
-        """Whether the delay begins; `first` is the number of the first checkpoint that the process can write."""
+        """Whether the delay starts; `first` is the number of the first checkpoint that the process can write."""
         done, wanted = sum(newest(workdir)), max(self.checkpoint, first)
         if self.moment == "being written":
             return done >= wanted or (done == wanted - 1 and bool(being_written(workdir)))
@@ -69,7 +69,7 @@ class Kill:
 
 
 def random_kills(tens: int, seed: int) -> list[Kill]:
-    """Ten moments or twenty, spread over the whole run."""
+    """Ten moments for each of `tens`, spread over the whole run."""
     rng = random.Random(seed)
     longest = {"being written": 0.12, "complete": 0.04, "start": 5.0}
     moments = (["being written"] * 5 + ["complete"] * 3 + ["start"] * 2) * tens
@@ -81,7 +81,7 @@ def random_kills(tens: int, seed: int) -> list[Kill]:
 
 
 @pytest.mark.parametrize("tens", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_never_goes_back_and_ends_the_same(program, tmp_path, tens):
+def test_a_run_killed_many_times_never_loses_progress_and_ends_the_same(program, tmp_path, tens):
     undisturbed, workdir, log = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "log"
     program.run("train", *OFTEN, f"--workdir={undisturbed}")
     interrupted = 0

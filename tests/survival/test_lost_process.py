@@ -1,4 +1,4 @@
-"""A run of two processes, one of which is killed, told to stop, or makes a mistake: the other does not wait for it."""
+"""A run of two processes, one of which is killed, told to stop, or fails: the other does not hang."""
 
 import contextlib
 import dataclasses
@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 
 from ftwt_jax.parallel.processes import LOST, PREEMPTED
-from ftwt_jax.training.run import BASELINE
+from ftwt_jax.training.settings import BASELINE
 from tests.commands.test_train import FLAG, reached
 from tests.conftest import TINY, read_metrics
 from tests.helpers.processes import evaluation, newest, two_processes, wait_until, went_on
 
 pytestmark = pytest.mark.long
 
-# Long enough for all that happens to two processes, one thing after the other.
+# Long enough for all disturbances, one after the other.
 LONGER = (*TINY, "--config.baseline.epochs=4", "--config.gates.epochs=1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Disturbed:
-    """A run of two processes after one of them was sent a signal: what is known of each, and the newest checkpoints.
+    """A run of two processes after one was sent a signal: the outcome of each, and the newest checkpoints.
 
     Attributes:
-      statuses: None for a process that did not end by itself within two minutes.
+      statuses: exit statuses; None for a process that did not exit within two minutes.
     """
 
     statuses: tuple[int | None, int | None]
@@ -39,7 +39,7 @@ class Disturbed:
 
 
 def disturb(program, workdir: pathlib.Path, index: int, number: int, saving: bool) -> Disturbed:
-    """Sends a signal to one of two processes, while a checkpoint is written or two steps later."""
+    """Sends a signal to one of two processes, just after a new checkpoint or two steps later."""
     before = newest(workdir)[0]
 
     def moment() -> bool:
@@ -72,8 +72,8 @@ def disturbed(program, tmp_path_factory) -> tuple[pathlib.Path, list[Disturbed]]
 
 
 def assert_lost(status: int | None, error: str, lost: int) -> None:
-    """A process has ended because another one was lost, and has said so."""
-    # JAX's own runtime, to which the first process is the centre, may be quicker than we are to end the second.
+    """Checks that a process exited because another one was lost, and said so."""
+    # JAX's runtime, which process 0 coordinates, may end the second process before we do.
     if lost == 0 and status == -signal.SIGABRT:
         assert "another task died" in error
     else:
@@ -84,27 +84,27 @@ def assert_lost(status: int | None, error: str, lost: int) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["1 in a save", "1 in a step", "0 in a step"])
-def test_a_process_whose_other_is_killed_ends_by_itself_and_says_so(disturbed, which):
+def test_when_a_process_is_killed_the_other_exits_and_says_why(disturbed, which):
     found, killed = disturbed[1][which], (1, 1, 0)[which]
     assert found.statuses[killed] == -signal.SIGKILL
     assert_lost(found.statuses[1 - killed], found.errors[1 - killed], lost=killed)
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
-def test_both_processes_go_on_from_the_newest_checkpoint(disturbed, which):
+def test_both_processes_continue_from_the_newest_checkpoint(disturbed, which):
     found = disturbed[1]
     assert found[which].before == found[which - 1].after > 0
     assert went_on(found[which].printed[0]) == (BASELINE, found[which].before)
 
 
-def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(disturbed):
+def test_telling_one_of_two_processes_to_stop_stops_both_at_the_same_step(disturbed):
     found = disturbed[1][-1]
     assert found.statuses == (PREEMPTED, PREEMPTED), found.errors
     assert f"baseline has stopped at step {found.after} of" in found.errors[0]
     assert found.after > found.before
 
 
-def test_another_number_of_processes_and_devices_goes_on_from_there(disturbed, program, tmp_path):
+def test_a_run_continues_with_another_number_of_processes_and_devices(disturbed, program, tmp_path):
     workdir, found = disturbed
     alone = dataclasses.replace(program, environment=program.environment | {"XLA_FLAGS": FLAG})
     losses = []
@@ -119,16 +119,16 @@ def test_another_number_of_processes_and_devices_goes_on_from_there(disturbed, p
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-# The process whose mistake it is, what both are given, what the second one is given besides, and what is then said.
+# The process that fails, the workdir of both, a further flag of the second one, and words of the message.
 MISTAKES = {
     "the first cannot write": (0, "file/run", "--workdir={}/run", "cannot write to the workdir"),
-    "the second has another workdir": (1, "run", "--workdir={}/elsewhere", "this one does not see it"),
+    "the second has another workdir": (1, "run", "--workdir={}/elsewhere", "this process cannot see it"),
     "the second has another batch size": (1, "run", "--config.batch_size=127", "config.batch_size=127"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_one_process_ends_the_other(program, tmp_path, mistake):
+def test_a_failure_of_one_process_ends_the_other(program, tmp_path, mistake):
     mistaken, folder, second, said = MISTAKES[mistake]
     (tmp_path / "file").write_text("")
     arguments = ["train", *TINY, f"--workdir={tmp_path / folder}"]

@@ -19,12 +19,13 @@ import pytest
 from PIL import Image
 
 from ftwt_jax.commands.parse import parse
+from ftwt_jax.config import missing_fields
 from ftwt_jax.data import FAMILIES, REGISTRY
-from ftwt_jax.data.build import threads
 from ftwt_jax.models import create_model
+from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.training import optim
-from ftwt_jax.training.run import _check_fields, arch_options, gate_config
-from tests.conftest import ROOT, fails
+from ftwt_jax.training.settings import arch_options, gate_config
+from tests.conftest import ROOT, config_of, fails
 
 pytestmark = pytest.mark.long
 
@@ -65,10 +66,6 @@ def commands(path: pathlib.Path) -> list[list[str]]:
     """Arguments of the commands that a config's docstring shows, without the remarks beside them."""
     shown = re.findall(r"python -m ftwt_jax ([^\n`]+)", module(path).__doc__)
     return [shlex.split(line, comments=True) for line in shown]
-
-
-def config_of(data: str, arch: str, *flags: str):
-    return parse("train", [f"--config=configs/{data}.py:{arch}", *flags]).config
 
 
 def marked(mark: str) -> list[int]:
@@ -119,7 +116,7 @@ def small(folder) -> list[str]:
 def test_every_config_makes_a_run_for_every_network(path, arch):
     get_config = module(path).get_config
     config = get_config(arch) if arch else get_config()
-    _check_fields(config)
+    assert not missing_fields(config)
     for stage in (config.baseline, config.gates):
         optim.check_stage(stage)
         assert stage.epochs > 0
@@ -133,7 +130,7 @@ def test_every_config_makes_a_run_for_every_network(path, arch):
 def test_every_config_gives_its_data_set_only_options_that_it_has(path):
     given = {name: value for name, value in module(path).get_config().data.items() if value is not None}
     kind, colon, place = given.pop("name").partition(":")
-    load = (FAMILIES if colon else REGISTRY)[kind]
+    load = (FAMILIES if colon else REGISTRY)[kind].load
     inspect.signature(load).bind(*([place] if colon else []), **given)
 
 
@@ -146,14 +143,16 @@ def test_every_config_opens_with_a_command_that_trains_it(path, tmp_path, monkey
         if name == "train":
             file, _, arch = next(a for a in arguments if a.startswith("--config=")).partition("=")[2].partition(":")
             assert file == f"configs/{path.name}"
-            assert values.config.model.name == (arch or module(path).get_config().model.name)
-            assert values.workdir
+            assert config_of(arguments).model.name == (arch or module(path).get_config().model.name)
+            assert values.flags.workdir
     assert any(name == "train" for name, *_ in shown)
 
 
 @pytest.mark.parametrize(("data", "arch", "mode", "r"), PUBLISHED)
 def test_every_published_row_can_be_asked_for(data, arch, mode, r):
-    config = config_of(data[0], arch, f"--config.gates.r={r:g}", f"--config.gates.mode={mode}")
+    config = config_of(
+        [f"--config=configs/{data[0]}.py:{arch}", f"--config.gates.r={r:g}", f"--config.gates.mode={mode}"]
+    )
     assert config.data.name.startswith(f"tfds:{data[0]}")
     gates = gate_config(config.gates)
     assert (config.model.name, gates.mode, gates.r) == (arch, mode, r)
@@ -162,7 +161,7 @@ def test_every_published_row_can_be_asked_for(data, arch, mode, r):
 @pytest.mark.parametrize(("data", "arch"), NETWORKS)
 def test_a_published_network_is_built_and_starts_out_as_a_published_row(data, arch):
     name, classes = data
-    config = config_of(name, arch)
+    config = config_of([f"--config=configs/{name}.py:{arch}"])
     gates = gate_config(config.gates)
     assert (data, arch, gates.mode, gates.r) in PUBLISHED
     model = create_model(num_classes=classes, gates=gates, **arch_options(config.model))
@@ -182,7 +181,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
     figures = r"(\d+) images/s on (\d+) cores, (\d+) per core \(median of \d+ rounds, (\d+) to (\d+)\)"
     rate, cores, per_core, low, high = map(int, re.search(figures, printed).groups())
     assert 0 < low <= rate <= high
-    assert cores == threads()
+    assert cores == cpu_count()
     assert abs(per_core - rate / cores) <= 1
     assert f"1 of {PICTURES + 1} images cannot be decoded" in printed
 
@@ -195,10 +194,10 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=0", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=-1", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=nan", "--config=configs/digits.py"], "--seconds is how long to measure"),
-        (["--input", "--seconds=x", "--config=configs/digits.py"], "could not convert string to float"),
-        (["--input", "--config=configs/digits.py", "--workdir=w"], "leave --workdir and --arch out"),
-        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH names one"),
-        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "no folder of images at"),
+        (["--input", "--seconds=x", "--config=configs/digits.py"], "--seconds takes a number; got 'x'"),
+        (["--input", "--config=configs/digits.py", "--workdir=w"], "drop --workdir and --arch"),
+        (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH must name a folder"),
+        (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "'missing' is not a folder"),
         (
             ["--input", "--config=configs/cifar10.py", "--config.data.data_dir=data"],
             "prepare tfds:cifar10 --data_dir=",

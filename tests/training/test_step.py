@@ -10,7 +10,7 @@ import ftwt_jax as ftwt
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, replicated
 from ftwt_jax.training import optim
-from ftwt_jax.training.step import create_state, make_train_step, normalizer
+from ftwt_jax.training.step import GateTraining, create_state, make_train_step, normalizer
 
 EPOCHS, PER_EPOCH = 200, 10
 TOTAL = EPOCHS * PER_EPOCH
@@ -90,8 +90,10 @@ def job():
     variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     stage = settings(lr=0.05)
     optimizer, _ = optim.make_optimizer(stage, 2, 10)
-    mesh = data_mesh()
-    step = make_train_step(model, optimizer, normalizer(dataset), mesh, optim.gate_weight(stage, 10))
+    mesh, normalize = data_mesh(), normalizer(dataset)
+    step = make_train_step(
+        model, optimizer, lambda batch: normalize(batch["image"]), mesh, GateTraining(optim.gate_weight(stage, 10))
+    )
     batch = put_batch({"image": images, "label": np.asarray(source.labels)}, mesh)
 
     def fresh():

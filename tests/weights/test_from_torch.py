@@ -1,4 +1,4 @@
-"""State dicts of the published code's networks: imported ones compute the same, gates included, and leave as they came.
+"""State dicts of the published code: networks compute the same, gates included, and are exported unchanged.
 
 The networks are those of `tests.helpers.torch_networks`, with random numbers in every tensor.
 """
@@ -53,7 +53,7 @@ def pair(network, gates=None):
     name, arch, build, settings = DENSE[network]
     if gates is not None:
         settings = settings | {"gated": True} | ({"after_block": True} if gates.after_block else {})
-    # Under this seed nothing that a mask or a target compares lies nearer than 1e-5 to the other side.
+    # With this seed no mask or target is decided by less than 1e-5.
     net = theirs.randomize(build(**settings), seed=10).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ftwt.WeightsWarning)
@@ -61,7 +61,7 @@ def pair(network, gates=None):
     return net, ftwt.create_model(name, 10, gates, **arch), variables
 
 
-# Compiled quickly, not to run quickly.
+# Optimised for compile time.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -151,7 +151,7 @@ def test_training_losses_and_gradients_are_the_same(network, gates):
 
 
 @pytest.mark.parametrize(("network", "gates"), [*((network, None) for network in NETWORKS), *GATED])
-def test_a_network_leaves_as_it_came(network, gates):
+def test_an_imported_network_is_exported_unchanged(network, gates):
     net, _, variables = pair(network, gates)
     name, arch, *_ = DENSE[network]
     back = ftwt.to_torch(name, variables, 10, gates, **arch)

@@ -1,4 +1,4 @@
-"""Weights under the names of torchvision, Hugging Face and timm, and every set of names to leave under."""
+"""Weights under the names of torchvision, Hugging Face and timm, and export under every layout."""
 
 import functools
 import warnings
@@ -65,13 +65,13 @@ def imported(layout, name):
 
 
 def with_stem(layout, name):
-    """Our arguments, with the stem that MobileNets do not have by themselves."""
+    """Our arguments, with the stem that is not the default of MobileNets."""
     return NETWORKS[layout, name][0] | {"stem": "imagenet"}
 
 
 @functools.cache
 def compiled(model):
-    """Compiled quickly, not to run quickly."""
+    """Optimised for compile time."""
     return jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -96,14 +96,14 @@ def test_a_network_computes_the_same(layout, name, side):
 
 
 @pytest.mark.parametrize(("layout", "name"), [("huggingface", "resnet18"), *list(NETWORKS)[-2:]])
-def test_a_stem_that_is_left_out_is_read_off_the_names(layout, name):
+def test_a_stem_that_is_left_out_follows_from_the_names(layout, name):
     net, variables = imported(layout, name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ftwt.WeightsWarning)
         check_equal(ftwt.from_torch(name, net.state_dict(), CLASSES, **NETWORKS[layout, name][0]), variables)
-    # Only where the network that `create_model` builds by itself is another.
+    # Only if `create_model` builds another network by default.
     assert len(caught) == ("mobilenet" in name)
-    assert all('give create_model stem="imagenet"' in str(warning.message) for warning in caught)
+    assert all('pass stem="imagenet" to create_model' in str(warning.message) for warning in caught)
 
 
 def test_a_whole_resnet18_computes_the_same():
@@ -112,7 +112,7 @@ def test_a_whole_resnet18_computes_the_same():
 
 
 @pytest.mark.parametrize(("layout", "name"), NETWORKS)
-def test_a_network_leaves_as_it_came(layout, name):
+def test_an_imported_network_is_exported_unchanged(layout, name):
     net, variables = imported(layout, name)
     came = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     back = ftwt.to_torch(name, variables, CLASSES, layout=layout, **with_stem(layout, name))
@@ -120,7 +120,7 @@ def test_a_network_leaves_as_it_came(layout, name):
     for key, tensor in came.items():
         np.testing.assert_array_equal(back[key], tensor, err_msg=key)
         assert back[key].dtype == np.float32
-        assert back[key].flags.writeable  # PyTorch warns of arrays that are not.
+        assert back[key].flags.writeable  # PyTorch warns about read-only arrays.
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_network_leaves_as_it_came(layout, name):
         ("timm", "mobilenet_v1", None),
     ],
 )
-def test_a_network_may_leave_under_other_names_and_come_in_again(layout, name, other):
+def test_a_network_can_be_exported_under_other_names_and_imported_again(layout, name, other):
     _, variables = imported(layout, name)
     state = ftwt.to_torch(name, variables, CLASSES, layout=other, **with_stem(layout, name))
     twin = (other or "torchvision", name)
@@ -158,7 +158,7 @@ def test_timm_names_of_mobilenet_v2_are_those_that_timm_has():
     assert layers == {"conv_stem", "bn1", "conv_head", "bn2", "classifier", *blocks}
 
 
-def test_a_mobilenet_v2_leaves_without_its_stem_being_named():
+def test_a_mobilenet_v2_is_exported_without_naming_its_stem():
     _, variables = imported("torchvision", "mobilenet_v2")
     named = ftwt.to_torch("mobilenet_v2", variables, CLASSES, **with_stem("torchvision", "mobilenet_v2"))
     check_equal(ftwt.to_torch("mobilenet_v2", variables, CLASSES, **NARROW), named)
@@ -183,7 +183,7 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize(("name", "arch"), list(every_network()))
-def test_no_two_arrays_have_one_name(name, arch):
+def test_no_two_arrays_share_a_name(name, arch):
     model = ftwt.create_model(name, 7, GATES, **arch)
     shapes = shapes_of(model)
     for layout in layouts(model):
@@ -195,7 +195,7 @@ def test_no_two_arrays_have_one_name(name, arch):
 # An example takes up to a second, and says by itself which network it was.
 @settings(max_examples=6, deadline=None, phases=[Phase.generate])
 @given(st.sampled_from(list(every_network())), st.sampled_from([None, GATES]), st.integers(0, 99), st.data())
-def test_what_leaves_comes_in_again_equal(network, gates, seed, data):
+def test_what_is_exported_is_imported_again_unchanged(network, gates, seed, data):
     name, arch = network
     model = ftwt.create_model(name, 7, gates, **arch)
     layout = data.draw(st.sampled_from(sorted({layout.name for layout in layouts(model)})))
@@ -205,7 +205,7 @@ def test_what_leaves_comes_in_again_equal(network, gates, seed, data):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ftwt.WeightsWarning)
         # Any stem is tried under any names, also under those of images of another kind.
-        warnings.filterwarnings("ignore", ".* it is to run with stem=", ftwt.WeightsWarning)
+        warnings.filterwarnings("ignore", ".* but stem=.* is requested", ftwt.WeightsWarning)
         found = flatten_dict(ftwt.from_torch(name, state, 7, gates, **arch))
     assert found.keys() == variables.keys()
     for path, leaf in variables.items():

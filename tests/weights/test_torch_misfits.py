@@ -1,4 +1,4 @@
-"""State dicts that do not fit what is asked: what is made anew or left out is said, the rest is refused by name."""
+"""State dicts that do not fit: what is re-initialised or left out is warned of, the rest is refused by name."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ HEAD = "mask.model.1Conv2dMask"
 
 
 PLAN = (8, "M", 12)
-# Arguments of ours and theirs; the gated VGG of theirs calls everything otherwise than the dense one.
+# Arguments of ours and theirs; their gated VGG has other names for everything than the dense one.
 ARCH = {"resnet8": {}, "vgg_bn": {"plan": PLAN}}
 THEIRS = {"resnet8": theirs.ResNet, "vgg_bn": functools.partial(theirs.VGG, plan=PLAN)}
 
@@ -39,12 +39,12 @@ def fitting(gates=None, name="resnet8"):
 
 def run(variables, classes=10, gates=None, name="resnet8"):
     model = ftwt.create_model(name, classes, gates, **ARCH[name])
-    # Compiled quickly, not to run quickly.
+    # Optimised for compile time.
     return jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})(variables, IMAGES)
 
 
 def imported(said, state, *arguments, name="resnet8"):
-    """Variables; checks that just these things were said of them, on a line each, where they were asked for."""
+    """Variables; checks that exactly these warnings were raised, on one line each, at the caller."""
     with pytest.warns(ftwt.WeightsWarning) as caught:
         variables = ftwt.from_torch(name, state, *arguments, **ARCH[name])
     lines = [str(warning.message) for warning in caught]
@@ -65,25 +65,26 @@ def check_shared(ours, expected, *except_in):
         np.testing.assert_array_equal(ours[path], leaf)
 
 
-NO_HEADS, HEADS, CLASSES = "no gate heads: fresh ones", "gate heads were left out", "10 classes.*, not 7: .*made anew"
+NO_HEADS, HEADS = "no gate heads: new ones are initialised", "gate heads are left out"
+CLASSES = "10 classes, not 7: the classifier is re-initialised"
 
 
 class TestWhatIsMadeAnew:
     @pytest.mark.parametrize("gates", [None, GATES])
-    def test_nothing_is_said_where_everything_fits(self, gates):
+    def test_there_is_no_warning_if_everything_fits(self, gates):
         with warnings.catch_warnings():
             warnings.simplefilter("error", ftwt.WeightsWarning)
             ftwt.from_torch("resnet8", tensors(gates), 10, gates)
 
     @pytest.mark.parametrize("gates", [None, GATES])
-    def test_other_classes_make_the_classifier_anew_and_nothing_else(self, gates):
+    def test_other_classes_reinitialise_the_classifier_and_nothing_else(self, gates):
         variables = imported([CLASSES], tensors(gates), 7, gates)
         check_shared(variables, fitting(gates), "classifier")
         logits = run(variables, 7, gates).logits
         assert logits.shape == (3, 7)
         assert jnp.std(logits) > 0
 
-    def test_gates_of_a_dense_file_are_fresh_and_every_filter_is_on(self):
+    def test_gates_of_a_dense_file_are_new_with_every_filter_on(self):
         variables = imported([NO_HEADS], tensors(None, "vgg_bn"), 10, GATES, name="vgg_bn")
         check_shared(variables, fitting(None, "vgg_bn"), "gate_head")
         outputs = run(variables, 10, GATES, "vgg_bn")
@@ -93,13 +94,13 @@ class TestWhatIsMadeAnew:
         np.testing.assert_allclose(outputs.logits, dense.logits, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("name", ARCH)
-    def test_a_dense_network_leaves_the_heads_of_a_gated_file_out(self, name):
+    def test_a_dense_network_ignores_the_heads_of_a_gated_file(self, name):
         variables = imported([HEADS], tensors(GATES, name), 10, name=name)
         check_shared(variables, fitting(GATES, name), "gate_head")
         assert run(variables, name=name).logits.shape == (3, 10)
 
     @pytest.mark.parametrize(("have", "gates", "said"), [(None, GATES, NO_HEADS), (GATES, None, HEADS)])
-    def test_two_differences_are_both_said(self, have, gates, said):
+    def test_two_differences_are_both_warned_of(self, have, gates, said):
         imported([said, CLASSES], tensors(have, "vgg_bn"), 7, gates, name="vgg_bn")
 
 
@@ -132,7 +133,7 @@ RESHAPED = {
 
 class TestWhatIsRefused:
     @pytest.mark.parametrize("prefix", ["", "module."])
-    def test_every_tensor_that_is_missing_unexpected_or_misshapen_is_named_at_once(self, prefix):
+    def test_all_tensors_that_are_missing_unexpected_or_of_the_wrong_shape_are_named_at_once(self, prefix):
         state = {**without(tensors(), *MISSING), **ADDED, **RESHAPED}
         message = refused({prefix + name: tensor for name, tensor in state.items()})
         bad = {prefix + name for name in (*MISSING, *ADDED, *RESHAPED)}
@@ -140,7 +141,7 @@ class TestWhatIsRefused:
         lists = r".*missing: (.*); unexpected: (.*); wrong: (.*)"
         for names, text in zip((MISSING, ADDED, RESHAPED), re.fullmatch(lists, message).groups(), strict=True):
             assert {prefix + name for name in names} == {word for word in words(text) if word in bad}
-        assert "10x65, needs 10x64" in message
+        assert "10x65, not 10x64" in message
 
     @pytest.mark.parametrize(
         ("name", "copy"),
@@ -155,13 +156,13 @@ class TestWhatIsRefused:
         assert words(message) & state.keys() == {name, copy}
         assert "differ" in message
 
-    def test_missing_heads_are_named_where_others_are_there(self):
+    def test_missing_heads_are_named_if_others_are_there(self):
         gone = {f"masked_conv.{HEAD}.bias", f"layer2.0.masked_conv1.{HEAD}.weight"}
         state = tensors(GATES)
         assert words(refused(without(state, *gone), 10, GATES)) & state.keys() == gone
 
     @pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
-    def test_weights_that_are_no_floats_are_named_with_what_they_are(self, kind):
+    def test_weights_that_are_not_floats_are_named_with_their_dtype(self, kind):
         changed = {name: tensors()[name].to(kind) for name in ("layer1.0.conv2.weight", "fc.bias")}
         message = refused({**tensors(), **changed})
         assert words(message) & tensors().keys() == changed.keys()
@@ -169,7 +170,7 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize("tensor", [torch.ones(10, device="meta"), torch.ones(10).to_sparse()])
     def test_a_tensor_without_plain_numbers_is_named(self, tensor):
-        assert "tensor fc.bias is no plain array" in refused({**tensors(), "fc.bias": tensor})
+        assert "tensor fc.bias is not a dense array" in refused({**tensors(), "fc.bias": tensor})
 
     @pytest.mark.parametrize(
         ("state", "reason"),
@@ -184,14 +185,14 @@ class TestWhatIsRefused:
             (torch.nn.Linear(2, 2), "got Linear"),
         ],
     )
-    def test_what_is_no_state_dict_is_told_from_one(self, state, reason):
+    def test_what_is_not_a_state_dict_is_refused(self, state, reason):
         assert re.search(reason, refused(state))
 
     @pytest.mark.parametrize(("name", "blocks", "kind"), [("resnet8", 2, "unexpected"), ("resnet14", 1, "missing")])
     def test_the_file_of_another_network_is_refused_with_what_tells_them_apart(self, name, blocks, kind):
         message = refused(tensors(blocks=blocks), name=name)
         both = tensors(blocks=1).keys() ^ tensors(blocks=2).keys()
-        assert f"not that of this {name}: {kind}: " in message
+        assert f"does not fit this {name}: {kind}: " in message
         assert words(message) & tensors(blocks=2).keys() == both
 
     @pytest.mark.parametrize(
@@ -201,11 +202,11 @@ class TestWhatIsRefused:
             ("resnet8", (0,), {}, "num_classes"),
             ("resnet8", (10, 0.9), {}, "gates must be"),
             ("resnet8", (10,), {"stem": "imagenet"}, "unknown resnet8 option 'stem'"),
-            ("resnet8", (10,), {"width": 0.5}, "conv1.weight is 16x3x3x3, needs 8x3x3x3"),
+            ("resnet8", (10,), {"width": 0.5}, "conv1.weight is 16x3x3x3, not 8x3x3x3"),
             ("mobilenet_v2", (10,), {}, "mobilenet_v2: missing: .*unexpected: "),
         ],
     )
-    def test_other_arguments_are_checked_as_ever(self, name, arguments, arch, reason):
+    def test_other_arguments_are_checked(self, name, arguments, arch, reason):
         assert re.search(reason, refused(tensors(), *arguments, name=name, **arch))
 
     def test_the_projections_of_one_mobilenet_v2_are_unexpected_in_the_other(self):
@@ -243,5 +244,5 @@ class TestWhatDoesNotLeave:
         ],
     )
     def test_variables_of_another_network_are_refused_by_their_paths(self, name, classes, gates, variables, reason):
-        with pytest.raises(ftwt.UserError, match=f"^the variables are not those of this {name}: .*{reason}"):
+        with pytest.raises(ftwt.UserError, match=f"^the variables do not fit this {name}: .*{reason}"):
             ftwt.to_torch(name, variables(), classes, gates)

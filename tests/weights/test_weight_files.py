@@ -1,4 +1,4 @@
-"""Checkpoints come from strangers: what is wrong with one is said in a line, nothing of it is run or written."""
+"""Checkpoints may come from strangers: errors take one line, and nothing in them is run or written."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from ftwt_jax.training.run import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import ROOT, fails
 from tests.helpers import torch_networks as theirs
 from tests.helpers.weight_files import contents, convert, save, tensors, variables
@@ -27,7 +27,7 @@ MARKER = "it-ran"
 
 
 class Harmful:
-    """Whoever unpickles it leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __reduce__(self):
         return os.system, (f"touch {MARKER}",)
@@ -68,22 +68,25 @@ BROKEN = {
     "module.pth": (lambda path: torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)), path), "nn.modules.container.Sequential"),
     "module_within.pth": (lambda path: torch.save({"model": nn.Conv2d(3, 4, 3)}, path), "nn.modules.conv.Conv2d"),
     "scripted.pt": (scripted, "TorchScript"),
-    "junk.pth": (lambda path: path.write_bytes(b"This is no checkpoint."), REFUSED),
+    "junk.pth": (lambda path: path.write_bytes(b"This is not a checkpoint."), REFUSED),
     "noise.pth": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(4096)), REFUSED),
     "empty.pth": (pathlib.Path.touch, REFUSED),
     "cut.pth": (cut_network, REFUSED),
     "cut_old_format.pth": (cut_old_format, REFUSED),
     "folder.pth": (pathlib.Path.mkdir, "is a folder"),
-    "missing.pth": (lambda path: None, "is not there"),
-    "list.pth": (lambda path: torch.save([torch.zeros(1)], path), "holds a list"),
-    "nothing.pth": (lambda path: torch.save({"epoch": 3}, path), "no tensors in it, but epoch"),
-    "sparse.pth": (lambda path: torch.save({"fc.weight": torch.eye(3).to_sparse()}, path), "fc.weight is no plain"),
+    "missing.pth": (lambda path: None, "does not exist"),
+    "list.pth": (lambda path: torch.save([torch.zeros(1)], path), "contains a list"),
+    "nothing.pth": (lambda path: torch.save({"epoch": 3}, path), "it contains no tensors, only epoch"),
+    "sparse.pth": (
+        lambda path: torch.save({"fc.weight": torch.eye(3).to_sparse()}, path),
+        "is not a dense array",
+    ),
     "lines.pth": (lambda path: torch.save({"fc.weight": torch.ones(10, 64), "a\nb\x1b[2J": torch.ones(1)}, path), "a"),
-    "junk.safetensors": (lambda path: path.write_bytes(b"junk" * 100), "no whole safetensors file"),
-    "empty.safetensors": (pathlib.Path.touch, "no whole safetensors file"),
-    "cut.safetensors": (cut_network, "no whole safetensors file"),
+    "junk.safetensors": (lambda path: path.write_bytes(b"junk" * 100), "not a complete safetensors file"),
+    "empty.safetensors": (pathlib.Path.touch, "not a complete safetensors file"),
+    "cut.safetensors": (cut_network, "not a complete safetensors file"),
     "folder.safetensors": (pathlib.Path.mkdir, "is a folder"),
-    "missing.safetensors": (lambda path: None, "is not there"),
+    "missing.safetensors": (lambda path: None, "does not exist"),
 }
 
 
@@ -103,7 +106,7 @@ def torch_load(monkeypatch) -> list[dict]:
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it is made to write here.
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_is_no_network_is_refused_in_a_line(capsys, monkeypatch, tmp_path, torch_load, name):
+def test_a_file_that_is_not_a_network_is_refused_on_one_line(capsys, monkeypatch, tmp_path, torch_load, name):
     write, says = BROKEN[name]
     write(tmp_path / name)
     before = sorted(tmp_path.rglob("*"))
@@ -116,7 +119,7 @@ def test_a_file_that_is_no_network_is_refused_in_a_line(capsys, monkeypatch, tmp
     assert all(options["weights_only"] is True for options in torch_load)
 
 
-def test_a_checkpoint_is_only_ever_read_as_weights(torch_load, tmp_path):
+def test_a_checkpoint_is_read_only_as_weights(torch_load, tmp_path):
     convert(save(theirs.ResNet(), tmp_path / "net.pth.tar"), tmp_path / "run", ARCH)
     assert [options["weights_only"] for options in torch_load] == [True]
     for path in (ROOT / "ftwt_jax").rglob("*.py"):
@@ -134,7 +137,7 @@ METADATA = [
 
 
 @pytest.mark.parametrize("said", METADATA, ids=lambda said: str(said)[:40])
-def test_what_a_file_of_ours_says_of_itself_is_not_believed(capsys, tmp_path, said):
+def test_what_an_exported_file_says_about_itself_is_not_trusted(capsys, tmp_path, said):
     text = said if isinstance(said, str) else json.dumps(said)
     save_file(tensors(theirs.ResNet(gated=True)), tmp_path / "net.safetensors", metadata={"ftwt_jax": text})
     error = fails(capsys, "convert", ARCH, f"--checkpoint={tmp_path}/net.safetensors", f"--out={tmp_path}/run")
@@ -151,13 +154,13 @@ def test_every_tensor_that_does_not_fit_is_named(capsys, tmp_path):
     missing, unexpected, wrong = (error.index(word) for word in ("missing: ", "unexpected: ", "wrong: "))
     assert missing < error.index("layer1.0.bn2.bias") < error.index("layer3.0.conv1.weight") < unexpected
     assert unexpected < error.index("extra.weight") < wrong
-    assert "bn1.weight is 5, needs 16" in error[wrong:]
-    assert "layer2.0.bn1.bias is 32 of int32, needs 32" in error[wrong:]
+    assert "bn1.weight is 5, not 16" in error[wrong:]
+    assert "layer2.0.bn1.bias is 32 of int32, not 32" in error[wrong:]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_is_there_already_is_left_alone(capsys, tmp_path, kind):
+def test_an_existing_target_is_not_changed(capsys, tmp_path, kind):
     out = tmp_path / "run"
     kept = out / "notes.txt" if kind == "folder" else out
     kept.parent.mkdir(exist_ok=True)
@@ -188,7 +191,7 @@ def gated(tmp_path_factory) -> pathlib.Path:
     return save(theirs.ResNet(gated=True), folder / "net.safetensors")
 
 
-def test_without_pytorch_safetensors_are_read_and_the_rest_says_what_to_install(program, gated, tmp_path):
+def test_without_pytorch_safetensors_are_read_and_others_say_what_to_install(program, gated, tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('there is no PyTorch here')\n")
     paths = os.pathsep.join([str(tmp_path), program.environment["PYTHONPATH"]])
@@ -203,7 +206,7 @@ def test_without_pytorch_safetensors_are_read_and_the_rest_says_what_to_install(
 
 
 @pytest.mark.parametrize("moment", ["*", "checkpoints/baseline/0", "checkpoints/gated"])
-def test_a_killed_conversion_leaves_a_whole_folder_or_none(program, gated, tmp_path, moment):
+def test_a_killed_conversion_leaves_a_complete_folder_or_none(program, gated, tmp_path, moment):
     """Killed as soon as a file appears in the folder that becomes the workdir."""
     arguments = "convert", ARCH, f"--checkpoint={gated}", f"--out={tmp_path / 'run'}"
     process = program.start(*arguments)
@@ -221,10 +224,10 @@ def test_a_killed_conversion_leaves_a_whole_folder_or_none(program, gated, tmp_p
 
 @pytest.fixture(scope="module")
 def on_small_disk(program, tmp_path_factory):
-    """Runs a command where the folder `disk` has room for so much, and says what is in it afterwards."""
+    """Runs a command where the folder `disk` has this much room, and lists its contents afterwards."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "disk").mkdir()
-    # Mounted in a namespace of its own, which ends with the process.
+    # Mounted in a separate namespace, which ends with the process.
     mounting = [
         "unshare",
         "-rm",
@@ -243,7 +246,7 @@ def on_small_disk(program, tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", ["200k", "450k"], ids=["baseline", "gated"])
-def test_a_conversion_to_a_disk_without_room_for(on_small_disk, gated, size):
+def test_a_conversion_without_enough_disk_space_is_refused(on_small_disk, gated, size):
     done = on_small_disk(size, "convert", ARCH, f"--checkpoint={gated}", "--out=disk/run")
     assert done.returncode == 2
     assert done.stdout == "", "nothing is left there"
@@ -252,9 +255,9 @@ def test_a_conversion_to_a_disk_without_room_for(on_small_disk, gated, size):
     )
 
 
-def test_an_export_to_a_full_disk(on_small_disk, gated, tmp_path):
+def test_an_export_to_a_full_disk_is_refused(on_small_disk, gated, tmp_path):
     convert(gated, tmp_path / "run", ARCH)
     done = on_small_disk("100k", "export", f"--workdir={tmp_path / 'run'}", "--out=disk/net.safetensors")
     assert done.returncode == 2
     assert done.stdout == "", "nothing is left there"
-    assert re.fullmatch(r"ftwt: error: cannot write .*net\.safetensors: .*No space left.*\n", done.stderr), done.stderr
+    assert re.fullmatch(r"ftwt: error: cannot write .*disk/net\.safetensors: no space left on device\n", done.stderr)

@@ -1,4 +1,4 @@
-"""What a run was trained on stays in its workdir."""
+"""A workdir records the environments in which its run was trained."""
 
 import importlib.metadata
 import json
@@ -8,7 +8,8 @@ import pytest
 
 import ftwt_jax.workdir.environment as environments
 from ftwt_jax.errors import UserError
-from ftwt_jax.workdir.environment import FILE, environment, record_environment, recorded_environments
+from ftwt_jax.workdir import ENVIRONMENT as FILE
+from ftwt_jax.workdir.environment import environment, record_environment, recorded_environments
 
 
 def test_versions_and_devices_are_those_of_this_process():
@@ -24,7 +25,7 @@ def test_training_records_it(tiny_run):
     assert {**there, "git commit": None} == {**here, "git commit": None}
 
 
-def test_a_run_that_moves_has_all_places_in_order_each_once(tmp_path, monkeypatch):
+def test_a_run_that_moves_records_every_move_in_order(tmp_path, monkeypatch):
     assert recorded_environments(tmp_path) == []
     for device in ("cpu", "cpu", "tpu", "tpu", "cpu"):
         monkeypatch.setattr(environments, "environment", lambda device=device: {"devices": device})

@@ -12,19 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.estimate import known_estimate
+from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.commands.evaluate.held_out import evaluate_run
 from ftwt_jax.data.corrupted_sets import CorruptedSet, open_corrupted
-from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
+from ftwt_jax.data.corruptions import ALL, APPLIED, CLEAN, CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import Batch, eval_batches
 from ftwt_jax.data.source import ArraySource
 from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation
-from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
-from ftwt_jax.workdir.checkpoints import has_checkpoint
+from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.settings import BASELINE, GATED
 
-FILE = "corruptions.json"
-APPLIED, CLEAN, ALL = "applied", "clean", "all corruptions"
 FIGURES = ("dense_accuracy", "accuracy", "density", "macs_reduction", "macs_reduction_published")
 
 Row = dict[str, Any]
@@ -49,8 +47,7 @@ def evaluate_corruptions(folder: str, best: bool, source: str | None, console: C
     Raises:
       UserError: `source` is no such set, or its images or classes are not the network's.
     """
-    path, config = workdir.load(folder)
-    run = make_run(config, path)
+    run = load_run(folder)
     settings = applied(run) if source is None else prepared(run, source)
     evaluate_run(run, console, best)
     return sweep(run, settings, source or APPLIED, console, best)
@@ -92,7 +89,7 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
     null, as in `evaluation.json`. In a mean, every corruption counts the same.
     """
     r = known_estimate(run)["r"]
-    gated = run.trained(GATED, best) if has_checkpoint(run.workdir, GATED) else None
+    gated = run.trained(GATED, best) if run.has(GATED) else None
     baseline = run.trained(BASELINE, best and gated is None)
     in_memory = source != APPLIED or isinstance(run.dataset.test, ArraySource)
 
@@ -121,7 +118,7 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
         "mean": _mean(list(means.values())),
         "mean_by_corruption": means,
     }
-    workdir.write_json(run.workdir / FILE, result)
+    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
     console.print(table(result, run))
     return result
 

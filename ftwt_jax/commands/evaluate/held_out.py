@@ -1,4 +1,4 @@
-"""The command `evaluate`: accuracy, work and gates on the held-out split, as a table and as `evaluation.json`."""
+"""`evaluate`: accuracy, work and gates on the held-out split, as a table and as `evaluation.json`."""
 
 from typing import Any
 
@@ -7,30 +7,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.estimate import known_estimate
-from ftwt_jax.commands.evaluate.budgets import any_budget
+from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
+from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation
-from ftwt_jax.training.run import BASELINE, GATED, Run, make_run
-from ftwt_jax.workdir.checkpoints import has_checkpoint
-
-EVALUATION = "evaluation.json"
+from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.workdir import EVALUATION
 
 
 def evaluate(folder: str, best: bool, console: Console) -> dict[str, Any]:
     """Evaluates the newest (or best) gated network of a workdir beside its baseline, or the baseline alone."""
-    path, config = workdir.load(folder)
-    return evaluate_run(make_run(config, path), console, best)
+    return evaluate_run(load_run(folder), console, best)
 
 
 def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, Any]:
     """Evaluates a run's gated network and its baseline; prints the tables and writes `evaluation.json`.
 
-    Without a gated network, what is said of gates is null, and the accuracy that of the baseline.
+    Without a gated network, the figures of gates are null, and the accuracy is that of the baseline.
     """
     estimate = known_estimate(run)
-    gated = run.trained(GATED, best) if has_checkpoint(run.workdir, GATED) else None
+    gated = run.trained(GATED, best) if run.has(GATED) else None
     baseline = run.trained(BASELINE, best and gated is None)
     dense = run.evaluator(BASELINE).run(baseline, run.test_batches(), estimate["r"])
     found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
@@ -38,7 +36,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     gates = found.gates
     static = None
     if gated is not None and 0 < found.macs_reduction < 1:
-        static = any_budget(run, gated, estimate["r"]).fixed().evaluate(found.macs_reduction)
+        static = CalibratedNetwork(Calibration(run), gated, estimate["r"]).fixed().evaluate(found.macs_reduction)
     result = {
         "accuracy": found.accuracy,
         "dense_accuracy": dense.accuracy,
@@ -59,7 +57,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     }
     workdir.write_json(run.workdir / EVALUATION, result)
     if gated is None:
-        say(console, "there is no gated network yet: this is the baseline alone")
+        say(console, "there is no gated network yet; these are the figures of the baseline")
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if run.dataset.skipped.names:
@@ -68,7 +66,7 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
 
 
 def count_skipped(run: Run) -> None:
-    """Tells every process which images the others have skipped."""
+    """Tells every process which images the others skipped."""
     run.dataset.skipped.merge(all_gather(run.dataset.skipped.names))
 
 

@@ -1,4 +1,4 @@
-"""The command `export --format=stablehlo`: a network as one file that runs wherever JAX does, without this package."""
+"""`export` to .stablehlo: a network as one file that runs wherever JAX does, without this package."""
 
 import pathlib
 from typing import Any
@@ -10,8 +10,8 @@ from jaxtyping import Array
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.benchmark.inference import trained_subject
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.budget.trained import trained_subject
+from ftwt_jax.errors import UserError
 from ftwt_jax.files import written_whole
 from ftwt_jax.inference.compact import compact, fold
 from ftwt_jax.printing import say
@@ -44,9 +44,9 @@ def export_program(
     """
     target = workdir.absolute(out)
     if target.suffix != SUFFIX:
-        raise UserError(f"--out names a file that ends in {SUFFIX}; got {out}")
+        raise UserError(f"--out takes a file that ends in {SUFFIX}; got {out}")
     if target.exists():
-        raise UserError(f"{target} is there already: choose another file with --out")
+        raise UserError(f"{target} already exists: choose another file with --out")
     if compacted and baseline:
         raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
     if budget is not None and baseline:
@@ -66,11 +66,8 @@ def export_program(
     samples: Any = 1 if compacted else export.symbolic_shape("samples")[0]
     images = jax.ShapeDtypeStruct((samples, *subject.held_out.shape[1:]), jnp.uint8)
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(images)
-    try:
-        with written_whole(target) as temporary:
-            temporary.write_bytes(exported.serialize())
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {one_line(error)}") from None
+    with written_whole(target) as temporary:
+        temporary.write_bytes(exported.serialize())
     kind = "dense" if baseline else "compact, one image at a time" if compacted else "gated, masked"
-    say(console, f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: now in {target}")
+    say(console, f"{subject.arch}, {kind}, for {', '.join(PLATFORMS)}: written to {target}")
     return target

@@ -1,4 +1,4 @@
-"""The command `export`: a workdir's network in a file that other programs read."""
+"""`export` to .safetensors: a workdir's network under PyTorch names."""
 
 import contextlib
 import dataclasses
@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.estimate import ESTIMATE, read_estimate
+from ftwt_jax.budget.estimate import read_estimate
 from ftwt_jax.errors import UserError
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.sharding import data_mesh, replicated
 from ftwt_jax.printing import say
-from ftwt_jax.training.run import BASELINE, GATED, arch_options, gate_config
+from ftwt_jax.training.settings import BASELINE, GATED, arch_options, gate_config
 from ftwt_jax.version import __version__
 from ftwt_jax.weights.adapt import CLASSIFIER
 from ftwt_jax.weights.conversion import Conversion
@@ -33,11 +33,11 @@ def export_weights(
 ) -> pathlib.Path:
     """Writes the newest (or best) network of a workdir as safetensors, under PyTorch names.
 
-    A network that was converted and not trained since leaves under the names that it came with, bit for bit; what was
-    in half or double precision leaves as float32.
+    A network that was converted and not trained since keeps the names that it came with, bit for bit; tensors of half
+    or double precision become float32.
 
     Args:
-      layout: names to use, as in `ftwt_jax.weights.names`; None: those that it came with, else its usual ones.
+      layout: names to use, see `ftwt_jax.weights.names`; None: those that it came with, else its usual ones.
       baseline: the dense baseline instead of the gated network.
 
     Raises:
@@ -46,13 +46,13 @@ def export_weights(
     path, config = workdir.load(folder)
     target = workdir.absolute(out)
     if target.suffix != SAFETENSORS:
-        raise UserError(f"--out names a file that ends in {SAFETENSORS}; got {out}")
+        raise UserError(f"--out takes a file that ends in {SAFETENSORS}; got {out}")
     if target.exists():
-        raise UserError(f"{target} is there already: choose another file with --out")
+        raise UserError(f"{target} already exists: choose another file with --out")
     stage = BASELINE if baseline or not has_checkpoint(path, GATED) else GATED
     variables, step, kept = _network(path, stage, best)
     gates = gate_config(config.gates) if stage == GATED else None
-    if gates is not None and (path / ESTIMATE).exists():
+    if gates is not None and (path / workdir.ESTIMATE).exists():
         gates = dataclasses.replace(gates, r=read_estimate(path)["r"])
     classes = flatten_dict(variables)[(*CLASSIFIER, "kernel")].shape[1]
     model = create_model(num_classes=classes, gates=gates, **arch_options(config.model))
@@ -65,7 +65,7 @@ def export_weights(
     write_safetensors(target, arrays, {OWN: json.dumps(_description(config, classes, gates, kept))})
     kind = "dense" if gates is None else "gated"
     what = f"{config.model.name}, {kind}, step {step}, {len(arrays)} tensors under {names} names"
-    say(console, f"{what}: now in {target}")
+    say(console, f"{what}: written to {target}")
     return target
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 import jaxlib
 
+from ftwt_jax.errors import UserError
 from ftwt_jax.files import written_whole
 from ftwt_jax.inference.native.kernels import TARGET
 from ftwt_jax.ops.compiling import cache_folder
@@ -34,7 +35,7 @@ def available() -> bool:
     """Whether the kernel can be had here. `CXX` names the compiler."""
     try:
         register(build(cache_folder()))
-    except OSError:
+    except (OSError, UserError):
         try:  # A cache that cannot be written.
             register(build(pathlib.Path(tempfile.mkdtemp(prefix="ftwt_jax-"))))
         except OSError:
@@ -55,7 +56,8 @@ def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> 
       tunings: compiler flags for the processor, of which the first that the compiler understands are taken.
 
     Raises:
-      OSError: there is no compiler, it failed, or the folder cannot be written.
+      OSError: there is no compiler, or it failed.
+      UserError: the folder cannot be written.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS))), None)
     if compiler is None:

@@ -1,0 +1,115 @@
+"""The command `train`: dense baseline, estimate, gate training, evaluation."""
+
+import contextlib
+import pathlib
+import time
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ftwt_jax import workdir
+from ftwt_jax.budget.calibrate import Calibration
+from ftwt_jax.budget.estimate import choose_r
+from ftwt_jax.budget.keeper import BudgetKeeper
+from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
+from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
+from ftwt_jax.errors import UserError
+from ftwt_jax.gating.transfer import init_from_dense
+from ftwt_jax.parallel.processes import Preemption
+from ftwt_jax.printing import say
+from ftwt_jax.training.loop import Hook, Variables, train_stage
+from ftwt_jax.training.run import Adopted, Run, open_run
+from ftwt_jax.training.settings import BASELINE, GATED, STAGES
+from ftwt_jax.training.stage import make_stage
+from ftwt_jax.workdir.checkpoints import set_damaged_aside
+
+
+def _define(values: flags.FlagValues) -> None:
+    define_workdir(values)
+    define_distributed(values)
+
+
+def run(arguments: Arguments, console: Console) -> None:
+    """Runs the command."""
+    config, folder = arguments.config("--config=configs/digits.py"), arguments.workdir()
+    train(config, folder, join_processes(arguments, console))
+
+
+COMMAND = Command(_define, run, takes_config=True)
+
+
+def train(config: ConfigDict, folder: str, console: Console) -> None:
+    """Trains baseline and gates in `folder`, or resumes where an earlier run stopped, and evaluates the result.
+
+    Raises:
+      UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a finite number.
+      Preempted: the process was told to stop, and everything is saved.
+    """
+    started = time.perf_counter()
+    path = workdir.absolute(folder)
+    for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
+        say(console, note)
+    run = open_run(config, path)
+    adopted = _starting_baseline(run)
+    data, name = run.dataset, run.config.data.name
+    say(
+        console,
+        f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
+    )
+    workdir.prepare(run.workdir, run.config)
+    if adopted is not None:
+        _keep_baseline(run, adopted, console)
+    gated = run.config.gates.epochs > 0
+    preemption = Preemption()
+    with preemption.watched():
+        baseline = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), preemption, console)
+        if gated:
+            calibration, stage = Calibration(run), make_stage(run, GATED)
+            estimate = choose_r(calibration, baseline, console)
+            keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"])
+            train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, preemption, console)
+    if gated:
+        evaluate_run(run, console)
+    else:
+        count_skipped(run)
+        if data.skipped.names:
+            say(console, data.skipped.summary())
+    say(console, f"done in {time.perf_counter() - started:.0f} s; everything is in {run.workdir}")
+
+
+def _starting_baseline(run: Run) -> Adopted | None:
+    """The baseline of another workdir that this run starts from; None if it has, or trains, one itself.
+
+    Raises:
+      UserError: the config leaves the run without a trained baseline.
+    """
+    config, has_own = run.config, run.has(BASELINE)
+    adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not has_own else None
+    if config.baseline.epochs <= 0:
+        if not (has_own or adopted):
+            raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")
+        if not (adopted.finished if adopted else run.is_finished(BASELINE)):
+            raise UserError("config.baseline.epochs=0 would leave the baseline's new classifier untrained")
+    return adopted
+
+
+def _keep_baseline(run: Run, adopted: Adopted, console: Console) -> None:
+    """Copies a baseline from elsewhere into this run, which from then on needs the other workdir no more."""
+    for note in adopted.notes:
+        say(console, f"baseline of {run.config.init_from}: {note}")
+    with contextlib.closing(run.checkpoints(BASELINE, create=True)) as checkpoints:
+        checkpoints.save_network(adopted.variables, adopted.finished)
+
+
+def _init_dense(run: Run) -> Variables:
+    """What the baseline's training starts from: the one that was adopted, or fresh variables."""
+    if run.has(BASELINE):
+        return run.trained(BASELINE)
+    return jax.jit(run.models[BASELINE].init)(run.key(BASELINE), run.example_images)
+
+
+def _init_gated(run: Run, baseline: Variables) -> Variables:
+    """The baseline's variables with fresh gate heads."""
+    return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
