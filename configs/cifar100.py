@@ -1,10 +1,10 @@
-"""CIFAR-100, 50,000 images of 32x32 pixels in 100 classes to train on, 10,000 held out.
+"""CIFAR-100: 50,000 images of 32x32 pixels in 100 classes to train on, 10,000 held out.
 
-python -m ftwt_jax prepare tfds:cifar100         # once; needs the extra [prepare] and a network
+python -m ftwt_jax prepare tfds:cifar100         # once; needs the extra [prepare] and an internet connection
 python -m ftwt_jax train --config=configs/cifar100.py:resnet56 --workdir=workdirs/cifar100_resnet56
 
-The recipe of configs/cifar10.py, and its cost. The paper has no table for this set, and no run of it has been measured
-here; find r for a wanted saving by --config.gates.budget.
+Recipe and duration are those of configs/cifar10.py. The paper has no table for this data set, and this config has not
+been run here. To choose r by the saving that you want, use --config.gates.budget.
 """
 
 from ml_collections import ConfigDict

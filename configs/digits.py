@@ -1,13 +1,14 @@
-"""Scikit-learn's scanned digits: 1,347 images to train on, 450 held out, no network access.
+"""Scikit-learn's scanned digits: 1,347 images to train on, 450 held out, bundled.
 
 python -m ftwt_jax train --config=configs/digits.py --workdir=workdirs/digits
 
-A small VGG of five units on the 8x8 scans, about a minute on 2 cores. The README says what it reaches.
+A small VGG of five units on the scans of 8x8 pixels. It takes about a minute on 2 CPU cores, reaches 0.991 dense and
+0.993 gated, and saves 51 % of the MACs (docs/reproduce.md).
 
 python -m ftwt_jax train --config=configs/digits.py:resnet20 --workdir=workdirs/digits_resnet20
 
-Any CIFAR network (resnet20, resnet56, vgg16_bn, mobilenet_v1 ...) on the scans enlarged to 32x32: the same images
-cost a hundred times the work, so train these on an accelerator, or cut `epochs`.
+Any network for CIFAR (resnet20, resnet56, vgg16_bn, mobilenet_v1 ...) on the scans enlarged to 32x32. This is a
+hundred times the work: train these on an accelerator, or for fewer epochs.
 """
 
 from ml_collections import ConfigDict
@@ -28,6 +29,6 @@ def get_config(arch: str = SMALL) -> ConfigDict:
     for stage in (config.baseline, config.gates):
         stage.update(lr=0.1, schedule="cosine", weight_decay=2e-3)
     config.baseline.epochs, config.gates.epochs = (40, 80) if small else (20, 30)
-    # Heads that freeze half-way drift from a backbone that goes on learning; on so few images it shows.
+    # A backbone that goes on learning drifts away from frozen heads. On so few images that shows, so they freeze late.
     config.gates.update(r=0.85, cooldown=0.75)
     return config

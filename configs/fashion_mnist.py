@@ -1,10 +1,10 @@
-"""Fashion-MNIST, 60,000 grey images of clothes to train on, 10,000 held out, padded to 32x32 pixels.
+"""Fashion-MNIST: 60,000 grey images of clothes to train on, 10,000 held out, padded to 32x32 pixels.
 
 apt-get install dataset-fashion-mnist            # once; or python -m ftwt_jax prepare tfds:fashion_mnist
 python -m ftwt_jax train --config=configs/fashion_mnist.py:resnet20 --workdir=workdirs/fashion_resnet20
 
-15 epochs of baseline, 15 of gates: about two hours on 2 CPU cores (270 images/s dense, 250 gated); not run to its end.
-What three epochs of each give, and MobileNetV1, stand in results/README.md.
+15 epochs of baseline and 15 of gates take about two hours on 2 CPU cores (270 images/s dense, 250 gated); this config
+has not been run here to the end. results/README.md shows what three epochs of each give, and MobileNetV1.
 """
 
 from ml_collections import ConfigDict

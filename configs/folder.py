@@ -2,10 +2,11 @@
 
 python -m ftwt_jax train --config=configs/folder.py:resnet18 --config.data.name=folder:PATH --workdir=workdirs/mine
 
-At 224x224 pixels, with random regions resized. Of one tree a tenth is held out (--config.data.test_fraction). For small
-images: --config.data.augment=crop --config.data.image_size=32 --config.model.stem=cifar, which holds them in memory.
-How long it takes depends on how many there are: `python -m ftwt_jax benchmark --input` with the same flags tells how
-fast they can be read. ResNet-18 at 224x224 trains on a GPU; 2 CPU cores do a few images a second.
+Images are 224x224 pixels: in training, random regions resized to that. If the folder is one tree of classes, a tenth
+is held out (--config.data.test_fraction). For small images, which are then held in memory, add
+--config.data.augment=crop --config.data.image_size=32 --config.model.stem=cifar. The duration depends on the number
+of images; `python -m ftwt_jax benchmark --input` with the same flags measures how fast they can be read. Train
+ResNet-18 at 224x224 on a GPU: 2 CPU cores process a few images a second.
 """
 
 from ml_collections import ConfigDict

@@ -1,20 +1,20 @@
-"""ImageNet (ILSVRC 2012), 1,281,167 images to train on, 50,000 held out, at 224x224 pixels.
+"""ImageNet (ILSVRC 2012): 1,281,167 images to train on, 50,000 held out, at 224x224 pixels.
 
 python -m ftwt_jax prepare tfds:imagenet2012     # once; TFDS says which two archives you have to download yourself
 python -m ftwt_jax train --config=configs/imagenet.py:resnet34 --workdir=workdirs/imagenet_resnet34
 
-Baseline: the common recipe of 90 epochs. Gates: 60 epochs from it, or from another run by --config.init_from=DIR. The
-authors published no code for this half, so that the recipe of the gates is ours. Published by the authors: top-1
-accuracy of the dense network, then of the gated one with its reduction of MACs, all decoupled.
+Baseline: the usual recipe of 90 epochs. Gates: 60 epochs from it, or from another run's baseline with
+--config.init_from=DIR. The authors published no code for ImageNet, so the recipe of the gates is ours. They published
+these top-1 accuracies: the dense network's, then the gated network's with its MACs reduction, all decoupled.
 
     resnet34      73.30   r = .97: 73.25, 25.86 %   r = .95: 72.79, 37.77 %
                           r = .93: 72.17, 47.42 %   r = .92: 71.71, 52.24 %
     resnet18      69.76   r = .91: 67.49, 51.56 %
     mobilenet_v1  69.57   r = 1: 69.66, 41.07 %
 
-No run of this config has been measured here; it is meant for several GPUs or a TPU slice. The learning rate is for a
-batch of 256 and must grow with it. A folder of images in train/ and val/ does as well:
---config.data.name=folder:PATH --config.data.test_split=val
+This config has not been run here; it is meant for several GPUs or a TPU slice. The learning rate is for a batch of
+256 and has to grow with the batch. A folder of images in train/ and val/ works too: --config.data.name=folder:PATH
+--config.data.test_split=val
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The notebook: clean, run whole as a student would, and what the README promises of the run that it trains."""
+"""The notebook: clean, run whole as a student would, and what the docs promise of the run that it trains."""
 
 import asyncio
 import dataclasses
@@ -24,7 +24,8 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.long
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
-PLACE = r"https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/launch/colab\.ipynb"
+UNKNOWN = 'REPOSITORY = ""  # where the project is published'
+PUBLISHED = UNKNOWN.replace('""', '"https://example.org/someone/ftwt_jax"')
 
 
 def read() -> nbformat.NotebookNode:
@@ -93,12 +94,11 @@ def test_the_file_is_valid_and_holds_no_outputs():
             assert cell.execution_count is None
 
 
-def test_it_opens_with_a_badge_and_everything_names_one_repository():
-    badge = rf"\[!\[Open in Colab\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\({PLACE}\)\n"
-    place = re.match(badge, read().cells[0].source)
-    assert place
-    assert f'REPOSITORY = "https://github.com/{place[1]}"' in source("setup-code")
-    assert set(re.findall(PLACE, text() + (ROOT / "README.md").read_text())) == {place[1]}
+def test_where_the_project_is_published_is_one_line_at_the_top():
+    first = next(cell for cell in read().cells if cell.cell_type == "code")
+    assert (first.id, first.source) == ("repository-code", UNKNOWN)
+    addresses = re.findall(r"https?://[^\s)\"']+", text().replace("https://…", ""))
+    assert addresses == ["https://arxiv.org/abs/2110.08232"]
 
 
 def test_every_command_and_every_flag_is_understood():
@@ -132,13 +132,16 @@ def stand_ins(tmp_path):
     return folder
 
 
-def set_up(cwd, programs) -> list[str]:
-    """What the set-up prints where no package is installed, then the current folder."""
-    script = f"{source('setup-code')}\nprint(os.getcwd())"
+def run_set_up(cwd, programs, address: str = UNKNOWN) -> subprocess.CompletedProcess:
+    """Runs the set-up where no package is installed; it prints the current folder at the end."""
     environment = {"PATH": str(programs), "PYTHONPATH": str(programs)}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-S", "-c", f"{address}\n{source('setup-code')}\nprint(os.getcwd())"]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def set_up(cwd, programs) -> list[str]:
+    """What the set-up prints, once it was said where the project is published."""
+    done = run_set_up(cwd, programs, PUBLISHED)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -152,15 +155,25 @@ def test_without_a_checkout_the_set_up_fetches_one_and_installs_it(tmp_path, sta
     empty = tmp_path / "empty"
     empty.mkdir()
     clone, install, folder = set_up(empty, stand_ins)
-    assert re.fullmatch(r"git clone .*https://github\.com/\S+ ftwt_jax", clone)
+    assert re.fullmatch(r"git clone .*https://example\.org/someone/ftwt_jax ftwt_jax", clone)
     assert install == f"pip install --quiet ./ftwt_jax{'[cuda]' if gpu else ''}"
     assert folder == str(empty)
     # The second time, the clone is there, and so it is after an installation that failed.
     assert set_up(empty, stand_ins) == [install, folder]
 
 
-def test_in_a_checkout_the_set_up_installs_nothing(stand_ins):
-    assert set_up(NOTEBOOK.parent, stand_ins) == [str(ROOT)]
+def test_without_an_address_the_set_up_asks_for_it_before_it_fetches_anything(tmp_path, stand_ins):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = run_set_up(empty, stand_ins)
+    assert done.returncode
+    assert "write where the project is published into the cell above" in done.stderr
+    assert done.stdout == ""
+
+
+def test_in_a_checkout_the_set_up_needs_no_address_and_installs_nothing(stand_ins):
+    done = run_set_up(NOTEBOOK.parent, stand_ins)
+    assert done.stdout.splitlines() == [str(ROOT)]
 
 
 def test_a_command_that_fails_stops_the_notebook(program, tmp_path):
@@ -169,7 +182,7 @@ def test_a_command_that_fails_stops_the_notebook(program, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=program.environment, capture_output=True, text=True
     )
     assert done.returncode
-    assert "ftwt: error: no such workdir" in done.stdout
+    assert "ftwt: error: there is no workdir" in done.stdout
     assert "RuntimeError: status 2" in done.stderr
     assert "went on" not in done.stdout
 
