@@ -140,7 +140,7 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
 def _imported(wanted: Wanted, source: Source, config: ConfigDict, dataset: Dataset | None, said: "_Said") -> Imported:
     """The network of a state dict; sets in the config what the state dict tells of it."""
     classes = dataset.num_classes if dataset else _class_count(source)
-    # Heads that were trained beside another classifier are trained anew with it.
+    # Heads that were trained beside another classifier are trained again with the new one.
     is_gated = source.is_gated and classes == _class_count(source)
     if is_gated:
         _set_gates(config, said.gates, wanted.explicit)

@@ -63,7 +63,7 @@ def report(folders: Sequence[str], out: str | None, unit: str | None, console: C
         filters.
 
     Raises:
-      UserError: a folder is no workdir or was not evaluated, no network has such a unit, or `out` cannot be written.
+      UserError: a folder is not a workdir or was not evaluated, no network has such a unit, or `out` cannot be written.
     """
     runs = read_runs(folders)
     check_unit(runs, unit)
@@ -116,16 +116,16 @@ def _section(run: RecordedRun, seen: Seen) -> Section:
 def _see(run: RecordedRun, unit: str | None) -> Seen:
     """Runs the gated network of a run; without one, or where data or checkpoint are not here, a note says so."""
     if not run.gated:
-        return Seen(note="there is no gated network yet: this is the baseline alone")
+        return Seen(note="there is no gated network yet; these are the figures of the baseline")
     if run.number > MOST_SEEN:
         return Seen(note=f"only the first {MOST_SEEN} runs are looked at image by image")
     if not has_checkpoint(run.path, GATED):
-        return Seen(note=f"its images were not looked at: there is no {GATED} checkpoint in {run.path}")
+        return Seen(note=f"its images were not examined: there is no {GATED} checkpoint in {run.path}")
     try:
         made = open_run(ConfigDict(run.config), run.path)
         samples = measure_images(made, best=run.evaluation.get("checkpoint") == "best")
     except UserError as error:
-        return Seen(note=f"its images were not looked at: {error}")
+        return Seen(note=f"its images were not examined: {error}")
     note = ""
     reduction = 1 - samples.macs.mean() / samples.dense_macs
     if abs(reduction - run.evaluation["macs_reduction"]) > CLOSE:

@@ -1,4 +1,4 @@
-"""Batch statistics measured anew, against mean and variance counted with NumPy."""
+"""Batch statistics measured again, against mean and variance counted with NumPy."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""The command line used wrongly: one line that names the mend, exit status 2, nothing written."""
+"""The command line used wrongly: one line that names the remedy, exit status 2, nothing written."""
 
 import shutil
 

@@ -154,11 +154,11 @@ def test_a_network_comes_in_again_under_any_names(converted, tmp_path, layout):
         (["--workdir={}", "--out=net.pth"], "ends in .safetensors; got net.pth"),
         (["--workdir={}", "--out=net.safetensors", "--layout=torchvison"], "did you mean 'torchvision'"),
         (["--workdir={}", "--out=net.safetensors", "--layout=timm"], "unknown layout of ResNet 'timm'"),
-        (["--workdir={}", "--out=net.safetensors", "--format=onnx"], "one of <safetensors|stablehlo>"),
+        (["--workdir={}", "--out=net.safetensors", "--format=onnx"], "--format takes one of safetensors, stablehlo; got 'onnx'"),
         (["--workdir={}", "--out=missing/net.safetensors"], "missing/net.safetensors: "),
-        (["--workdir={}/missing", "--out=net.safetensors"], "no such workdir"),
-        (["--workdir={}/checkpoints", "--out=net.safetensors"], "no run's config"),
-        (["--workdir={}", "--out=net.safetensors", "--r=1"], "Unknown command line flag 'r'"),
+        (["--workdir={}/missing", "--out=net.safetensors"], "there is no workdir"),
+        (["--workdir={}/checkpoints", "--out=net.safetensors"], "holds no run"),
+        (["--workdir={}", "--out=net.safetensors", "--r=1"], "unknown flag --r; known: --baseline"),
     ],
 )
 def test_wrong_flags(capsys, monkeypatch, tmp_path, converted, arguments, says):

@@ -301,7 +301,7 @@ def test_a_run_stands_by_itself_once_it_has_taken_a_baseline(program, tiny_run, 
     first = program.run("train", *arguments)
     shutil.rmtree(tmp_path / "baseline")
     again = program.run("train", *arguments)
-    assert "going on" not in again
+    assert "resuming" not in again
     assert again.splitlines()[-4:-1] == first.splitlines()[-4:-1]
 
 
@@ -332,7 +332,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     kept = {int(path.name) for path in (workdir / "checkpoints" / BASELINE).iterdir() if path.name.isdigit()}
     assert kept
     newest = max(kept)
-    assert f"the checkpoint of step {newest} is kept" in error
+    assert f"the checkpoint of step {newest} is intact" in error
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables(workdir, BASELINE)))
 
 

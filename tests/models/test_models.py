@@ -299,8 +299,8 @@ def test_images_too_small_are_refused_with_the_size_to_scale_them_to(name, arch,
     outputs, _ = shapes_of(model, smallest)
     assert min(layer.positions for layer in outputs.layers) == 1
     assert outputs.logits.shape == (2, 10)
-    mend = f"scale them to {smallest}x{smallest} or more"
-    with pytest.raises(ftwt.UserError, match=f"{smallest - 1}x{smallest - 1} are too small.*{mend}"):
+    remedy = f"scale them to {smallest}x{smallest} or more"
+    with pytest.raises(ftwt.UserError, match=f"{smallest - 1}x{smallest - 1} are too small.*{remedy}"):
         shapes_of(model, smallest - 1)
     with pytest.raises(ftwt.UserError, match="too small"):
         jax.eval_shape(model.init, KEY, jax.ShapeDtypeStruct((1, 64, smallest - 1, 3), jnp.float32))

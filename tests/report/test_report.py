@@ -126,8 +126,8 @@ def test_names_are_escaped(report):
 def test_what_is_missing_is_named(report):
     _, _, page, printed = report
     assert "3 dense: there is no gated network yet" in printed
-    assert "4 gone: its images were not looked at" in printed
-    assert "its images were not looked at" in page.text
+    assert "4 gone: its images were not examined" in printed
+    assert "its images were not examined" in page.text
     assert "There is no metrics.jsonl" in page.text
     # The networks that are there are those of the evaluations.
     assert "again`" not in printed

@@ -190,7 +190,7 @@ def test_a_stage_without_an_intact_checkpoint_starts_over(tiny_run, compiled_by_
     assert main(["train", *TINY, f"--workdir={workdir}"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("is damaged") == len(steps)
-    assert "going on" not in printed
+    assert "resuming" not in printed
     assert_ends_like(workdir, tiny_run[0])
 
 

@@ -38,7 +38,7 @@ def test_a_run_told_to_stop_saves_and_continues_from_that_step_each_time(program
             assert went_on(printed) == (STAGES[before[1] > 0], before[before[1] > 0])
         if stage:
             step = newest(workdir)[STAGES.index(stage)]
-            assert f"{stage} has stopped at step {step} of {TINY_STEPS}, and everything is saved" in error
+            assert f"{stage} stopped at step {step} of {TINY_STEPS}; everything is saved" in error
     assert not (workdir / "evaluation.json").exists()
     program.run("train", *TINY, f"--workdir={workdir}")
     assert_ends_like(workdir, tiny_run[0])

@@ -100,7 +100,7 @@ def test_both_processes_continue_from_the_newest_checkpoint(disturbed, which):
 def test_telling_one_of_two_processes_to_stop_stops_both_at_the_same_step(disturbed):
     found = disturbed[1][-1]
     assert found.statuses == (PREEMPTED, PREEMPTED), found.errors
-    assert f"baseline has stopped at step {found.after} of" in found.errors[0]
+    assert f"baseline stopped at step {found.after} of" in found.errors[0]
     assert found.after > found.before
 
 

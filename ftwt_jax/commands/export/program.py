@@ -40,7 +40,7 @@ def export_program(
       budget: MACs reduction to bring the gates to; None: as they were trained.
 
     Raises:
-      UserError: there is no such network, or the file is there already or cannot be written.
+      UserError: there is no such network, or the file already exists or cannot be written.
     """
     target = workdir.absolute(out)
     if target.suffix != SUFFIX:

@@ -41,7 +41,7 @@ def export_weights(
       baseline: the dense baseline instead of the gated network.
 
     Raises:
-      UserError: there is no such network, or the file is there already or cannot be written.
+      UserError: there is no such network, or the file already exists or cannot be written.
     """
     path, config = workdir.load(folder)
     target = workdir.absolute(out)
