@@ -1,5 +1,6 @@
 """What a gated network's masks save in time, against the dense network in the same run."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ def benchmark(
         raise UserError(
             f"--batch must lie between 1 and {len(subject.held_out)}, the number of held-out images; got {batch}"
         )
+    if torch and importlib.util.find_spec("torch") is None:
+        raise UserError("--torch needs PyTorch: pip install -e '.[convert]'")
     start = time.perf_counter()
     quick = compact(subject.gated, subject.gated_variables, subject.calibration)
     ready = time.perf_counter() - start
@@ -122,10 +125,8 @@ def _against_torch(subject: Subject, quick: Callable, batches: Sequence[Any]) ->
 
     Not call by call: the threads of either go on spinning for a while and take the cores from the other.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError("--torch needs PyTorch: pip install -e '.[convert]'") from None
+    import torch
+
     from ftwt_jax.benchmark.torch_dense import torch_network
 
     network = torch_network(subject.dense, _dense_part(subject.dense_variables))

@@ -14,7 +14,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.models import create_model, options_of
-from ftwt_jax.ops.batch_norm import MOMENTUM
+from ftwt_jax.ops.batch_norm import of_batch_alone
 from ftwt_jax.ops.compiling import compiler_options
 
 _LARGEST_OFFSET, _ROUNDS = 6.0, 12
@@ -117,8 +117,5 @@ def random_gates(
     params = flatten_dict(variables["params"], sep="/")
     for name, leaves in made["heads"].items():
         params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
-    # The statistics of this batch, recovered from the step towards them.
-    batch_stats = jax.tree.map(
-        lambda old, new: (new - MOMENTUM * old) / (1 - MOMENTUM), variables["batch_stats"], made["batch_stats"]
-    )
+    batch_stats = of_batch_alone(variables["batch_stats"], made["batch_stats"])
     return {"params": unflatten_dict(params, sep="/"), "batch_stats": batch_stats}, float(reduction)

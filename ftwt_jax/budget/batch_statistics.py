@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ftwt_jax.gating.gates import GateControl
-from ftwt_jax.ops.batch_norm import MOMENTUM
+from ftwt_jax.ops.batch_norm import of_batch_alone
 from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
 from ftwt_jax.training.step import Normalize
@@ -24,11 +24,7 @@ class BatchStatistics:
             control = GateControl(targets=False)
             images = normalize(images)
             _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
-            running = variables["batch_stats"]
-            # The running mean is MOMENTUM * old + (1 - MOMENTUM) * batch: solved for what the batch alone measures.
-            return jax.tree.map(
-                lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), updates["batch_stats"], running
-            )
+            return of_batch_alone(variables["batch_stats"], updates["batch_stats"])
 
         whole = replicated(mesh)
         self._mesh = mesh

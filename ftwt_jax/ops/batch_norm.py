@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -11,6 +12,11 @@ from ftwt_jax.ops.reductions import channel_sum, over_channels
 
 MOMENTUM = 0.9
 EPSILON = 1e-5
+
+
+def of_batch_alone(before: Any, after: Any) -> Any:
+    """The statistics of a batch itself, out of running statistics before and after it: trees of arrays."""
+    return jax.tree.map(lambda old, new: (new - MOMENTUM * old) / (1 - MOMENTUM), before, after)
 
 
 class BatchNorm(nn.Module):

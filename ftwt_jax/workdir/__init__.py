@@ -67,6 +67,10 @@ def differing_fields(old: Any, new: Any, prefix: str = "config") -> list[str]:
 
 def absolute(folder: str) -> pathlib.Path:
     """The folder that a flag names, whatever the current directory is later."""
+    if "://" in folder:
+        raise UserError(
+            f"{folder} is an address, not a folder: mount the bucket, and name the folder where it is mounted"
+        )
     try:
         return pathlib.Path(folder).expanduser().absolute()
     except RuntimeError as error:

@@ -197,7 +197,7 @@ def files(tmp_path_factory) -> pathlib.Path:
         ([*TEN, "--arch=resnet8", "--mean=1,1,x", "--std=1,1,1"], "--mean takes three numbers"),
         ([*TEN, "--arch=resnet8", "--mean=1,1,inf", "--std=1,1,1"], "--mean takes three numbers"),
         ([*TEN, "--arch=resnet8", "--mean=1,1,1", "--std=1,1,0"], "--std takes three numbers"),
-        ([*TEN, "--arch=resnet8", "--workdir=run"], "Unknown command line flag 'workdir'"),
+        ([*TEN, "--arch=resnet8", "--workdir=run"], "unknown flag --workdir; known: --arch"),
         (["--checkpoint={}/seven.safetensors", "--out=run", "--arch=resnet8"], "7 classes are of no data set known"),
     ],
 )

@@ -154,7 +154,10 @@ def test_a_network_comes_in_again_under_any_names(converted, tmp_path, layout):
         (["--workdir={}", "--out=net.pth"], "ends in .safetensors; got net.pth"),
         (["--workdir={}", "--out=net.safetensors", "--layout=torchvison"], "did you mean 'torchvision'"),
         (["--workdir={}", "--out=net.safetensors", "--layout=timm"], "unknown layout of ResNet 'timm'"),
-        (["--workdir={}", "--out=net.safetensors", "--format=onnx"], "--format takes one of safetensors, stablehlo; got 'onnx'"),
+        (
+            ["--workdir={}", "--out=net.safetensors", "--format=onnx"],
+            "--format takes one of safetensors, stablehlo; got 'onnx'",
+        ),
         (["--workdir={}", "--out=missing/net.safetensors"], "missing/net.safetensors: "),
         (["--workdir={}/missing", "--out=net.safetensors"], "there is no workdir"),
         (["--workdir={}/checkpoints", "--out=net.safetensors"], "holds no run"),

@@ -327,7 +327,7 @@ print(len(data.train), len(data.test), data.mean)
             "prepare takes one dataset, such as tfds:cifar10; got tfds:cifar10 tfds:mnist",
         ),
         (["tfds:cifarr10"], "did you mean 'cifar10'"),
-        (["tfds:cifar10", "--datadir=d"], "Did you mean: data_dir"),
+        (["tfds:cifar10", "--datadir=d"], "did you mean --data_dir?"),
     ],
 )
 def test_prepare_used_wrongly(capsys, monkeypatch, tmp_path, arguments, says):
