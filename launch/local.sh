@@ -17,24 +17,6 @@ for argument in "$@"; do
     esac
 done
 
-# In the background, so that a signal sent to this script alone reaches the training, which then saves and stops. A
-# background process would ignore Ctrl-C; the terminal sends that to both.
-(
-    trap - INT
-    exec "$venv/bin/python" -m ftwt_jax train ${config:+"$config"} ${workdir:+"$workdir"} "$@"
-) &
-training=$!
-interrupted=1
-trap 'interrupted=1; kill -TERM "$training" 2>/dev/null || true' TERM
-trap 'interrupted=1' INT
-# A signal ends the waiting, not the training.
-while [ -n "$interrupted" ]; do
-    interrupted='' status=0
-    wait "$training" || status=$?
-done
-
-if [ "$status" = 0 ]; then
-    printf 'to use it yourself:  . %q\nthen, from any folder:  ftwt --help  (or python -m ftwt_jax)\n' \
-        "$venv/bin/activate" >&2
-fi
-exit "$status"
+# The next steps first, since the training takes the place of this script: signals and the exit status are its own.
+printf 'this environment is entered by  . %q  then, from any folder:  ftwt --help\n' "$venv/bin/activate" >&2
+exec "$venv/bin/python" -m ftwt_jax train ${config:+"$config"} ${workdir:+"$workdir"} "$@"

@@ -73,7 +73,7 @@ def checkout(tmp_path) -> pathlib.Path:
 def test_local_says_how_the_environment_is_entered_and_passes_the_status_on(checkout, status):
     done = launch(checkout / "launch" / "local.sh", cwd=checkout, env=os.environ | {"STATUS": str(status)})
     assert done.returncode == status
-    assert (f". {checkout}/.venv/bin/activate" in done.stderr) == (status == 0)
+    assert f". {checkout}/.venv/bin/activate" in done.stderr
     assert not done.stdout
 
 
