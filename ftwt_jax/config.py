@@ -193,7 +193,11 @@ def read(arguments: Sequence[str]) -> ConfigDict:
     file, _, arch = files[-1].partition(":")
     config = _run_config_file(_find(file), arch)
     for name, _, text in given:
-        if name != "config":
+        if name == "config.gates.softmax":
+            # A field of version 0.1: True left the choice to `norm`, False was what `norm=none` says today.
+            if text.lower() in ("false", "0"):
+                config.gates.norm = "none"
+        elif name != "config":
             _set_field(config, name.split(".")[1:], name, text)
     return config
 

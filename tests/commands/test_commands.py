@@ -179,6 +179,12 @@ def test_a_bare_name_is_a_bundled_config():
     assert config_of(["--config", "digits:resnet20", "--config.gates.r", "0.5"]).gates.r == 0.5
 
 
+def test_a_flag_of_an_older_version_is_understood():
+    assert config_of(["--config=digits", "--config.gates.softmax=False"]).gates.norm == "none"
+    flags = ["--config=digits", "--config.gates.norm=softmax", "--config.gates.softmax=True"]
+    assert config_of(flags).gates.norm == "softmax"
+
+
 def test_what_get_config_returns_must_be_a_config(capsys, tmp_path):
     (tmp_path / "mine.py").write_text("def get_config():\n    return {}\n")
     error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
