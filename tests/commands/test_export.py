@@ -181,5 +181,5 @@ def test_a_workdir_without_a_network(capsys, tmp_path, converted):
 def test_a_file_that_is_there_is_left_alone(capsys, tmp_path, converted):
     (tmp_path / "net.safetensors").write_text("mine")
     error = fails(capsys, "export", f"--workdir={converted}", f"--out={tmp_path / 'net.safetensors'}")
-    assert "is there already: choose another file with --out" in error
+    assert "already exists: choose another file with --out" in error
     assert (tmp_path / "net.safetensors").read_text() == "mine"

@@ -1,5 +1,6 @@
 """The command `export` to StableHLO: a program that runs where this package is not."""
 
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.gating.gates import GateControl
-from tests.conftest import fails
+from tests.conftest import ROOT, fails
 
 # All that a user needs; the second line stands for a machine without the package.
 SCRIPT = """
@@ -62,6 +63,11 @@ def test_a_masked_program_runs_any_number_of_images_elsewhere(program, tiny_run,
         printed, found = run_elsewhere(tmp_path, str(file), images[:samples])
         assert close(found, logits[:samples])
     assert all(platform in printed for platform in ("cpu", "cuda", "tpu"))
+    # The reader that the documentation shows, as it stands there.
+    (reader,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "speed.md").read_text(), re.DOTALL | re.MULTILINE)
+    command = [sys.executable, "-c", f"{reader}\nprint(logits.shape)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "(1, 10)", done.stderr
 
 
 def test_a_compact_program_runs_one_image_elsewhere(program, tiny_run, tmp_path, expected):
@@ -77,7 +83,7 @@ def test_the_baseline_is_exported_too_and_nothing_is_overwritten(program, capsys
     file = tmp_path / "network.stablehlo"
     program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--baseline")
     before = file.read_bytes()
-    assert "is there already" in fails(capsys, "export", f"--workdir={tiny_run[0]}", f"--out={file}")
+    assert "already exists" in fails(capsys, "export", f"--workdir={tiny_run[0]}", f"--out={file}")
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 

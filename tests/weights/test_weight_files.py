@@ -167,7 +167,7 @@ def test_an_existing_target_is_not_changed(capsys, tmp_path, kind):
     kept.write_text("mine")
     checkpoint = save(theirs.ResNet(), tmp_path / "net.safetensors")
     error = fails(capsys, "convert", ARCH, f"--checkpoint={checkpoint}", f"--out={out}")
-    assert "is there already: choose another folder with --out" in error
+    assert "already exists: choose another folder with --out" in error
     assert contents(tmp_path).keys() == {"net.safetensors", str(kept.relative_to(tmp_path))}
     assert kept.read_text() == "mine"
 
