@@ -1,11 +1,13 @@
 """What several test files need: the slow flag, the real program run as a process, and compact networks."""
 
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -75,25 +77,38 @@ class Program:
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory) -> Program:
-    folder = tmp_path_factory.mktemp("somewhere")
+def shared(tmp_path_factory) -> pathlib.Path:
+    """A folder that all workers see."""
     base = tmp_path_factory.getbasetemp()
-    # Beside the folders of all workers: what one process compiled, the others load.
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def program(shared, tmp_path_factory) -> Program:
+    folder = tmp_path_factory.mktemp("somewhere")
     settings = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "COLUMNS": "120",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        # What one process compiled, the others load.
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return Program(folder, os.environ | settings)
 
 
 @pytest.fixture(scope="session")
-def tiny_run(program, tmp_path_factory) -> tuple[pathlib.Path, str]:
-    """A finished tiny run: its workdir and what it printed."""
+def tiny_run(program, shared, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A finished tiny run: its workdir, a copy for each worker, and what it printed."""
+    trained, printed = shared / "tiny" / "run", shared / "tiny" / "printed.txt"
+    trained.parent.mkdir(exist_ok=True)
+    # The first worker to come here trains; the others wait for it.
+    with (shared / "tiny" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            printed.write_text(program.run("train", *TINY, f"--workdir={trained}"))
     workdir = tmp_path_factory.mktemp("tiny") / "run"
-    return workdir, program.run("train", *TINY, f"--workdir={workdir}")
+    shutil.copytree(trained, workdir)
+    return workdir, printed.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -198,7 +198,7 @@ def files(tmp_path_factory) -> pathlib.Path:
         ([*TEN, "--arch=resnet8", "--mean=1,1,inf", "--std=1,1,1"], "--mean takes three numbers"),
         ([*TEN, "--arch=resnet8", "--mean=1,1,1", "--std=1,1,0"], "--std takes three numbers"),
         ([*TEN, "--arch=resnet8", "--workdir=run"], "unknown flag --workdir; known: --arch"),
-        (["--checkpoint={}/seven.safetensors", "--out=run", "--arch=resnet8"], "7 classes are of no data set known"),
+        (["--checkpoint={}/seven.safetensors", "--out=run", "--arch=resnet8"], "no bundled data set has 7 classes"),
     ],
 )
 def test_wrong_flags(capsys, monkeypatch, tmp_path, files, arguments, says):

@@ -276,7 +276,7 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_is_evaluated(with_se
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--corruptions_from=tfds:cifar10_corrupted"], "says which images --corruptions is to take: give both"),
+        (["--corruptions_from=tfds:cifar10_corrupted"], "names the images that --corruptions takes: give both"),
         (["--corruptions", "--corruptions_from=cifar10_corrupted"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:"], "takes tfds:NAME, such as tfds:cifar10_corrupted"),
         (["--corruptions", "--corruptions_from=tfds:cifar10_corupted"], "did you mean 'cifar10_corrupted'"),
