@@ -265,7 +265,7 @@ def gate_logits(
     """
     channels = normalized(jnp.pad(pooled(maps, gates.pool), ((0, 0), (0, left_out))), gates.norm)
     here, kernel = channels[:, : maps.shape[-1]], jnp.asarray(weights["head_kernel"])
-    rest = jnp.broadcast_to(weights["head_bias"], (len(maps), weights["head_bias"].shape[-1]))
+    rest = jnp.broadcast_to(weights["head_bias"], (maps.shape[0], weights["head_bias"].shape[-1]))
     if left_out and gates.norm != "none":
         zero = channels[:, -1:]
         here, rest = here - zero, rest + zero * weights["head_sum"]

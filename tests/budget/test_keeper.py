@@ -199,7 +199,9 @@ def test_a_run_whose_offsets_are_lost_says_so(program, any_run, tmp_path, capsys
     shutil.copytree(any_run, workdir)
     (workdir / OFFSETS).unlink()
     shutil.rmtree(workdir / "checkpoints" / GATED / str(TINY_STEPS))
-    assert f"no offsets of the gates at {workdir / OFFSETS}" in fails(capsys, "train", *ANY, f"--workdir={workdir}")
+    assert f"{workdir / OFFSETS} does not exist: it would hold the offsets of the gates" in fails(
+        capsys, "train", *ANY, f"--workdir={workdir}"
+    )
 
 
 def test_fixed_masks_do_not_depend_on_the_image_and_keep_the_budget(static_run, any_run):
@@ -228,7 +230,7 @@ def test_eight_devices_train_for_the_same_budgets(program, any_run, tmp_path):
 )
 def test_bad_budgets_are_refused_before_anything_is_trained(capsys, tmp_path, budgets):
     flags = [*TINY, f"--config.gates.budgets={budgets}", f"--workdir={tmp_path / 'run'}"]
-    assert "the least and the most MACs reduction, (0.3, 0.8); got (" in fails(capsys, "train", *flags)
+    assert "the lowest and the highest MACs reduction, such as (0.3, 0.8); got (" in fails(capsys, "train", *flags)
     assert not (tmp_path / "run").exists()
 
 

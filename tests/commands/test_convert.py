@@ -187,7 +187,7 @@ def files(tmp_path_factory) -> pathlib.Path:
         (["--arch=resnet8", "--checkpoint={}/ten.safetensors"], "--out is missing"),
         (["--checkpoint={}/ten.safetensors", "--out=run"], "--arch is missing"),
         ([*TEN, "--arch=resnt20"], "did you mean 'resnet20'"),
-        ([*TEN, "--arch=resnet20", *RESNET8], "--arch=resnet20 is not the config's network"),
+        ([*TEN, "--arch=resnet20", *RESNET8], "--arch=resnet20 differs from the config's network"),
         ([*TEN, "--arch=vgg_bn"], "plan"),
         ([*TEN, "--arch=resnet8", "--config.gats.r=0.8"], "did you mean 'gates'"),
         ([*TEN, "--arch=resnet8", "--config.gates.r=8."], "must lie in (0, 1]"),

@@ -18,7 +18,7 @@ from ftwt_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.errors import UserError
-from ftwt_jax.training.run import open_run
+from ftwt_jax.training.run import make_run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED
 from tests.conftest import Program, fails
 from tests.data.test_tfds import command_in, python
@@ -204,7 +204,7 @@ def test_images_that_are_read_as_they_are_needed_are_corrupted_like_those_in_mem
     streamed = dataclasses.replace(data, test=Selection(data.test, np.arange(HELD_OUT)), resized_crop=True)
     seen = np.concatenate([batch["image"] for batch in eval_batches(streamed, streamed.test, 150)])
     held = dataclasses.replace(data, test=ArraySource(seen, data.test.labels))
-    found, wanted = (open_run(config, path, dataset=dataset) for dataset in (streamed, held))
+    found, wanted = (make_run(config, path, dataset=dataset) for dataset in (streamed, held))
     found, wanted = (sweep(run, applied(run)[4::5], "applied", Console(quiet=True))["rows"] for run in (found, wanted))
     assert len(found) == 6
     for row, same in zip(found, wanted, strict=True):

@@ -250,5 +250,5 @@ def test_a_network_is_not_evaluated_on_classes_it_was_not_trained_on(trained, qu
             (trained.images / split / "wasp").rename(trained.images / split / "bee")
     assert process.returncode == 2, error
     (line,) = [line for line in error.splitlines() if line.startswith("ftwt: error: ")]
-    assert "'bee' there, 'wasp' here" in line
+    assert "class 1 was 'bee' and is now 'wasp'" in line
     assert "trained on other classes" in line

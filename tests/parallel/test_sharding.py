@@ -23,9 +23,9 @@ from ftwt_jax.training.stage import make_stage
 from tests.conftest import ROOT, fails
 from tests.helpers.ten_steps import (
     DEVICES,
+    IMAGES,
     NETWORKS,
     PARTS,
-    PICTURES,
     PROGRAMS,
     STEPS,
     TEN_STEPS,
@@ -84,16 +84,16 @@ def find_unexpected(text: str, network: str, stage: str, kinds=("all-reduce",)):
     Returns:
       the unexpected arrays and their kinds; numbers exchanged by kind; number of parameters.
     """
-    run = make(NETWORKS[network], batch_size=PICTURES)
+    run = make(NETWORKS[network], batch_size=IMAGES)
     with short_networks():
         shapes = run.abstract_variables(stage)
-        images = jax.ShapeDtypeStruct((PICTURES, *run.dataset.image_shape), jnp.float32)
+        images = jax.ShapeDtypeStruct((IMAGES, *run.dataset.image_shape), jnp.float32)
         layers = jax.eval_shape(run.models[stage].apply, shapes, images).layers
     units = [layer for layer in layers if layer.unit]
     known = {leaf.size for leaf in jax.tree.leaves(shapes)} | {1, len(units)}
     for unit in units:
         of_one = {unit.positions, unit.positions * unit.out_features}
-        sizes = of_one | {n * size for n in (PICTURES // DEVICES, PICTURES) for size in {1, unit.out_features, *of_one}}
+        sizes = of_one | {n * size for n in (IMAGES // DEVICES, IMAGES) for size in {1, unit.out_features, *of_one}}
         assert not sizes & known, f"maps or masks of {unit.name} cannot be distinguished from parameters"
 
     found = collectives.find_collectives(hlo.parse(text))
@@ -120,7 +120,7 @@ def test_a_sharded_optimizer_also_gathers_parameters(programs):
     assert 0 < numbers["all-gather"] <= parameters
 
 
-@pytest.mark.parametrize(("name", "size"), [("maps", 8 * 8 * 24), ("masks", PICTURES * 24)])
+@pytest.mark.parametrize(("name", "size"), [("maps", 8 * 8 * 24), ("masks", IMAGES * 24)])
 def test_an_exchange_of_maps_or_masks_would_be_found(programs, name, size):
     unexpected, _, _ = find_unexpected(programs[name], "vgg", BASELINE, collectives.KINDS)
     assert size in {array.size for _, array in unexpected}

@@ -51,7 +51,7 @@ PUBLISHED = [
 ]
 NETWORKS = list(dict.fromkeys((data, arch) for data, arch, _, _ in PUBLISHED))
 
-PICTURES, BROKEN = 120, "cut.jpg"
+IMAGES, BROKEN = 120, "cut.jpg"
 needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="looks processes up in /proc")
 
 
@@ -88,7 +88,7 @@ def shared_memory() -> set[str]:
 def folder(tmp_path_factory) -> pathlib.Path:
     """Small JPEGs in two classes, and one that is cut off."""
     root, rng = tmp_path_factory.mktemp("jpegs"), np.random.default_rng(0)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         path = root / ("cats", "dogs")[number % 2] / f"{number:03}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(path)
@@ -183,7 +183,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
     assert 0 < low <= rate <= high
     assert cores == cpu_count()
     assert abs(per_core - rate / cores) <= 1
-    assert f"1 of {PICTURES + 1} images cannot be decoded" in printed
+    assert f"1 of {IMAGES + 1} images cannot be decoded" in printed
 
 
 @pytest.mark.parametrize(
