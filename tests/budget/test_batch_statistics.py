@@ -33,7 +33,7 @@ def batch(seed: int, padding: int = 0) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def measured():
     """What measures, and a gated network's variables with nothing left at its first value."""
-    model = ftwt.create_model("vgg_bn", 4, gates=ftwt.GateConfig(), plan=PLAN)
+    model = ftwt.create_model("vgg_bn", 4, gates=ftwt.GateConfig.paper(), plan=PLAN)
     variables = random_like(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
     return BatchStatistics(model, normalize, data_mesh()), variables
 

@@ -13,6 +13,8 @@ from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.training.evaluator import Evaluator
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PLAN = (8, "M", 12, 16)
 
 

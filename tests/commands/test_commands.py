@@ -7,6 +7,8 @@ import pytest
 from ftwt_jax.__main__ import main
 from tests.conftest import ROOT, config_of, fails
 
+pytestmark = pytest.mark.long
+
 DIGITS = "--config=configs/digits.py"
 
 

@@ -148,7 +148,7 @@ def test_the_number_of_threads_changes_nothing(one_by_one, monkeypatch):
         return [next(batches) for _ in range(4)]
 
     wanted = read()
-    monkeypatch.setattr("ftwt_jax.data.pipeline.threads", lambda: 5)
+    monkeypatch.setattr("ftwt_jax.data.pipeline.cpu_count", lambda: 5)
     jax.tree.map(np.testing.assert_array_equal, read(), wanted)
 
 

@@ -13,6 +13,8 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT, TINY
 
+pytestmark = pytest.mark.long
+
 # Read by Python when it starts: modules of other packages are not found, as if they were not installed.
 SITECUSTOMIZE = """
 import sys

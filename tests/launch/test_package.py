@@ -19,7 +19,7 @@ from tests.conftest import ROOT, TINY, Program
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs the package `build`")
 
 # Folders of the repository whose files are no part of what is installed.
-ELSEWHERE = ("tests/", "studies/", "results/", "docs/", ".")
+ELSEWHERE = ("tests/", "studies/", "results/", "docs/", "mkdocs.yml", ".")
 
 
 def run(*command, cwd: pathlib.Path = ROOT, env: dict[str, str] | None = None) -> str:

@@ -15,6 +15,8 @@ from ftwt_jax.plan import cost, hlo
 from tests.conftest import ROOT, needs_libtpu
 from tests.helpers.hlo_programs import DEVICES, FILTERS, PARTS, TRIPS
 
+pytestmark = pytest.mark.long
+
 PLATFORMS = ["cpu", pytest.param("tpu", marks=needs_libtpu)]
 on_a_tpu = pytest.mark.parametrize("programs", PLATFORMS[1:], indirect=True)
 

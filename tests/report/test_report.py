@@ -23,6 +23,8 @@ from ftwt_jax.training.run import open_run
 from tests.conftest import config_of, fails
 from tests.helpers.reports import MOVED, STRANGE, change_json, copies
 
+pytestmark = pytest.mark.long
+
 
 class Page(html.parser.HTMLParser):
     """The text of a page, its tags with their attributes, and its preformatted blocks."""

@@ -20,6 +20,8 @@ from ftwt_jax.workdir.integrity import LIST, damage, write_list
 from tests.conftest import TINY, TINY_STEPS, fails
 from tests.helpers.processes import assert_ends_like, completed
 
+pytestmark = pytest.mark.long
+
 # Step of the checkpoint before the newest.
 BEFORE = 20
 

@@ -14,6 +14,8 @@ from tests.commands.test_train import reached
 from tests.conftest import TINY, fails, read_metrics
 from tests.helpers.processes import being_written, completed, wait_until, went_on
 
+pytestmark = pytest.mark.long
+
 # Checkpoints of 4.7 MB each, at steps 4, 8 and 11.
 LARGE = (*TINY, "--config.model.plan=(8,'M',256,256)", "--config.baseline.epochs=1", "--config.gates.epochs=0")
 # Enough steps to fill whatever space the files still have.

@@ -12,6 +12,8 @@ from ftwt_jax.parallel.sharding import data_mesh, put_batch, replicated
 from ftwt_jax.training import optim
 from ftwt_jax.training.step import GateTraining, create_state, make_train_step, normalizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPOCHS, PER_EPOCH = 200, 10
 TOTAL = EPOCHS * PER_EPOCH
 

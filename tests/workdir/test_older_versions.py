@@ -17,6 +17,8 @@ from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.training.run import load_run
 from tests.conftest import ROOT, fails, read_metrics
 
+pytestmark = pytest.mark.long
+
 ARCHIVE = ROOT / "tests" / "fixtures" / "version_0_1.tar.xz"
 
 
