@@ -21,7 +21,13 @@ from ftwt_jax.models import options_of
 # Where the code lies: a checkout, or the folder that packages are installed in.
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # What fields mean in a config that was written before there were such fields.
-BEFORE = {"accumulate": 1, "shard_optimizer": False, "gates": {"calibrate": False, "static": False, "budgets": None}}
+BEFORE = {
+    "accumulate": 1,
+    "shard_optimizer": False,
+    "steps_per_call": None,
+    "data": {"on_device": None},
+    "gates": {"calibrate": False, "static": False, "budgets": None},
+}
 # How messages call the types of fields.
 _KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text", "tuple": "a tuple"}
 _OVERRIDE = re.compile(
@@ -73,6 +79,8 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 "data_dir": placeholder(str),
                 # Share held out of a folder that is one tree of classes.
                 "test_fraction": placeholder(float),
+                # Whether training images are kept on the devices; None: if they are in memory and fit.
+                "on_device": placeholder(bool),
             },
             "model": {
                 "name": arch,
@@ -88,6 +96,8 @@ def default_config(arch: str, stem: str) -> ConfigDict:
             "accumulate": 1,
             # Shards the optimizer's state over the devices.
             "shard_optimizer": False,
+            # Most steps of one call, with images on the devices; None: what takes half a second.
+            "steps_per_call": placeholder(int),
             # Steps between two reports, and between two evaluations with a checkpoint.
             "log_every": 50,
             "checkpoint_every": 1000,

@@ -9,7 +9,6 @@ from jaxtyping import Array
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.variables import fix_gates, shift_gates
 from ftwt_jax.parallel.processes import barrier
 from ftwt_jax.training.loop import Hook
@@ -54,14 +53,19 @@ class BudgetKeeper(Hook):
         self._shift = jax.jit(_shifted, out_shardings=stage.shardings.params)
         self._table: dict[str, list[float]] | None = None
 
-    def control(self, step: int) -> GateControl:
-        """What `step`, counted from 1, is trained with."""
+    def offset(self, step: int) -> float:
+        """What is added to all gate logits in `step`, counted from 1."""
         if self._range is None or step <= self._frozen:
-            return super().control(step)
+            return 0.0
         if self._table is None:
             self._table = workdir.read_json(self.run.workdir / OFFSETS, "offsets of the gates")
         budget = np.random.default_rng((self._seed, step)).uniform(*self._range)
-        return self.control_at(float(np.interp(budget, self._table["budgets"], self._table["offsets"])))
+        return float(np.interp(budget, self._table["budgets"], self._table["offsets"]))
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The steps after which `after` has something to do."""
+        return (self._frozen, self._last)
 
     def comparable(self, step: int) -> bool:
         """Whether the accuracy after this step is one at the budget, which it is not before the first calibration."""
@@ -69,7 +73,7 @@ class BudgetKeeper(Hook):
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state to go on with after `step`; the same one unless it is time to calibrate."""
-        if step not in (self._frozen, self._last):
+        if step not in self.stops:
             return state
         network = CalibratedNetwork(self._calibration, state.variables, self.r, self._static)
         if self._static and step == self._frozen:

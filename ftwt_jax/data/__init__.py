@@ -38,6 +38,10 @@ FAMILIES: dict[str, Loader] = {
 }
 
 
+# The field of `config.data` that is no loader's: where training keeps the images (see `resident.place`).
+ON_DEVICE = "on_device"
+
+
 def absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a data set with its folders made absolute, so that they hold from any current directory."""
     changed = dict(options)
@@ -87,6 +91,7 @@ def _find(name: str, options: Mapping[str, Any]) -> tuple[Loader, list[str], dic
     loader = (FAMILIES if colon else REGISTRY).get(kind)
     if loader is None:
         raise unknown_name("data set", name, [*REGISTRY, *(f"{family}:{place or name}" for family in FAMILIES)])
+    options = {option: value for option, value in options.items() if option != ON_DEVICE}
     parameters = inspect.signature(loader.load).parameters
     defaults = {option: parameter.default for option, parameter in parameters.items() if option != "place"}
     given = {option: value for option, value in options.items() if value is not None}

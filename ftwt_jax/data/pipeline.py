@@ -1,16 +1,19 @@
-"""Batches for training and evaluation, fed through Grain: deterministic, sharded per process, resumable."""
+"""Batches for training and evaluation: deterministic, sharded per process, resumable.
+
+Images that are read from files come through Grain, which reads ahead; those in memory are only copied.
+"""
 
 import concurrent.futures
 import sys
 from collections.abc import Callable, Iterator
 
-import grain
 import jax
 import numpy as np
 
 from ftwt_jax.data.build import checked_label
 from ftwt_jax.data.decoding import BrokenImageError, LazyImage
-from ftwt_jax.data.source import ArraySource, Dataset, Source
+from ftwt_jax.data.order import Order
+from ftwt_jax.data.source import Dataset, Source
 from ftwt_jax.data.views import central_view, random_view
 from ftwt_jax.parallel.processes import cpu_count
 
@@ -39,7 +42,7 @@ def train_batches(
       uint32 [B].
     """
     first, share = _part(batch_size)
-    order = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
+    order = Order(len(dataset.train), seed)
     size, flip = dataset.image_shape[0], dataset.flip
 
     def view(image: LazyImage, position: int) -> np.ndarray:
@@ -49,7 +52,7 @@ def train_batches(
 
     def gather(step: int) -> Batch:
         positions = step * batch_size + first + np.arange(share)
-        indices = np.array([order[int(position)] for position in positions], np.int64)
+        indices = order(positions)
         batch, missing = read(indices, positions)
         while missing.any():
             # An image that cannot be decoded is replaced by the next one that can.
@@ -60,8 +63,7 @@ def train_batches(
                 batch[key][places] = values
         return batch | {"index": indices.astype(np.int32), "position": positions.astype(np.uint32)}
 
-    steps = grain.MapDataset.range(start, stop).map(gather)
-    yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
+    yield from _read_ahead(range(start, stop), gather, dataset.arrays(dataset.train) is not None)
 
 
 def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
@@ -85,8 +87,17 @@ def eval_batches(dataset: Dataset, source: Source, batch_size: int, limit: int |
         batch, missing = read(np.minimum(places, count - 1) * len(source) // count, places)
         return batch | {"weight": ((places < count) & ~missing).astype(np.float32)}
 
-    starts = grain.MapDataset.range(0, count, batch_size).map(gather)
-    yield from starts.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
+    yield from _read_ahead(range(0, count, batch_size), gather, dataset.arrays(source) is not None)
+
+
+def _read_ahead(numbers: range, gather: Callable[[int], Batch], at_hand: bool) -> Iterator[Batch]:
+    """A batch for each number, `AHEAD` of them read before they are asked for; `at_hand`: made when asked for."""
+    if at_hand:
+        return map(gather, numbers)
+    import grain
+
+    batches = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(gather)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
 
 
 def _part(batch_size: int) -> tuple[int, int]:
@@ -99,9 +110,10 @@ def _reader(
     dataset: Dataset, source: Source, view: Callable[[LazyImage, int], np.ndarray]
 ) -> Callable[[np.ndarray, np.ndarray], tuple[Batch, np.ndarray]]:
     """A function from indices and positions, int64 [B], to a batch and to which images cannot be decoded, bool [B]."""
-    if isinstance(source, ArraySource) and not dataset.resized_crop:
+    arrays = dataset.arrays(source)
+    if arrays is not None:
         return lambda indices, positions: (
-            {"image": source.images[indices], "label": source.labels[indices].astype(np.int32)},
+            {"image": arrays.images[indices], "label": arrays.labels[indices].astype(np.int32)},
             np.zeros(len(indices), bool),
         )
     # Threads, not processes: decoders release Python's lock, and nothing outlives a run that is killed.

@@ -87,6 +87,10 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
+    def arrays(self, source: Source) -> ArraySource | None:
+        """`source` if it holds its images in memory as the network takes them, so that none has to be decoded."""
+        return source if isinstance(source, ArraySource) and not self.resized_crop else None
+
     def describe(self) -> dict[str, Any]:
         """The facts about the data that are kept with a trained network, as plain JSON data."""
         return {

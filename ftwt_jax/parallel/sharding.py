@@ -61,9 +61,14 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str, parts: int = 1) ->
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Makes global arrays, split over the mesh, of this process's share of a batch."""
+    """Makes global arrays, split over the mesh, of this process's share of a batch, unless they are there."""
     sharding = split(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: Any) -> jax.Array:
+        there = isinstance(x, jax.Array) and x.sharding == sharding
+        return x if there else jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch)
 
 
 def put_whole(tree: Any, shardings: Any) -> Any:

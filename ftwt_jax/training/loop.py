@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.processes import Preempted, Preemption
-from ftwt_jax.parallel.sharding import put_batch, put_whole, replicated
+from ftwt_jax.parallel.sharding import put_whole, replicated
+from ftwt_jax.training.feed import Calls, Pace, make_feed
 from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, SECTIONS
@@ -34,15 +32,15 @@ class Hook:
 
     def __init__(self, run: Run, r: float = 1.0):
         self.run, self.r = run, r
-        self._fixed = self.control_at(0.0)
 
-    def control_at(self, offset: float) -> GateControl:
-        """A step's control with this offset to all gate logits."""
-        return self.run.replicated(GateControl(r=jnp.float32(self.r), offset=jnp.float32(offset)))
+    def offset(self, step: int) -> float:
+        """What is added to all gate logits in `step`, counted from 1."""
+        return 0.0
 
-    def control(self, step: int) -> GateControl:
-        """What `step`, counted from 1, is trained with."""
-        return self._fixed
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The steps after which `after` has something to do."""
+        return ()
 
     def after(self, state: TrainState, step: int) -> TrainState:
         """The state to go on with after `step`."""
@@ -99,42 +97,53 @@ class _Loop:
             self._writer.close()
 
     def _steps(self, state: TrainState, start: int) -> TrainState:
-        config, stage = self._run.config, self._stage
-        total = stage.total
-        batches = train_batches(self._run.dataset, config.batch_size, stage.seed, start, total)
-        watch, newest = Stopwatch(), None
-        pending: list[Any] = []
-        for step in range(start + 1, total + 1):
-            batch = watch.next_batch(batches, newest)
-            state, metrics = stage.step(state, put_batch(batch, self._run.mesh), self._hook.control(step))
-            pending.append(metrics)
+        config, total = self._run.config, self._stage.total
+        feed = make_feed(self._run, self._stage, start)
+        pace, watch = Pace(feed.most, config.steps_per_call), Stopwatch()
+        pending: Calls = []
+        step, newest, before, compiling = start, None, 0, True
+        while step < total:
+            count = min(pace.steps, self._next_stop(step) - step)
+            with watch.input(newest):
+                inputs = feed.inputs(step, count)
+            offsets = [self._hook.offset(step + 1 + index) for index in range(count)]
+            state, calls = feed.run(state, inputs, self._hook.r, offsets)
+            pending += calls
             if newest is not None:
-                # One step ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
+                # One call ahead is enough to keep the device busy; more would only hold batches, and Ctrl-C, up.
                 newest.block_until_ready()
-            newest = metrics["loss"]
-            if step == start + 1:
+                pace.ended(before)
+            newest, before = calls[-1][0]["loss"], count
+            step += count
+            if compiling:
                 # The first step compiles; the rate that is shown leaves it out.
-                jax.block_until_ready(metrics)
-                watch = Stopwatch()
+                newest.block_until_ready()
+                watch, compiling = Stopwatch(), False
+                pace.resume()
             else:
-                watch.add(config.batch_size)
+                watch.add(count * config.batch_size)
             state = self._hook.after(state, step)
             self._display.advance(step)
             save = step % config.checkpoint_every == 0 or step == total
             if save or step % config.log_every == 0:
                 self._report(state, step, pending, watch, evaluated=save)
                 pending, watch = [], Stopwatch()
+                pace.resume()
             if self._preemption.reached(self._offset + step):
                 if pending:
                     self._report(state, step, pending, watch)
                 if not save:
                     self._checkpoints.save(state)
-                raise Preempted(f"{stage.name} stopped at step {step} of {total}; everything is saved")
+                raise Preempted(f"{self._stage.name} stopped at step {step} of {total}; everything is saved")
         return state
 
-    def _report(
-        self, state: TrainState, step: int, pending: list[Any], watch: Stopwatch, evaluated: bool = False
-    ) -> None:
+    def _next_stop(self, step: int) -> int:
+        """The first step after `step` with something to do outside of the device."""
+        config = self._run.config
+        regular = (step + every - step % every for every in (config.log_every, config.checkpoint_every))
+        return min(*regular, self._stage.total, *(stop for stop in self._hook.stops if stop > step))
+
+    def _report(self, state: TrainState, step: int, pending: Calls, watch: Stopwatch, evaluated: bool = False) -> None:
         """Writes and shows the means since the last report; with `evaluated`, evaluates and saves the network too."""
         scalars = self._collect(pending, step)
         scalars |= {"learning_rate": float(self._stage.rate(step - 1)), **watch.read()}
@@ -147,15 +156,16 @@ class _Loop:
             comparable = self._hook.comparable(step)
             self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]} if comparable else None)
 
-    def _collect(self, pending: list[Any], step: int) -> dict[str, float]:
+    def _collect(self, pending: Calls, step: int) -> dict[str, float]:
         """Means of the steps since the last report; the one place where the loop waits for the device."""
-        rows = jax.device_get(pending)
-        first = step - len(rows) + 1
-        for index, row in enumerate(rows):
-            for name in ("loss", "gate_loss", "grad_norm"):
-                if name in row and not np.isfinite(row[name]):
-                    raise self._diverged(name, row[name], first + index)
-        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        rows, counts = zip(*pending, strict=True)
+        parts = list(zip(jax.device_get(rows), counts, strict=True))
+        values = {name: np.concatenate([np.ravel(row[name])[:count] for row, count in parts]) for name in parts[0][0]}
+        for name in ("loss", "gate_loss", "grad_norm"):
+            bad = np.flatnonzero(~np.isfinite(values.get(name, ())))
+            if bad.size:
+                raise self._diverged(name, values[name][bad[0]], step - len(values[name]) + 1 + int(bad[0]))
+        return {name: float(np.mean(found)) for name, found in values.items()}
 
     def _diverged(self, name: str, value: float, step: int) -> UserError:
         newest = self._checkpoints.latest_step()
@@ -166,8 +176,9 @@ class _Loop:
         )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        evaluator = self._run.evaluator(self._stage.name)
-        found = evaluator.run(state.variables, self._run.test_batches(), self._hook.r)
+        run = self._run
+        batches = run.test_batches() if run.resident is None else run.placed_test_batches
+        found = run.evaluator(self._stage.name).run(state.variables, batches, self._hook.r)
         scalars = {"eval_accuracy": found.accuracy}
         if found.gates is not None:
             scalars["eval_macs_reduction"] = found.macs_reduction

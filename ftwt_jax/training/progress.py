@@ -1,8 +1,8 @@
 """What a run shows while it trains: a progress bar, or plain lines."""
 
+import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -72,18 +72,17 @@ class Stopwatch:
     def __init__(self) -> None:
         self._time, self._images, self._waited = time.perf_counter(), 0, 0.0
 
-    def next_batch(self, batches: Iterator[Any], before: jax.Array | None) -> Any:
-        """The next batch; all the time that it takes counts as waiting, unless the device is busy to the end of it.
+    @contextlib.contextmanager
+    def input(self, before: jax.Array | None) -> Iterator[None]:
+        """Counts the time of the block as waiting for input, unless the device is busy to the end of it.
 
         Args:
-          batches: where it comes from.
           before: a result of the step before, by which it is known whether that step has ended.
         """
         start = time.perf_counter()
-        batch = next(batches)
+        yield
         if before is None or before.is_ready():
             self._waited += time.perf_counter() - start
-        return batch
 
     def add(self, images: int) -> None:
         """Counts images that have been dealt with."""

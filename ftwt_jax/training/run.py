@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,11 @@ from ml_collections import ConfigDict
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import for_channels
 from ftwt_jax.data.pipeline import eval_batches
+from ftwt_jax.data.resident import Resident, place
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
 from ftwt_jax.models import create_model
-from ftwt_jax.parallel.sharding import data_mesh, put_whole, replicated
+from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated
 from ftwt_jax.training.evaluator import Evaluator
 from ftwt_jax.training.settings import (
     BASELINE,
@@ -160,14 +162,24 @@ class Run:
             self._evaluators[stage, masks] = Evaluator(self.models[stage], self.normalize, self.mesh, masks)
         return self._evaluators[stage, masks]
 
+    @functools.cached_property
+    def resident(self) -> Resident | None:
+        """The training images on the devices; None where they do not fit or are not wanted there."""
+        return place(self.dataset, self.mesh, self.config.data.on_device)
+
     @property
     def eval_batch_size(self) -> int:
         """The config's, rounded up to a multiple of the number of devices; no figure depends on it."""
         return -(-self.config.eval_batch_size // self.mesh.size) * self.mesh.size
 
     def test_batches(self) -> Any:
-        """The held-out split."""
+        """The held-out split, as `eval_batches` gives it."""
         return eval_batches(self.dataset, self.dataset.test, self.eval_batch_size)
+
+    @functools.cached_property
+    def placed_test_batches(self) -> list[Any]:
+        """The same on the devices, for a training that evaluates often and keeps its own images there."""
+        return [put_batch(batch, self.mesh) for batch in self.test_batches()]
 
 
 def make_run(

@@ -35,6 +35,8 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
     for field in ("log_every", "checkpoint_every"):
         if config[field] < 1:
             raise UserError(f"config.{field} is a number of steps, at least 1; got {config[field]}")
+    if config.steps_per_call is not None and config.steps_per_call < 1:
+        raise UserError(f"config.steps_per_call is a number of steps, at least 1; got {config.steps_per_call}")
     for section in SECTIONS.values():
         optim.check_stage(config[section])
     budget_range(config.gates)

@@ -16,7 +16,15 @@ from ftwt_jax.parallel.sharding import replicated, split
 from ftwt_jax.training import optim
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import GATED, STAGES
-from ftwt_jax.training.step import GateTraining, TrainState, create_state, make_train_step, state_shardings
+from ftwt_jax.training.step import (
+    GateTraining,
+    Step,
+    TrainState,
+    compiled_step,
+    create_state,
+    state_shardings,
+    step_function,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Stage:
       total: number of steps.
       seed: of the order of the images and of their augmentation.
       rate: the backbone's learning rate at a step.
-      step: the jitted step, (state, batch, control) -> (state, metrics); compiled when first called.
+      function: the step, (state, batch, control) -> (state, metrics), to be traced.
+      step: the same as a program, compiled when first called.
       state, batch, control: shapes, dtypes and shardings of what the step takes; `batch` is that of all processes.
     """
 
@@ -37,7 +46,8 @@ class Stage:
     seed: int
     optimizer: optax.GradientTransformation
     rate: Callable[[int], Any]
-    step: Callable[..., tuple[TrainState, dict[str, Any]]]
+    function: Step
+    step: Step
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     control: GateControl
@@ -64,7 +74,7 @@ def make_stage(run: Run, name: str) -> Stage:
         return run.normalize(augment(batch["image"], batch["position"]) if augment else batch["image"])
 
     gates = GateTraining(optim.gate_weight(settings, total), settings.loss_reduction) if gated else None
-    step = make_train_step(run.models[name], optimizer, prepare, mesh, gates, config.accumulate, shardings)
+    function = step_function(run.models[name], optimizer, prepare, mesh, gates, config.accumulate)
 
     def example(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=split(mesh))
@@ -76,7 +86,8 @@ def make_stage(run: Run, name: str) -> Stage:
         seed=seed,
         optimizer=optimizer,
         rate=rate,
-        step=step,
+        function=function,
+        step=compiled_step(function, mesh, shardings),
         state=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
         batch={
             "image": example(run.dataset.image_shape, jnp.uint8),

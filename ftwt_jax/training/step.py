@@ -37,6 +37,9 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
+Step = Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[TrainState, Metrics]]
+
+
 def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step: a copy, since steps donate it and `variables` may be used again."""
     params, batch_stats = (jax.tree.map(jnp.copy, variables[kind]) for kind in ("params", "batch_stats"))
@@ -87,11 +90,40 @@ def make_train_step(
     gates: GateTraining | None = None,
     accumulate: int = 1,
     shardings: TrainState | None = None,
-) -> Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[TrainState, Metrics]]:
-    """Builds the jit-compiled step: (state, batch, control) -> (state, metrics of this batch).
+) -> Step:
+    """`step_function` as a compiled program that donates the state.
 
-    `control` is a `GateControl` with r and offset, or r alone; both are traced. The state is donated. The batch is
-    split over the mesh; batch norm and losses run over the whole of it, or over each of its parts.
+    Args:
+      shardings: see `state_shardings`; None: everything on every device.
+    """
+    kept = replicated(mesh) if shardings is None else shardings
+    return compiled_step(step_function(model, optimizer, prepare, mesh, gates, accumulate), mesh, kept)
+
+
+def compiled_step(step: Step, mesh: Mesh, shardings: Any) -> Step:
+    """A step as a program that is compiled when first called; it donates the state."""
+    whole = replicated(mesh)
+    return jit_on(
+        mesh,
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, split(mesh), whole),
+        out_shardings=(shardings, whole),
+    )
+
+
+def step_function(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    prepare: Callable[[dict[str, Array]], Array],
+    mesh: Mesh,
+    gates: GateTraining | None = None,
+    accumulate: int = 1,
+) -> Step:
+    """The step: (state, batch, control) -> (state, metrics of this batch).
+
+    `control` is a `GateControl` with r and offset, or r alone; both are traced. The batch is split over the mesh; batch
+    norm and losses run over the whole of it, or over each of its parts.
 
     Args:
       prepare: turns a batch into the network's input: augmentation and normalisation.
@@ -99,7 +131,6 @@ def make_train_step(
       accumulate: parts of a batch that run one after the other, where the whole does not fit. Gradients and metrics are
         means over the parts; each part has its own batch statistics. Image i is in part i % accumulate, on however many
         devices.
-      shardings: see `state_shardings`; None: everything on every device.
     """
 
     def loss_and_grads(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
@@ -142,7 +173,7 @@ def make_train_step(
         means = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
         return jax.tree.map(lambda x: x / accumulate, sums), batch_stats, means
 
-    whole, parts = replicated(mesh), split(mesh)
+    whole = replicated(mesh)
 
     def step(state: TrainState, batch: dict[str, Array], control: GateControl | Array) -> tuple[TrainState, Metrics]:
         control = control if isinstance(control, GateControl) else GateControl(r=control)
@@ -154,5 +185,4 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    kept = whole if shardings is None else shardings
-    return jit_on(mesh, step, donate_argnums=0, in_shardings=(kept, parts, whole), out_shardings=(kept, whole))
+    return step
