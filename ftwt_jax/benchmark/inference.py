@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftwt_jax import workdir
+from ftwt_jax.benchmark.feeds import time_feeds
 from ftwt_jax.benchmark.training import time_steps
 from ftwt_jax.budget.trained import Subject
 from ftwt_jax.errors import UserError
@@ -74,6 +75,7 @@ def benchmark(
         result["torch_ms"], result["torch_compact_ms"] = _against_torch(subject, quick.logits, batches)
     if train:
         result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:])
+        result |= time_feeds(subject, result["train_batch"])
     _print(result, console)
     if out is not None:
         folder = workdir.absolute(out)
@@ -170,5 +172,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f"{result['train_gated_images_per_second']:.0f} images/s; a gated step takes "
             f"{result['train_overhead']:.2f} times as long"
         )
+    for place in ("host", "device"):
+        if f"train_{place}_share" in result:
+            rate, share = result[f"train_{place}_images_per_second"], result[f"train_{place}_share"]
+            lines.append(f"dense, images from the {place}: {rate:.0f} images/s; the host takes {share:.0%} of the time")
     for line in lines:
         say(console, line)

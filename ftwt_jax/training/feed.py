@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ftwt_jax.data.order import Order
@@ -60,9 +61,14 @@ def make_feed(run: Run, stage: Stage, start: int) -> Feed:
                 "wanted: leave it out, or see config.data.on_device"
             )
         return HostFeed(run, stage, start)
-    in_loop = run.mesh.devices.flat[0].platform != "cpu"
+    in_loop = runs_in_loop(run.mesh)
     most = wanted or (min(MOST_STEPS, run.config.log_every) if in_loop else 1)
     return DeviceFeed(run, stage, resident, most, in_loop)
+
+
+def runs_in_loop(mesh: Mesh) -> bool:
+    """Whether the steps of a call are one program on these devices."""
+    return mesh.devices.flat[0].platform != "cpu"
 
 
 class Pace:
@@ -105,13 +111,17 @@ class HostFeed:
         """The next batch."""
         return next(self._batches)
 
+    def placed(self, inputs: Any) -> Any:
+        """A batch on the devices, which may be run again."""
+        return put_batch(inputs, self._run.mesh)
+
     def run(self, state: TrainState, inputs: Any, r: float, offsets: list[float]) -> tuple[TrainState, Calls]:
         """Runs one step."""
         values = (r, offsets[0])
         if self._control is None or self._control[0] != values:
             control: Any = GateControl(r=np.float32(r), offset=np.float32(offsets[0]))  # type: ignore[arg-type]
             self._control = values, self._run.replicated(control)
-        state, metrics = self._stage.step(state, put_batch(inputs, self._run.mesh), self._control[1])
+        state, metrics = self._stage.step(state, self.placed(inputs), self._control[1])
         return state, [(metrics, 1)]
 
 

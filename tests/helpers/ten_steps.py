@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import pathlib
 import sys
@@ -17,6 +18,7 @@ DEVICES, STEPS, PARTS, R = 8, 10, 4, 0.86
 SLOW = ("--config.baseline.lr=0.01", "--config.gates.lr=0.01", "--config.gates.head_lr=0.01")
 TEN_STEPS = ("--config=configs/digits.py", "--config.model.plan=(8,'M',16)", "--config.batch_size=64", *SLOW)
 VARIANTS = {"at once": {}, "parts": {"accumulate": PARTS}, "divided": {"shard_optimizer": True}}
+PLACES = {"whole": False, "split": True}
 # A multiple of the devices, and not of the devices times the parts.
 REFUSED = (*TEN_STEPS, f"--config.accumulate={PARTS}", "--config.batch_size=72")
 
@@ -108,12 +110,31 @@ def results(variants):
         yield variant, *ten_steps(make(**VARIANTS[variant]), GATED)
 
 
+def from_devices(shard):
+    """The same of gates on images that are on the devices, whole on each or split over them, four steps in a call."""
+    from ftwt_jax.data import resident
+    from ftwt_jax.training.feed import DeviceFeed
+    from ftwt_jax.training.settings import GATED
+
+    run = make()
+    stage, state, _, _ = start(run, GATED)
+    feed = DeviceFeed(run, stage, resident.put(run.dataset.train, run.mesh, shard), most=4, in_loop=True)
+    rows = []
+    for step in range(0, STEPS, 4):
+        count = min(4, STEPS - step)
+        state, [(metrics, _)] = feed.run(state, feed.inputs(step, count), R, [0.0] * count)
+        rows.append({name: values[:count] for name, values in jax.device_get(metrics).items()})
+    numbers = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return numbers | named(state), feed._program, state
+
+
 def write_numbers(folder):
-    """`NAME.npz` of the baseline and each variant, and `facts.json`."""
+    """`NAME.npz` of the baseline, each variant and each place of the images, and `facts.json`."""
     from ftwt_jax.__main__ import main
 
     facts = {"devices": jax.device_count(), "compiled": {}}
-    for name, numbers, step, state in results(VARIANTS):
+    places = ((name, *from_devices(shard)) for name, shard in PLACES.items())
+    for name, numbers, step, state in itertools.chain(results(VARIANTS), places):
         np.savez(folder / f"{name}.npz", **numbers)
         facts["compiled"][name] = step._cache_size()
         # Of each array of the optimizer: its shape, and the part on each device.

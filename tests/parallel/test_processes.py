@@ -17,7 +17,7 @@ import pytest
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
 from ftwt_jax.parallel import processes
-from ftwt_jax.training import loop
+from ftwt_jax.training import feed
 from ftwt_jax.training.run import open_run
 from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.training.stage import make_stage
@@ -34,20 +34,25 @@ RUN = (
     *("train", *TINY, f"--config.batch_size={BATCH}", "--config.log_every=1", "--config.checkpoint_every=5"),
     *("--config.baseline.epochs=1", "--config.gates.epochs=1"),
     *("--config.baseline.lr=0.01", "--config.gates.lr=0.01", "--config.gates.head_lr=0.3"),
+    "--config.data.on_device=False",
 )
-DIVIDED = (*RUN, "--config.gates.epochs=0", "--config.shard_optimizer=True")
+# On images that are on the devices, three steps in a call.
+DIVIDED = (
+    *(*RUN, "--config.gates.epochs=0", "--config.shard_optimizer=True"),
+    *("--config.data.on_device=True", "--config.steps_per_call=3"),
+)
 
 # Runs two commands in a row, and records in FOLDER which images each process receives.
 RECORDING = """
 import json, os, sys
-from ftwt_jax.training import loop
+from ftwt_jax.training import feed
 from ftwt_jax.__main__ import main
 folder, *commands = map(json.loads, sys.argv[1:])
-put_batch, log = loop.put_batch, open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a")
+put_batch, log = feed.put_batch, open(os.path.join(folder, os.environ["JAX_PROCESS_ID"]), "a")
 def recording(batch, mesh):
     print(json.dumps(batch["index"].tolist()), file=log, flush=True)
     return put_batch(batch, mesh)
-loop.put_batch = recording
+feed.put_batch = recording
 sys.exit(max([main(command) for command in commands]))
 """
 
@@ -107,12 +112,12 @@ def alone(quick_compilation, tmp_path_factory):
     assert jax.device_count() == 1
     workdir, received, printed = tmp_path_factory.mktemp("alone") / "run", [], io.StringIO()
 
-    def recording(batch, mesh, put_batch=loop.put_batch):
+    def recording(batch, mesh, put_batch=feed.put_batch):
         received.append(batch["index"])
         return put_batch(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(loop, "put_batch", recording)
+        patch.setattr(feed, "put_batch", recording)
         assert main([*RUN, f"--workdir={workdir}"]) == 0
     return Trained(workdir, [printed.getvalue()], [np.array(received)])
 

@@ -26,6 +26,7 @@ from tests.helpers.ten_steps import (
     IMAGES,
     NETWORKS,
     PARTS,
+    PLACES,
     PROGRAMS,
     STEPS,
     TEN_STEPS,
@@ -133,6 +134,12 @@ def test_eight_devices_train_as_one_does(on_one, on_eight, variant):
     assert_close(numbers[variant], on_one[variant], 1e-5)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_images_on_eight_devices_train_as_those_from_the_host_of_one(on_one, on_eight, place):
+    numbers, _ = on_eight
+    assert_close(numbers[place], on_one["at once"], 1e-5)
+
+
 def test_gates_differ_from_step_to_step_and_are_neither_open_nor_shut(on_one):
     """Otherwise ten steps would show little."""
     numbers = on_one["at once"]
@@ -142,7 +149,7 @@ def test_gates_differ_from_step_to_step_and_are_neither_open_nor_shut(on_one):
 
 def test_steps_compile_once_on_eight_devices(on_eight):
     _, facts = on_eight
-    assert set(facts["compiled"]) == {BASELINE, *VARIANTS}
+    assert set(facts["compiled"]) == {BASELINE, *VARIANTS, *PLACES}
     assert set(facts["compiled"].values()) == {1}
 
 
