@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, default=FASHION_MNIST)
     parser.add_argument("bundle", type=pathlib.Path)
     given = parser.parse_args()
+    given.bundle = given.bundle.absolute()
     if not re.fullmatch(r"3\.\d+", given.python) or int(given.python[2:]) < 11:
         stop(f"--python takes a version from 3.11 on, such as 3.12; got {given.python!r}")
     tags = platform_tags(given.platform or ["x86_64"])
