@@ -33,6 +33,7 @@ mkdir -p "$out" "$runs" || exit 2
 out=$(cd -- "$out" && pwd) runs=$(cd -- "$runs" && pwd)
 [ -z "$offline" ] || offline=$(cd -- "$offline" && pwd) || exit 2
 figures=$out/figures.jsonl
+tiny_run=("--config.model.plan=(8,'M',16)" --config.batch_size=128 --config.baseline.epochs=2 --config.gates.epochs=2)
 
 extra=
 if nvidia-smi -L >/dev/null 2>&1; then
@@ -62,7 +63,7 @@ train() { # NAME ARGUMENT…: a training by launch/local.sh, once, and its figur
 
 part_digits() {
     local flags=()
-    [ ${#tiny[@]} = 0 ] || flags=("--config.model.plan=(8,'M',16)" --config.baseline.epochs=2 --config.gates.epochs=2)
+    [ ${#tiny[@]} = 0 ] || flags=("${tiny_run[@]}")
     train digits "${flags[@]}"
 }
 
@@ -80,11 +81,10 @@ part_tests() {
 }
 
 part_fashion() {
-    local arch=resnet20
-    [ ${#tiny[@]} = 0 ] || arch=resnet8
-    train "fashion_$arch" --config="$root/configs/fashion_mnist.py:$arch" \
-        --config.baseline.epochs=2 --config.gates.epochs=2 \
-        ${offline:+"--config.data.data_dir=$offline/data/fashion-mnist"}
+    local arch=resnet20 flags=(--config.baseline.epochs=2 --config.gates.epochs=2)
+    [ ${#tiny[@]} = 0 ] || arch=vgg_bn flags=("${tiny_run[@]}")
+    [ -z "$offline" ] || flags+=("--config.data.data_dir=$offline/data/fashion-mnist")
+    train "fashion_$arch" --config="$root/configs/fashion_mnist.py:$arch" "${flags[@]}"
 }
 
 part_training() { timeout 270 "$python" results/time_training.py "$figures" 210 "${tiny[@]}"; }

@@ -24,7 +24,7 @@ from ftwt_jax.ops.compiling import keep_compiled
 # Networks with random gates and their MACs reduction: what says most comes first.
 NETWORKS = (("resnet20", 0.5), ("resnet34", 0.5), ("vgg16_bn", 0.73))
 TINY = (("resnet8", 0.5),)
-BATCHES, TINY_BATCHES = (1, 64, 256), (1, 4)
+BATCHES, TINY_BATCHES = (1, 64, 256), (4,)
 # Batches that a network runs before the next one's turn, and how many turns it has.
 BLOCK, ROUNDS = 16, 4
 

@@ -44,7 +44,7 @@ SETTINGS = (
 )
 TINY = (("resnet8", 32, 10, 8, "float32"),)
 # How long a round of steps takes, and how many there are.
-ROUND_SECONDS, ROUNDS = 0.5, 5
+ROUND_SECONDS, ROUNDS = 0.3, 5
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
 
