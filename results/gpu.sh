@@ -48,13 +48,15 @@ cd -- "$root" || exit 2
 is_there() { # PART NAME: whether the figure is there, which is then said
     grep -qsF "{\"part\": \"$1\", \"name\": \"$2\"," "$figures" && echo "$1: $2: is there already"
 }
+# Ends a program after this many seconds; that of small networks on a busy machine only much later.
+within() { timeout $(($1 * (${#tiny[@]} > 0 ? 6 : 1))) "${@:2}"; }
 record() { "$python" results/figures.py "$figures" "$@"; } # run|tests NAME FILE SECONDS
 
 train() { # NAME ARGUMENT…: a training by launch/local.sh, once, and its figures
     local name=$1 start=$SECONDS
     shift
     is_there run "$name" && return
-    timeout 120 launch/local.sh ${offline:+"--offline=$offline"} --workdir="$runs/$name" "$@" >>"$out/local.log" 2>&1 || {
+    within 120 launch/local.sh ${offline:+"--offline=$offline"} --workdir="$runs/$name" "$@" >>"$out/local.log" 2>&1 || {
         tail -n 3 "$out/local.log"
         return 1
     }
@@ -73,7 +75,7 @@ part_tests() {
     # By their names, since other test files import what a bare machine lacks.
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.device' tests)
     [ ${#tiny[@]} = 0 ] || files=(tests/gating/test_ranking.py)
-    timeout 180 "$python" -m pytest -q -p no:cacheprovider -m device "--junit-xml=$runs/tests.xml" "${files[@]}" \
+    within 180 "$python" -m pytest -q -p no:cacheprovider -m device "--junit-xml=$runs/tests.xml" "${files[@]}" \
         >"$out/tests.log" 2>&1 || status=$?
     tail -n 3 "$out/tests.log"
     # 0: all passed; 1: some failed, which is a figure, too.
@@ -87,13 +89,15 @@ part_fashion() {
     train "fashion_$arch" --config="$root/configs/fashion_mnist.py:$arch" "${flags[@]}"
 }
 
-part_training() { timeout 270 "$python" results/time_training.py "$figures" 210 "${tiny[@]}"; }
+part_training() { within 270 "$python" results/time_training.py "$figures" 210 "${tiny[@]}"; }
 
 part_inference() {
     local trained=()
     [ ! -f "$runs/digits/evaluation.json" ] || trained=("--trained=$runs/digits")
-    timeout 150 "$python" results/time_inference.py "$figures" 90 "${trained[@]}" "${tiny[@]}"
+    within 150 "$python" results/time_inference.py "$figures" 90 "${trained[@]}" "${tiny[@]}"
 }
+
+# ---- the arms of the study: a part `study` of their own comes here, after those that take minutes ----
 
 failed=()
 for part in "${parts[@]}"; do

@@ -8,6 +8,7 @@ the three networks in turns. Random gates are the worst case for compact executi
 
 import argparse
 import concurrent.futures
+import math
 import statistics
 import time
 from typing import Any
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     keep_compiled()
-    figures = Figures(given.figures, "inference", given.seconds)
+    figures = Figures(given.figures, "inference", math.inf if given.tiny else given.seconds)
     batches = TINY_BATCHES if given.tiny else BATCHES
     if given.trained:
         measure_subject(figures, "digits, trained gates", lambda: trained_subject(given.trained), batches)

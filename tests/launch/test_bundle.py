@@ -41,9 +41,7 @@ def put(index: pathlib.Path, name: str, version: str, *needs: str, tag: str = "p
         wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
 
 
-def taken(
-    tmp_path, asked: list[str], installed=None, python: str = "3.12", tags=("manylinux_2_28_x86_64",)
-) -> set[str]:
+def taken(tmp_path, asked, installed=None, python="3.12", tags=("manylinux_2_28_x86_64",)) -> set[str]:
     """Name and version of each wheel for what is asked for."""
     folder = tmp_path / "wheels"
     folder.mkdir()
