@@ -37,7 +37,8 @@ JAX = ("jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum", "scipy")
 # Versions of glibc whose wheels run on any machine that JAX runs on.
 GLIBC = range(28, 4, -1)
 OLD_TAGS = {"x86_64": ("manylinux2014", "manylinux2010", "manylinux1"), "aarch64": ("manylinux2014",)}
-PINNED = re.compile(r"([\w.-]+)==([\w.!+-]+)")
+# A line of `pip freeze`, "jax==0.10.2", or a name alone.
+INSTALLED = re.compile(r"([\w.-]+)(?:==([\w.!+-]+))?")
 ANY_VERSION = SpecifierSet()
 
 
@@ -63,7 +64,7 @@ def read_installed(path: str | None) -> dict[str, str | None]:
         lines = pathlib.Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"cannot read --installed={path}: {error}")
-    found = {canonicalize_name(match[1]): match[2] for line in lines if (match := PINNED.fullmatch(line.strip()))}
+    found = {canonicalize_name(match[1]): match[2] for line in lines if (match := INSTALLED.fullmatch(line.strip()))}
     if not found:
         stop(f"--installed={path} holds no line like jax==0.10.2; it is the output of `pip freeze` on the target")
     return found

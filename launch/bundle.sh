@@ -3,8 +3,8 @@
 # usage: launch/bundle.sh [--python=3.12] [--platform=x86_64] [--installed=FILE] [--cuda] [--all] [--data=DIR] BUNDLE
 #   --python     the target's Python (default: this machine's)
 #   --platform   the target's processor, x86_64 (default) or aarch64, or a tag of pip's such as manylinux_2_35_x86_64
-#   --installed  the output of `pip freeze` on the target: what is there is left out. Without it, JAX and what JAX needs
-#                are taken to be there, and nothing else
+#   --installed  the output of `pip freeze` on the target: what is there is left out; names alone will do, too. Without
+#                it, JAX and what JAX needs are taken to be there, and nothing else
 #   --cuda       also JAX for NVIDIA GPUs, and all that JAX needs: some gigabytes
 #   --all        also what only image folders, TFDS, plots, reports and TensorBoard need
 #   --data       folder of Fashion-MNIST's four *-ubyte.gz (default: where Debian's dataset-fashion-mnist puts them)

@@ -65,6 +65,13 @@ def test_what_the_target_has_is_left_out_unless_it_is_too_old(tmp_path, index):
     assert taken(tmp_path, ["first"], {"second": "1.0", "third": "2.0", "fourth": None}) == {"first-1.0", "second-2.5"}
 
 
+def test_the_target_is_described_by_pip_freeze_or_by_names_alone(tmp_path):
+    lines = ["ml_dtypes==0.5.4", "torch==2.11.0+cu130", "flax", "-e git+ssh://host/a#egg=a", "b @ file:///b", "# c==1"]
+    (tmp_path / "installed.txt").write_text("\n".join(lines))
+    found = bundle.read_installed(str(tmp_path / "installed.txt"))
+    assert found == {"ml-dtypes": "0.5.4", "torch": "2.11.0+cu130", "flax": None}
+
+
 def test_extras_of_what_the_target_has_are_followed(tmp_path, index):
     put(index, "first", "1.0", "second[more]")
     put(index, "second", "1.0", "third; extra == 'more'", "fourth; extra == 'most'")
@@ -113,15 +120,24 @@ def test_only_what_training_needs_is_asked_for_unless_all_is():
     ],
     ids=str,
 )
-def test_a_mistake_is_one_line(tmp_path, arguments, named):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, named):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(
-        [ROOT / "launch" / "bundle.sh", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert named in done.stderr
-    assert done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bundle.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        bundle.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert named in error
+    assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "full"}
+
+
+def test_the_launcher_hands_a_mistake_on(tmp_path):
+    command = [ROOT / "launch" / "bundle.sh", "--python=3", "there"]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ftwt_jax: --python takes")
