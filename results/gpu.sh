@@ -5,7 +5,7 @@
 #   PART       at most   what it does (default: all, in this order)
 #   digits       120 s   ./launch/local.sh's run, logged in local.log
 #   tests        180 s   the tests marked `device`, logged in tests.log
-#   fashion      120 s   two epochs of ResNet-20 on Fashion-MNIST, and two of gates
+#   fashion      180 s   two epochs of ResNet-20 on Fashion-MNIST, then two of its gates
 #   training     270 s   images per second of training steps, dense and gated, against a plain Flax loop
 #   inference    150 s   milliseconds of inference at batch 1, 64 and 256: dense, masked, compact
 #   --offline  a folder that launch/bundle.sh made; without it, what is missing is installed from the network
@@ -52,11 +52,11 @@ is_there() { # PART NAME: whether the figure is there, which is then said
 within() { timeout $(($1 * (${#tiny[@]} > 0 ? 6 : 1))) "${@:2}"; }
 record() { "$python" results/figures.py "$figures" "$@"; } # run|tests NAME FILE SECONDS
 
-train() { # NAME ARGUMENT…: a training by launch/local.sh, once, and its figures
-    local name=$1 start=$SECONDS
-    shift
+train() { # SECONDS NAME ARGUMENT…: a training by launch/local.sh, once, and its figures
+    local limit=$1 name=$2 start=$SECONDS
+    shift 2
     is_there run "$name" && return
-    within 120 launch/local.sh ${offline:+"--offline=$offline"} --workdir="$runs/$name" "$@" >>"$out/local.log" 2>&1 || {
+    within "$limit" launch/local.sh ${offline:+"--offline=$offline"} --workdir="$runs/$name" "$@" >>"$out/local.log" 2>&1 || {
         tail -n 3 "$out/local.log"
         return 1
     }
@@ -66,7 +66,7 @@ train() { # NAME ARGUMENT…: a training by launch/local.sh, once, and its figur
 part_digits() {
     local flags=()
     [ ${#tiny[@]} = 0 ] || flags=("${tiny_run[@]}")
-    train digits "${flags[@]}"
+    train 120 digits "${flags[@]}"
 }
 
 part_tests() {
@@ -82,11 +82,16 @@ part_tests() {
     [ "$status" -le 1 ] && record tests device "$runs/tests.xml" $((SECONDS - start)) && return "$status"
 }
 
+# Two trainings, so that the first figure is there soon.
 part_fashion() {
-    local arch=resnet20 flags=(--config.baseline.epochs=2 --config.gates.epochs=2)
-    [ ${#tiny[@]} = 0 ] || arch=vgg_bn flags=("${tiny_run[@]}")
+    local name=fashion_resnet20 flags=(--config="$root/configs/fashion_mnist.py:resnet20" --config.baseline.epochs=2)
+    if [ ${#tiny[@]} -gt 0 ]; then
+        name=fashion_vgg_bn flags=(--config="$root/configs/fashion_mnist.py:vgg_bn" "${tiny_run[@]}")
+    fi
     [ -z "$offline" ] || flags+=("--config.data.data_dir=$offline/data/fashion-mnist")
-    train "fashion_$arch" --config="$root/configs/fashion_mnist.py:$arch" "${flags[@]}"
+    train 90 "${name}_dense" "${flags[@]}" --config.gates.epochs=0 &&
+        train 90 "${name}_gated" "${flags[@]}" --config.gates.epochs=2 \
+            --config.baseline.epochs=0 --config.init_from="$runs/${name}_dense"
 }
 
 part_training() { within 270 "$python" results/time_training.py "$figures" 210 "${tiny[@]}"; }

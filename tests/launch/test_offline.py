@@ -107,11 +107,12 @@ def test_the_bundle_alone_sets_up_the_environment(figures, machine):
 
 def test_every_part_writes_its_figures(figures):
     found = collections.Counter(line["part"] for line in lines(figures))
-    assert found == {"run": 2, "tests": 1, "training": 1, "inference": 2}
+    assert found == {"run": 3, "tests": 1, "training": 1, "inference": 2}
     by_name = {line["name"]: line for line in lines(figures)}
     assert 0 < by_name["digits"]["evaluation"]["macs_reduction"] < 1
     assert by_name["digits"]["gated"]["steps"] == by_name["digits"]["baseline"]["steps"] == 22
-    assert by_name["fashion_vgg_bn"]["baseline"]["images_per_second"] > 0
+    assert by_name["fashion_vgg_bn_dense"]["baseline"]["images_per_second"] > 0
+    assert by_name["fashion_vgg_bn_gated"]["gated"]["images_per_second"] > 0
     assert by_name["device"]["passed"] == by_name["device"]["tests"] > 10
     step = by_name["resnet8 at 32x32, float32"]
     assert all(rate > 0 for rate in step["images_per_second"].values())
@@ -135,7 +136,7 @@ def test_what_is_there_is_not_measured_again(figures, machine):
 def test_without_tensorboard_a_run_says_so_once_and_keeps_its_metrics(figures, machine):
     runs = machine[0] / "ftwt_jax" / "workdirs" / "gpu"
     log = (figures / "local.log").read_text()
-    assert log.count("tensorboardX is not installed") == 2  # Two runs.
+    assert log.count("tensorboardX is not installed") == 3  # Three runs.
     assert (runs / "digits" / "metrics.jsonl").exists()
     assert not list(runs.glob("*/events.*"))
 
