@@ -8,14 +8,16 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
-from ftwt_jax.errors import SkippedImageWarning, UserError, one_line
+from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line
 
 INTERRUPTED = 130
+# Packages whose name differs from that of their module.
+_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
 _show_warning = warnings.showwarning
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
-    if issubclass(category, SkippedImageWarning):
+    if issubclass(category, (SkippedImageWarning, MissingPackageWarning)):
         print(f"ftwt: warning: {message}", file=sys.stderr)
     else:
         _show_warning(message, category, *rest, **options)
@@ -64,6 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
         if values is not None:
             keep_compiled()
             load_command(arguments[0]).run(values, Console())
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "ftwt_jax"):
+            raise
+        package = _PACKAGES.get(module, module)
+        reason = f"this command needs the package {package}, which is not installed: pip install {package}"
+        print(f"ftwt: error: {reason}", file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2

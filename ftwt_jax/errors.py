@@ -15,6 +15,10 @@ class SkippedImageWarning(UserWarning):
     """An image was skipped; the message says on one line which and why."""
 
 
+class MissingPackageWarning(UserWarning):
+    """Something is left out for want of a package; the message says on one line what and which."""
+
+
 class WeightsWarning(UserWarning):
     """Imported weights were changed; the message says on one line which and how."""
 

@@ -11,9 +11,9 @@ import concurrent.futures
 import zlib
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
 
+from ftwt_jax.data.decoding import opencv
 from ftwt_jax.parallel.processes import cpu_count
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -87,6 +87,7 @@ def gaussian_noise(values: np.ndarray, deviation: float, rng: np.random.Generato
 def gaussian_blur(values: np.ndarray, deviation: float) -> np.ndarray:
     """Blurs float32 [H, W, channels] with a Gaussian of this deviation in pixels; edge values continue outwards."""
     side = 2 * int(REACH * deviation + 0.5) + 1
+    cv2 = opencv()
     blurred = cv2.GaussianBlur(values, (side, side), deviation, borderType=cv2.BORDER_REPLICATE)
     return blurred.reshape(values.shape)
 
@@ -109,6 +110,7 @@ def brightness(values: np.ndarray, added: float) -> np.ndarray:
 
 def jpeg_compression(image: np.ndarray, quality: int) -> np.ndarray:
     """Encodes uint8 [H, W, channels] as JPEG of this quality, colours at half the resolution, and decodes it."""
+    cv2 = opencv()
     # OpenCV's order of colours is BGR.
     _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)).reshape(image.shape)[..., ::-1]

@@ -1,14 +1,20 @@
-"""Decoding of image files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; others by Pillow."""
+"""Decoding of image files: JPEG by libjpeg-turbo, at a reduced scale where that is enough; others by Pillow.
+
+The libraries are loaded when the first image needs them: sets that are arrays already do without.
+"""
 
 import contextlib
+import functools
 import io
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import simplejpeg
-from PIL import ExifTags, Image, ImageOps
 
 from ftwt_jax.errors import one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GREY = 1
 # Pillow knows other formats, some of which run external programs.
@@ -20,6 +26,15 @@ REDUCTIONS = (8, 4, 2)
 # EXIF orientation: (quarter turns counter-clockwise, then mirrored left to right).
 _ORIENTATIONS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@functools.cache
+def opencv() -> Any:
+    """OpenCV, on one thread: several images are processed in parallel already."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
 
 
 class BrokenImageError(Exception):
@@ -45,6 +60,8 @@ class LazyImage:
             self._pixels = image
             height, width = image.shape[:2]
         else:
+            from PIL import ExifTags, Image
+
             try:
                 if isinstance(image, pathlib.Path):
                     image = image.read_bytes()
@@ -82,6 +99,9 @@ class LazyImage:
         if self._encoded is None:
             assert self._pixels is not None
             return self._pixels
+        import simplejpeg
+        from PIL import Image
+
         height, width = self._stored
         try:
             try:
@@ -97,14 +117,18 @@ class LazyImage:
         return pixels[:, ::-1] if self._mirrored else pixels
 
 
-def _by_pillow(image: Image.Image, channels: int) -> np.ndarray:
+def _by_pillow(image: "Image.Image", channels: int) -> np.ndarray:
+    from PIL import ImageOps
+
     image.load()
     with contextlib.suppress(Exception):  # Damaged EXIF data do not make the pixels unusable.
         image = ImageOps.exif_transpose(image)
     return _to_array(image, channels)
 
 
-def _to_array(image: Image.Image, channels: int) -> np.ndarray:
+def _to_array(image: "Image.Image", channels: int) -> np.ndarray:
+    from PIL import Image
+
     if image.mode in _SIXTEEN_BIT:
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
@@ -114,6 +138,8 @@ def _to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
+    from PIL import Image
+
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
     return one_line(error)

@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-from sklearn.datasets import load_digits as load_scans
 
 from ftwt_jax.data.build import mean_and_std
 from ftwt_jax.data.source import ArraySource, Dataset
@@ -23,6 +22,8 @@ def load_digits(image_size: int = SIDE) -> Dataset:
     """
     if image_size < SIDE:
         raise UserError(f"the digits are {SIDE}x{SIDE} pixels: config.data.image_size must be at least {SIDE}")
+    from sklearn.datasets import load_digits as load_scans
+
     scans = load_scans()
     images = np.asarray(scans.images / 16 * 255, np.float32)[..., None]
     if image_size != SIDE:

@@ -199,8 +199,9 @@ def _damaged(name: str, error: Exception) -> UserError:
 
 
 def is_prepared(name: str, data_dir: str | None = None) -> bool:
-    """Whether a data set that TFDS knows has been prepared, in any format."""
-    return bool(open_builder(name, data_dir).info.splits)
+    """Whether a data set that TFDS knows has been prepared, in any format; without TFDS, none is."""
+    installed = importlib.util.find_spec("tensorflow_datasets") is not None
+    return installed and bool(open_builder(name, data_dir).info.splits)
 
 
 def prepare_command(name: str, data_dir: str | None = None) -> str:

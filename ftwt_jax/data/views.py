@@ -2,11 +2,9 @@
 
 import math
 
-import cv2
 import numpy as np
-from PIL import Image
 
-from ftwt_jax.data.decoding import REDUCTIONS, LazyImage
+from ftwt_jax.data.decoding import REDUCTIONS, LazyImage, opencv
 
 # Ranges of the region's share of the area and of its width over its height (Szegedy et al. 2015, section 6).
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -15,8 +13,6 @@ ATTEMPTS = 10
 CENTRAL = 224 / 256
 # An image more than this many times as long as wide is not resized whole.
 THIN = 10
-
-cv2.setNumThreads(1)  # Several images are processed in parallel already.
 
 
 def random_region(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -43,6 +39,7 @@ def random_view(image: LazyImage, size: int, flip: bool, rng: np.random.Generato
     A reduction by more than 2 averages pixels, in the decoder where it can; the rest is linear interpolation, whose two
     taps still read every pixel.
     """
+    cv2 = opencv()
     top, left, height, width = random_region(*image.size, rng)
     pixels = image.pixels(_reduction(min(height, width), size), fast=True)
     scale_y, scale_x = (now / before for now, before in zip(pixels.shape[:2], image.size, strict=True))
@@ -68,6 +65,8 @@ def central_view(image: LazyImage, size: int, central: float = CENTRAL) -> np.nd
     # At twice the wanted side or more, the decoder's reduction makes next to no difference.
     pixels = image.pixels(_reduction(min(height, width), 2 * short))
     if pixels.shape[:2] != (rows, columns):
+        from PIL import Image
+
         resized = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         if max(rows, columns) > THIN * short:
             # The whole resized image might exceed memory; resizing only the centre differs in rounding alone.

@@ -1,16 +1,15 @@
 """The metrics that a run records while it trains: `metrics.jsonl`, and event files for TensorBoard."""
 
 import contextlib
+import functools
+import importlib.util
 import json
 import pathlib
 import socket
 import time
+import warnings
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
-
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import MissingPackageWarning, UserError
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.workdir import METRICS
 
@@ -34,10 +33,57 @@ def rewind(path: pathlib.Path, stage: str, step: int) -> None:
     temporary.replace(path)
 
 
-class MetricsWriter:
-    """Writes the metrics of one stage as JSON lines and as TensorBoard events; only the first process writes.
+@functools.cache
+def has_tensorboard() -> bool:
+    """Whether event files can be written; the first call says so where they cannot."""
+    found = importlib.util.find_spec("tensorboardX") is not None
+    if not found:
+        message = f"tensorboardX is not installed: metrics go to {METRICS} alone, and no event files are written"
+        warnings.warn(message, MissingPackageWarning, stacklevel=2)
+    return found
 
-    A resumed stage replaces what it wrote after its checkpoint, so that no step appears twice.
+
+class EventFile:
+    """A file of TensorBoard events."""
+
+    def __init__(self, workdir: pathlib.Path):
+        from tensorboardX.record_writer import RecordWriter
+
+        # A `SummaryWriter` writes in a thread, which swallows errors and prints them when the program ends; and
+        # closing an `EventsWriter` fails on a full disk, which leaves its file open.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        self._records = RecordWriter(str(workdir / name))
+        self._add(0, file_version="brain.Event:2")
+
+    def restart(self, step: int) -> None:
+        """Tells TensorBoard to discard what an interrupted process recorded from this step on."""
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._add(step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Adds scalars, and hands everything to the operating system."""
+        from tensorboardX.summary import scalar
+
+        for tag, value in scalars.items():
+            self._add(step, summary=scalar(tag, float(value)))
+        self._records.flush()
+
+    def _add(self, step: int, **content: object) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+    def close(self) -> None:
+        """Closes the file; raises `OSError` if the rest cannot be written."""
+        self._records.close()
+
+
+class MetricsWriter:
+    """Writes the metrics of one stage as JSON lines and, where tensorboardX is installed, as TensorBoard events.
+
+    Only the first process writes. A resumed stage replaces what it wrote after its checkpoint, so that no step appears
+    twice.
 
     Args:
       workdir: where the files go.
@@ -52,13 +98,9 @@ class MetricsWriter:
         if self._active:
             rewind(workdir / METRICS, stage, start)
             self._lines = (workdir / METRICS).open("a", buffering=1)
-            # A `SummaryWriter` writes in a thread, which swallows errors and prints them when the program ends; and
-            # closing an `EventsWriter` fails on a full disk, which leaves its file open.
-            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-            self._events = RecordWriter(str(workdir / name))
-            self._add_event(0, file_version="brain.Event:2")
-            # Tells TensorBoard to discard what an interrupted process recorded from this step on.
-            self._add_event(offset + start + 1, session_log=SessionLog(status=SessionLog.START))
+            self._events = EventFile(workdir) if has_tensorboard() else None
+            if self._events is not None:
+                self._events.restart(offset + start + 1)
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records metrics after `step` steps of the stage.
@@ -71,9 +113,8 @@ class MetricsWriter:
         entry = {"stage": self._stage, "step": step, **{k: float(v) for k, v in scalars.items()}}
         try:
             self._lines.write(json.dumps(entry) + "\n")
-            for key, value in scalars.items():
-                self._add_event(self._offset + step, summary=scalar(f"{self._stage}/{key}", float(value)))
-            self._events.flush()
+            if self._events is not None:
+                self._events.write(self._offset + step, {f"{self._stage}/{k}": v for k, v in scalars.items()})
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UserError(
@@ -81,13 +122,10 @@ class MetricsWriter:
                 "free some space, then run the same command again to continue from the newest checkpoint"
             ) from None
 
-    def _add_event(self, step: int, **content: object) -> None:
-        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
-
     def close(self) -> None:
         """Closes both files."""
         if self._active:
-            for file in (self._lines, self._events):
+            for file in (self._lines, *([] if self._events is None else [self._events])):
                 # On a full disk the buffered rest cannot be written; `write` has already said so.
                 with contextlib.suppress(OSError):
                     file.close()

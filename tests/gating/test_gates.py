@@ -213,6 +213,7 @@ def reference_head(inputs, kernel, bias, pool, norm):
 
 
 class TestGateHead:
+    @pytest.mark.device
     @pytest.mark.parametrize("norm", ["softmax", "layer", "none"])
     @pytest.mark.parametrize("pool", ["max", "mean"])
     def test_logits_are_those_of_the_formula(self, pool, norm):

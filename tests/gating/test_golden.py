@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 # Compiled quickly, not to run quickly.
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GOLDEN = ROOT / "tests" / "golden"
-pytestmark = pytest.mark.newest
+pytestmark = [pytest.mark.newest, pytest.mark.device]
 
 
 def under(data, prefix: str) -> dict[str, np.ndarray]:

@@ -87,6 +87,7 @@ def test_at_r_1_every_lit_filter_is_kept_and_no_other(maps, min_filters):
         np.testing.assert_array_equal(target, np.any(maps != 0, axis=(1, 2)))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("min_filters", [0, 1])
 @pytest.mark.parametrize("r", [0.3, 0.5, 0.75, 0.9, 0.97, 1.0])
 def test_target_is_the_reference_rule_on_layers_of_real_width(r, min_filters):
@@ -99,6 +100,7 @@ def test_target_is_the_reference_rule_on_layers_of_real_width(r, min_filters):
     )
 
 
+@pytest.mark.device
 def test_worked_example_keeps_four():
     maps = maps_of([0.02, 0.3, 0.03, 0.1, 0.3, 0.02, 0.2, 0.03])
     kept = ftwt.topk_mass_mask(maps, 0.92)
@@ -115,6 +117,7 @@ def test_filters_rank_by_their_largest_absolute_activation():
     np.testing.assert_array_equal(ftwt.topk_mass_mask(-maps, 0.95), [[True, False, True, False]])
 
 
+@pytest.mark.device
 def test_among_equals_the_lower_index_is_kept():
     maps = maps_of([1, 1, 1, 1], [2, 1, 1, 0], [1, 1, 2, 1])
     kept = ftwt.topk_mass_mask(maps, 0.76)
@@ -205,6 +208,7 @@ def test_ranking_sorts_once_and_scatters_nothing():
 
 
 @pytest.mark.newest
+@pytest.mark.device
 def test_ranking_agrees_under_jit_and_vmap():
     maps = np.random.default_rng(3).normal(size=(3, 2, 2, 12)).astype(np.float32)
     levels = jnp.asarray([0.3, 0.6, 0.9, 1.0])

@@ -92,6 +92,7 @@ def test_a_dense_unit_is_convolution_batch_norm_and_activation(ours, flaxs):
     assert output.layers[-1].gate is None
 
 
+@pytest.mark.device
 def test_a_unit_trains_its_batch_statistics_as_flax_does():
     unit, plain = ftwt.GatedUnit(6, gates=GATES), PlainUnit(6)
     variables = random_variables(unit, IMAGES)
@@ -103,6 +104,7 @@ def test_a_unit_trains_its_batch_statistics_as_flax_does():
 
 
 @pytest.mark.newest
+@pytest.mark.device
 @pytest.mark.parametrize(("ours", "flaxs"), UNITS.values(), ids=UNITS)
 def test_filters_that_are_on_are_the_dense_ones_and_those_off_are_zero(ours, flaxs):
     unit = ftwt.GatedUnit(**{"features": 6, **ours}, gates=GATES)

@@ -96,6 +96,7 @@ def test_a_calibrated_network_answers_as_the_masked_one(prepare, name):
 
 
 @pytest.mark.newest
+@pytest.mark.device
 @pytest.mark.parametrize("name", ["vgg", "projection after block", "bottleneck"])
 def test_without_calibration_nothing_is_left_out_and_no_sample_is_outside(prepare, name):
     network, gates, arch, side = NETWORKS[name]
@@ -146,6 +147,7 @@ def test_all_ways_to_run_are_timed_and_one_is_taken(monkeypatch, never):
     assert compact.execution in timed or not native.available()
 
 
+@pytest.mark.device
 def test_logits_alone_are_the_same_logits():
     model = ftwt.create_model("vgg_bn", 5, plan=(8, 8), gates=GATES)
     images = random_images(3, 4)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT, TINY
+from tests.helpers.packages import requirements, with_needs
 
 pytestmark = pytest.mark.long
 
@@ -81,32 +81,11 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
 }
 
 
-def required() -> set[str]:
-    """Names of the packages that requirements.txt asks for, and of those that these ask for."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
-    pending, found = [Requirement(line) for line in lines if line], set()
-    seen = set()
-    while pending:
-        requirement = pending.pop()
-        name = canonicalize_name(requirement.name)
-        wanted = (name, frozenset(requirement.extras))
-        if wanted in seen:
-            continue
-        seen.add(wanted)
-        found.add(name)
-        for text in importlib.metadata.requires(name) or []:
-            needed = Requirement(text)
-            extras = ["", *requirement.extras]
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                pending.append(needed)
-    return found
-
-
 @pytest.fixture(scope="module")
 def results(request, program, tmp_path_factory) -> dict[str, tuple[int, str]]:
     """Status and errors of every command."""
     folder = tmp_path_factory.mktemp("base")
-    kept = {*required(), "ftwt-jax"}
+    kept = {*with_needs(requirements()), "ftwt-jax"}
     owners = importlib.metadata.packages_distributions()
     hidden = {module for module, names in owners.items() if not kept & set(map(canonicalize_name, names))}
     assert {"torch", "tensorflow", "libtpu", "pytest", "tensorboard"} <= hidden

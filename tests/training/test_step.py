@@ -113,6 +113,7 @@ def test_step_compiles_once_whatever_r(job):
     assert int(state.step) == 10
 
 
+@pytest.mark.device
 def test_steps_lower_both_losses(job):
     step, fresh, batch = job
     state, seen = fresh(), []
@@ -130,6 +131,7 @@ def test_state_is_donated(job):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.device
 def test_heads_stand_still_after_the_cooldown_and_the_backbone_goes_on(job):
     step, fresh, batch = job
     state, seen = fresh(), []
