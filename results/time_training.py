@@ -1,9 +1,10 @@
-"""Training images per second, dense and gated, against a plain Flax loop, and what ranking takes of a gated step.
+"""Training images per second, dense and gated, against a plain Flax loop, and what ranking and input take of a step.
 
 python results/time_training.py FIGURES.jsonl SECONDS [--tiny]      called by results/gpu.sh
 
 All four steps of a network run in turns on the same random batch, which lies on the device: no input, no augmentation.
-Steps are dispatched one after the other without waiting, as in a training, and a round of them ends with a wait.
+Steps are dispatched one after the other without waiting, as in a training, and a round of them ends with a wait. Before
+them, the dense step with its input: random crops of images from the host, and of images that are on the device.
 """
 
 import concurrent.futures
@@ -23,6 +24,7 @@ import optax
 from figures import Figures
 
 import ftwt_jax as ftwt
+from ftwt_jax.benchmark.feeds import time_feeds
 from ftwt_jax.gating import units
 from ftwt_jax.models.vgg import PLANS
 from ftwt_jax.ops.compiling import keep_compiled
@@ -221,6 +223,11 @@ def main() -> None:
     tiny = "--tiny" in flags
     keep_compiled()
     figures = Figures(path, "training", float(limit))
+    for arch in ("resnet8",) if tiny else ("resnet20", "vgg16_bn"):
+        name = f"{arch} at 32x32, images from the host and from the device"
+        if figures.wants(name):
+            model = ftwt.create_model(arch, 10)
+            figures.write(name, **time_feeds(arch, model, (32, 32, 3), 8 if tiny else 128))
     for setting in TINY if tiny else SETTINGS:
         name = f"{setting[0]} at {setting[1]}x{setting[1]}, {setting[4]}"
         if figures.wants(name):

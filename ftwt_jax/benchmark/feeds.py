@@ -4,10 +4,10 @@ import statistics
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
-from ftwt_jax.budget.trained import Subject
 from ftwt_jax.config import default_config
 from ftwt_jax.data import resident
 from ftwt_jax.data.build import SIDE_OVER_PADDING
@@ -15,7 +15,7 @@ from ftwt_jax.data.source import ArraySource, Dataset
 from ftwt_jax.parallel.sharding import data_mesh, put_whole
 from ftwt_jax.training.feed import DeviceFeed, Feed, HostFeed, runs_in_loop
 from ftwt_jax.training.run import Run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.training.stage import make_stage
 from ftwt_jax.training.step import TrainState, create_state, normalizer
 
@@ -24,17 +24,18 @@ _IMAGES, _ROUNDS, _SECONDS, _MOST_STEPS = 4096, 5, 1.0, 64
 _BYTES = 2**28
 
 
-def time_feeds(subject: Subject, batch: int) -> dict[str, Any]:
-    """Images per second of the dense network's training with random crops and flips, both ways, in alternating blocks.
+def time_feeds(arch: str, model: nn.Module, image_shape: tuple[int, ...], batch: int) -> dict[str, Any]:
+    """Images per second of a dense network's training with random crops and flips, both ways, in alternating blocks.
 
     The share of time that the host takes is what is left of a block besides its steps on a batch that is there already.
 
     Args:
+      arch: the name of the network.
+      image_shape: (H, W, channels).
       batch: images of a step.
     """
-    image_shape = subject.held_out.shape[1:]
     source = _random_images(image_shape, batch)
-    run = _synthetic_run(subject, batch, source)
+    run = _synthetic_run(arch, model, batch, source)
     stage = make_stage(run, BASELINE)
     in_loop = runs_in_loop(run.mesh)
     placed = resident.put(source, run.mesh, shard=False)
@@ -42,7 +43,7 @@ def time_feeds(subject: Subject, batch: int) -> dict[str, Any]:
     from_device = DeviceFeed(run, stage, placed, _MOST_STEPS if in_loop else 1, in_loop)
 
     def fresh() -> TrainState:
-        variables = jax.jit(subject.dense.init)(run.key(BASELINE), run.example_images)
+        variables = jax.jit(model.init)(run.key(BASELINE), run.example_images)
         return put_whole(create_state(variables, stage.optimizer), stage.shardings)
 
     blocks = [_Block(from_host, fresh()), _Block(from_device, fresh()), _Block(_OneBatch(from_host), fresh())]
@@ -66,16 +67,15 @@ def _random_images(image_shape: tuple[int, ...], batch: int) -> ArraySource:
     return ArraySource(images, rng.integers(0, 10, count).astype(np.int32))
 
 
-def _synthetic_run(subject: Subject, batch: int, source: ArraySource) -> Run:
-    """A run of these networks on these images."""
-    config = default_config(subject.arch, "cifar")
+def _synthetic_run(arch: str, model: nn.Module, batch: int, source: ArraySource) -> Run:
+    """A run of this network on these images."""
+    config = default_config(arch, "cifar")
     config.batch_size = batch
     config.baseline.lr = 1e-3  # There is nothing to learn, and a network that diverges computes at another speed.
     _, height, width, channels = source.images.shape
     half, padding = (0.5,) * channels, height // SIDE_OVER_PADDING
     dataset = Dataset(source, source, 10, (height, width, channels), half, half, padding, flip=True)
-    models = {BASELINE: subject.dense, GATED: subject.gated}
-    return Run(config, None, dataset, data_mesh(), normalizer(dataset), models)
+    return Run(config, None, dataset, data_mesh(), normalizer(dataset), {BASELINE: model})
 
 
 class _OneBatch:

@@ -75,7 +75,7 @@ def benchmark(
         result["torch_ms"], result["torch_compact_ms"] = _against_torch(subject, quick.logits, batches)
     if train:
         result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:])
-        result |= time_feeds(subject, result["train_batch"])
+        result |= time_feeds(subject.arch, subject.dense, subject.held_out.shape[1:], result["train_batch"])
     _print(result, console)
     if out is not None:
         folder = workdir.absolute(out)
