@@ -44,7 +44,7 @@ def few_images(folder: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory) -> tuple[pathlib.Path, dict[str, str]]:
+def machine(program, tmp_path_factory) -> tuple[pathlib.Path, dict[str, str]]:
     """A folder with the bundle and the sources from it, and the settings of a shell there.
 
     The Python there has what a run needs and not one package more, but for the one that the bundle carries.
@@ -62,8 +62,8 @@ def machine(tmp_path_factory) -> tuple[pathlib.Path, dict[str, str]]:
         f"--data={few_images(folder / 'data')}",
         folder / "bundle",
     ]
-    settings = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    settings |= NO_NETWORK | {"PYTHON": str(python), "XDG_CACHE_HOME": str(folder / "cache")}
+    settings = {key: value for key, value in program.environment.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    settings |= NO_NETWORK | {"PYTHON": str(python)}
     # Nearly all of the time goes into compiling.
     settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     making = settings | {"PIP_FIND_LINKS": str(folder)}
