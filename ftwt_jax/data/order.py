@@ -5,11 +5,16 @@ that of Grain's `MapDataset.range(length).seed(seed).shuffle().repeat()`, but co
 computes one at a time, which kept a GPU waiting.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Int64, UInt32
 
 # Rounds of the cipher, and the fewest bits that it permutes.
 _ROUNDS, _FEWEST_BITS = 4, 16
+# Epochs of small sets whose order is kept; a call of many steps may span several.
+_KEPT = 64
 _WORD = np.uint64(0xFFFFFFFF)
 
 
@@ -46,11 +51,23 @@ def _permuted(places: Int64[np.ndarray, " n"], length: int, seed: int) -> Int64[
     if length == 1:
         return np.zeros_like(places)
     bits = max(_even((length - 2).bit_length()), _FEWEST_BITS)
-    keys = _keys(seed)
-    values = places.astype(np.uint64)
+    if length <= 2**_FEWEST_BITS:
+        return _whole(length, seed)[places]
+    return _walked(places.astype(np.uint64), length, lambda values: _encrypted(values, _keys(seed), bits // 2))
+
+
+@functools.lru_cache(_KEPT)
+def _whole(length: int, seed: int) -> Int64[np.ndarray, " length"]:
+    """The permutation of a short range: most repetitions leave it again, so the cipher is looked up in a table."""
+    table = _encrypted(np.arange(2**_FEWEST_BITS, dtype=np.uint64), _keys(seed), _FEWEST_BITS // 2)
+    return _walked(np.arange(length, dtype=np.uint64), length, table.__getitem__)
+
+
+def _walked(values: np.ndarray, length: int, step: Callable[[np.ndarray], np.ndarray]) -> Int64[np.ndarray, " n"]:
+    """Each value after the first step, or the first few, that leave it below `length`."""
     outside = np.arange(len(values))
     while outside.size:
-        values[outside] = _encrypted(values[outside], keys, bits // 2)
+        values[outside] = step(values[outside])
         outside = outside[values[outside] >= length]
     return values.astype(np.int64)
 
