@@ -23,9 +23,9 @@ from ftwt_jax.training.settings import GATED
 
 # Training images that gates are calibrated on and work is predicted from; more of them change the third digit.
 CALIBRATION_IMAGES = 2048
-# A short training is calibrated on fewer images, or it would cost more than a tenth of it: on one for this many that
-# gates are trained on, counted in every epoch, but on no fewer than these.
-TRAINED_PER_IMAGE, FEWEST_IMAGES = 32, 256
+# A short training is calibrated on fewer images, or this would cost more than a tenth of it: on whole batches, at least
+# one, with an image for this many that gates are trained on, counted in every epoch.
+TRAINED_PER_IMAGE = 32
 # Of more than twice as many images, this many are the part that is searched on.
 ROUGH_IMAGES = 256
 # Gate logits in training stay within some tens; with a larger offset everything is off, or everything on.
@@ -46,11 +46,11 @@ class Calibration:
     @functools.cached_property
     def batches(self) -> Batches:
         """Training images without augmentation, as `eval_batches` gives them; each batch is spread over all images."""
-        run = self.run
+        run, size = self.run, self.run.eval_batch_size
         trained = run.settings(GATED).epochs * len(run.dataset.train)
-        wanted = min(max(trained // TRAINED_PER_IMAGE, FEWEST_IMAGES), CALIBRATION_IMAGES)
-        source = _spread(run.dataset.train, wanted, run.eval_batch_size)
-        return list(run.preemption.between(eval_batches(run.dataset, source, run.eval_batch_size)))
+        wanted = min(max(trained // TRAINED_PER_IMAGE // size, 1) * size, CALIBRATION_IMAGES)
+        source = _spread(run.dataset.train, wanted, size)
+        return list(run.preemption.between(eval_batches(run.dataset, source, size)))
 
     @property
     def rough(self) -> Batches | None:
