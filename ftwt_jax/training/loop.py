@@ -162,6 +162,7 @@ class _Loop:
             scalars = self._writer.complete(step, self._evaluate(state))
             self._display.report(step, scalars)
             self._save(state, scalars)
+            self._preemption.saved(self._standing(step))
         return state
 
     def _report(
