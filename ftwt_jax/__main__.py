@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
 
     from ftwt_jax.ops.compiling import keep_compiled
-    from ftwt_jax.parallel.processes import LOST, PREEMPTED, Lost, Preempted, is_first, lost_process
+    from ftwt_jax.parallel.preemption import PREEMPTED, Preempted, said
+    from ftwt_jax.parallel.processes import LOST, Lost, is_first, lost_process
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")  # It recompiles instead.
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except Preempted as stopped:
         if is_first():
-            print(f"ftwt: {stopped}; the same command continues from there", file=sys.stderr)
+            print(said(str(stopped)), file=sys.stderr)
         return PREEMPTED
     except (Lost, JaxRuntimeError, ValueError) as error:
         lost = error if isinstance(error, Lost) else lost_process(error)
@@ -96,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     """The program: `main`, and the end of the process."""
-    from ftwt_jax.parallel.processes import end_when_told, leave
+    from ftwt_jax.parallel.preemption import end_when_told
+    from ftwt_jax.parallel.processes import leave
 
     _silence_asyncio()
     if sys.argv[1:2] == ["train"]:

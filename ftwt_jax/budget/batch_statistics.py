@@ -1,6 +1,6 @@
 """Batch statistics measured again, for masks other than those of training (Yu and Huang 2019, arXiv 1903.05134)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,15 +11,20 @@ from jaxtyping import Array
 
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.ops.batch_norm import of_batch_alone
+from ftwt_jax.parallel.preemption import Preemption
 from ftwt_jax.parallel.processes import all_gather
-from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
+from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, put_whole, replicated, shapes_of, split
 from ftwt_jax.training.step import Normalize
 
 
 class BatchStatistics:
-    """Measures a gated network's batch statistics under the masks of its own heads; compiled once."""
+    """Measures a gated network's batch statistics under the masks of its own heads; compiled once.
 
-    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh):
+    Args:
+      preemption: ends a measurement between two batches; None: one that nobody tells to stop.
+    """
+
+    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh, preemption: Preemption | None = None):
         def step(variables: Any, images: Array) -> Any:
             control = GateControl(targets=False)
             images = normalize(images)
@@ -27,19 +32,29 @@ class BatchStatistics:
             return of_batch_alone(variables["batch_stats"], updates["batch_stats"])
 
         whole = replicated(mesh)
-        self._mesh = mesh
-        self._step: Callable[..., Any] = jit_on(mesh, step, in_shardings=(whole, split(mesh)), out_shardings=whole)
+        self._mesh, self._preemption = mesh, preemption or Preemption()
+        self._step = jit_on(mesh, step, in_shardings=(whole, split(mesh)), out_shardings=whole)
+
+    def compile(self, variables: Any, images: jax.ShapeDtypeStruct) -> None:
+        """Compiles what `renewed` needs, for variables and images of these shapes and dtypes."""
+        self._step.lower(shapes_of(variables, replicated(self._mesh)), images).compile()
 
     def renewed(self, variables: dict[str, Any], batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The variables with mean and variance averaged over these batches; if any is full, over the full ones alone.
 
         Args:
           batches: training images, as `eval_batches` gives them.
+
+        Raises:
+          Preempted: the run was told to stop.
         """
         # A batch that is full here may be partial on another process, and all processes must leave out the same ones.
         partial = all_gather([str(index) for index, batch in enumerate(batches) if not np.all(batch["weight"] > 0)])
         full = [batch for index, batch in enumerate(batches) if str(index) not in partial] or list(batches)
-        images = (put_batch({"image": batch["image"]}, self._mesh)["image"] for batch in full)
-        found = [in_order(self._mesh, self._step(variables, batch)) for batch in images]
+
+        def step(batch: dict[str, Any]) -> Any:
+            return self._step(variables, put_batch({"image": batch["image"]}, self._mesh)["image"])
+
+        found = each_batch(self._mesh, step, self._preemption.between(full))
         mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *jax.device_get(found))
         return {**variables, "batch_stats": put_whole(mean, replicated(self._mesh))}

@@ -7,6 +7,7 @@ they learn; so trained gates are calibrated to the prediction (`calibrate`).
 """
 
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
-from ftwt_jax.budget.search import BudgetSearch
+from ftwt_jax.budget.search import BudgetSearch, Measure
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import check_r
 from ftwt_jax.parallel.processes import barrier, broadcast
@@ -39,15 +40,25 @@ class Estimator:
       evaluator: of the gated network, with `masks="targets"`.
       variables: of the dense network.
       batches: training images without augmentation, as `eval_batches` gives them.
+      part: some of them, to search roughly; None: the search is made on all.
     """
 
-    def __init__(self, evaluator: Evaluator, variables: Any, batches: Sequence[dict[str, Any]]):
-        self._search = BudgetSearch(lambda r: evaluator.run(variables, batches, r), SMALLEST_R, 1.0, _UNREACHABLE)
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        variables: Any,
+        batches: Sequence[dict[str, Any]],
+        part: Sequence[dict[str, Any]] | None = None,
+    ):
+        def on(images: Sequence[dict[str, Any]]) -> Measure:
+            return lambda r: evaluator.run(variables, images, r)
+
+        self._search = BudgetSearch(on(batches), SMALLEST_R, 1.0, _UNREACHABLE, on(part) if part else None)
 
     @classmethod
     def of(cls, calibration: Calibration, variables: Any) -> "Estimator":
         """The estimator of a run's dense network with these variables."""
-        return cls(calibration.run.evaluator(GATED, masks="targets"), variables, calibration.batches)
+        return cls(calibration.run.evaluator(GATED, masks="targets"), variables, calibration.batches, calibration.rough)
 
     def predict(self, r: float) -> Evaluation:
         """The figures at mass threshold `r`, in (0, 1]; accuracy is that of the dense network under the targets."""
@@ -67,7 +78,7 @@ def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[
 
     The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
     """
-    run = calibration.run
+    run, started = calibration.run, time.perf_counter()
     path, gates = run.workdir / ESTIMATE, run.config.gates
     if broadcast(path.exists()):
         entry = read_estimate(run.workdir)
@@ -77,6 +88,7 @@ def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[
         entry = estimate_entry(*found)
         workdir.write_json(path, entry)
         barrier("estimate written")
+        say(console, f"estimate: made in {time.perf_counter() - started:.1f} s")
     asked = "" if gates.budget is None else f" for a budget of {gates.budget:g}"
     say(
         console,

@@ -1,16 +1,19 @@
 """Holds gates in training to the work that was predicted for them, or that the budget asks for."""
 
+import time
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
+from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.variables import fix_gates, shift_gates
 from ftwt_jax.parallel.processes import barrier
+from ftwt_jax.printing import say
 from ftwt_jax.training.loop import Hook
 from ftwt_jax.training.optim import cooldown_step
 from ftwt_jax.training.settings import GATED, budget_range
@@ -37,8 +40,9 @@ class BudgetKeeper(Hook):
       UserError: the budget saves nothing, and the config asks for fixed masks or for a range of budgets.
     """
 
-    def __init__(self, calibration: Calibration, stage: Stage, r: float, budget: float):
+    def __init__(self, calibration: Calibration, stage: Stage, r: float, budget: float, console: Console):
         super().__init__(calibration.run, r)
+        self._console, self._started, self._spent = console, time.perf_counter(), 0.0
         self._calibration, self._budget, self._seed = calibration, budget, stage.seed
         settings = self.run.settings(GATED)
         active = settings.calibrate and 0 < budget < 1
@@ -52,6 +56,11 @@ class BudgetKeeper(Hook):
         self._frozen, self._last = (max(cooldown_step(settings, stage.total), 1), stage.total) if active else (0, 0)
         self._shift = jax.jit(_shifted, out_shardings=stage.shardings.params)
         self._table: dict[str, list[float]] | None = None
+
+    def compile(self, variables: Any) -> None:
+        """Compiles what `after` runs, for variables of these shapes and dtypes."""
+        if self._last:
+            self._calibration.compile(variables)
 
     def offset(self, step: int) -> float:
         """What is added to all gate logits in `step`, counted from 1."""
@@ -75,6 +84,15 @@ class BudgetKeeper(Hook):
         """The state to go on with after `step`; the same one unless it is time to calibrate."""
         if step not in self.stops:
             return state
+        before = time.perf_counter()
+        state = self._calibrated(state, step)
+        now = time.perf_counter()
+        self._spent += now - before
+        share = f"{self._spent / (now - self._started):.0%} of gated training so far"
+        say(self._console, f"gates calibrated after step {step} in {now - before:.1f} s; {share}")
+        return state
+
+    def _calibrated(self, state: TrainState, step: int) -> TrainState:
         network = CalibratedNetwork(self._calibration, state.variables, self.r, self._static)
         if self._static and step == self._frozen:
             rates = CalibratedNetwork(self._calibration, state.variables, self.r).rates()

@@ -17,13 +17,12 @@ from ftwt_jax.commands.command import Arguments, Command, define_distributed, de
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.variables import init_from_dense
-from ftwt_jax.parallel.processes import Preemption
 from ftwt_jax.printing import say
 from ftwt_jax.training.loop import Hook, Variables, train_stage
 from ftwt_jax.training.run import Adopted, Run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES
 from ftwt_jax.training.stage import make_stage
-from ftwt_jax.workdir.checkpoints import set_damaged_aside
+from ftwt_jax.workdir.checkpoints import cut_off, set_damaged_aside
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -49,7 +48,9 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     """
     started = time.perf_counter()
     path = workdir.absolute(folder)
-    for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
+    for note in (
+        note for stage in STAGES for kept in (stage, cut_off(stage)) for note in set_damaged_aside(path, kept)
+    ):
         say(console, note)
     run = open_run(config, path)
     adopted = _starting_baseline(run)
@@ -61,22 +62,23 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     workdir.prepare(run.workdir, run.config)
     if adopted is not None:
         _keep_baseline(run, adopted, console)
-    gated = run.config.gates.epochs > 0
-    preemption = Preemption()
-    with preemption.watched():
-        baseline = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), preemption, console)
-        if gated:
-            calibration, stage = Calibration(run), make_stage(run, GATED)
-            estimate = choose_r(calibration, baseline, console)
-            keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"])
-            train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, preemption, console)
-    if gated:
-        evaluate_run(run, console)
-    else:
-        count_skipped(run)
-        if data.skipped.names:
-            say(console, data.skipped.summary())
+    with run.preemption.watched():
+        _train_stages(run, console)
     say(console, f"done in {time.perf_counter() - started:.0f} s; everything is in {run.workdir}")
+
+
+def _train_stages(run: Run, console: Console) -> None:
+    baseline = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), console)
+    if run.config.gates.epochs > 0:
+        calibration, stage = Calibration(run), make_stage(run, GATED)
+        estimate = choose_r(calibration, baseline, console)
+        keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
+        train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)
+        evaluate_run(run, console)
+        return
+    count_skipped(run)
+    if run.dataset.skipped.names:
+        say(console, run.dataset.skipped.summary())
 
 
 def _starting_baseline(run: Run) -> Adopted | None:

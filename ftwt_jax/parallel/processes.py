@@ -1,24 +1,20 @@
-"""A run of several processes: joining, exchanging small values, stopping together, and losing one of them."""
+"""A run of several processes: joining, exchanging small values, and losing one of them."""
 
 import json
 import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from ftwt_jax.errors import UserError, one_line, shortened
+from ftwt_jax.parallel.preemption import PREEMPTED
 
-# Exit statuses for launchers: the run was stopped by SIGTERM and saved everything; another process was lost. After
-# both, the same command continues from the newest checkpoint.
-PREEMPTED, LOST = 75, 76
+# Exit status for launchers: another process was lost, and the same command continues from the newest checkpoint.
+LOST = 76
 # Seconds without a heartbeat after which a process counts as lost.
 HEARTBEAT = 60
 # Seconds to wait for the other processes at the start; a cluster may start its hosts minutes apart.
@@ -30,10 +26,6 @@ GRACE = 3
 _STATUS = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-
-
-class Preempted(Exception):
-    """The run was told to stop, and did so with everything saved; the message, on one line, says at which step."""
 
 
 class Lost(Exception):
@@ -124,33 +116,6 @@ def all_gather(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in json.loads(row.tobytes())))
 
 
-class Preemption:
-    """Whether the run was told to stop, by SIGTERM to any of its processes.
-
-    Several processes agree on the step at which they stop, through JAX's preemption service, which handles SIGTERM once
-    the processes have joined.
-    """
-
-    def __init__(self) -> None:
-        self._told = threading.Event()
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; call it after every step, with increasing numbers."""
-        return self._told.is_set() or multihost_utils.reached_preemption_sync_point(step)
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Handles SIGTERM within the block, in the main thread of a run of one process."""
-        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, lambda number, frame: self._told.set())
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
 def lost_process(error: Exception) -> Lost | None:
     """The `Lost` that an error of this process amounts to; None if it does not mean that another process was lost.
 
@@ -167,19 +132,6 @@ def raise_if_lost(error: Exception) -> None:
     lost = lost_process(error)
     if lost is not None:
         raise lost from error
-
-
-def end_when_told() -> None:
-    """Lets SIGTERM end the process at once with status `PREEMPTED`, while there is nothing to save."""
-
-    def end(number: int, frame: Any) -> None:
-        os.write(
-            2,
-            b"ftwt: told to stop, nothing to save; the same command continues from the newest checkpoint\n",
-        )
-        os._exit(PREEMPTED)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def leave(status: int) -> None:

@@ -1,6 +1,6 @@
 """Placement of arrays: one mesh with a `data` axis over all devices; batches are split, networks replicated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def traced_on(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def jit_on(mesh: Mesh, fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def jit_on(mesh: Mesh, fn: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit` for the devices of a mesh, with compiler options that make it fast there."""
     platform = mesh.devices.flat[0].platform
     return jax.jit(traced_on(mesh, fn), compiler_options=compiler_options(platform), **options)
@@ -88,6 +88,24 @@ def put_whole(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def shapes_of(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and dtypes of arrays, with one sharding, to compile for."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def each_batch(mesh: Mesh, step: Callable[[Any], Any], batches: Iterable[Any]) -> list[Any]:
+    """The results of a program for each batch.
+
+    One batch ahead is enough to keep the device busy; with more, the process could not be stopped between two of them.
+    """
+    found: list[Any] = []
+    for batch in batches:
+        if len(found) > 1:
+            jax.block_until_ready(found[-2])
+        found.append(in_order(mesh, step(batch)))
+    return found
 
 
 def in_order(mesh: Mesh, result: Any) -> Any:

@@ -1,7 +1,7 @@
 """Accuracy, work and gates of a network over a data set."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,8 @@ from ftwt_jax.gating.activations import LayerRecord
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.macs import Convention, dense_macs, layer_dense_macs, layer_macs
 from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
-from ftwt_jax.parallel.sharding import in_order, jit_on, put_batch, put_whole, replicated, split
+from ftwt_jax.parallel.preemption import Preemption
+from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, put_whole, replicated, shapes_of, split
 from ftwt_jax.training.step import Normalize
 
 Sums = dict[str, Any]
@@ -51,10 +52,22 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates a network; compiled once for any variables, r and data of one image size."""
+    """Evaluates a network; compiled once for any variables, r and data of one image size.
 
-    def __init__(self, model: nn.Module, normalize: Normalize, mesh: Mesh, masks: str = "heads"):
-        self._mesh = mesh
+    Args:
+      masks: `heads`, or `targets` for the estimate.
+      preemption: ends an evaluation between two batches; None: one that nobody tells to stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalize: Normalize,
+        mesh: Mesh,
+        masks: str = "heads",
+        preemption: Preemption | None = None,
+    ):
+        self._mesh, self._preemption = mesh, preemption or Preemption()
 
         def step(variables: Any, batch: dict[str, Array], r: Array, offset: Array) -> Sums:
             control = GateControl(r=r, masks=masks, offset=offset)
@@ -80,20 +93,35 @@ class Evaluator:
 
         whole = replicated(mesh)
         shardings = whole, split(mesh), whole, whole
-        self._step: Callable[..., Sums] = jit_on(mesh, step, in_shardings=shardings, out_shardings=whole)
+        self._step = jit_on(mesh, step, in_shardings=shardings, out_shardings=whole)
+
+    def compile(self, variables: Any, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Compiles what `run` needs.
+
+        Args:
+          variables: arrays, or shapes and dtypes.
+          batch: shapes, dtypes and shardings of a batch of all processes.
+        """
+        whole = replicated(self._mesh)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        self._step.lower(shapes_of(variables, whole), batch, scalar, scalar).compile()
 
     def run(self, variables: Any, batches: Iterable[dict[str, Any]], r: float, offset: float = 0.0) -> Evaluation:
         """Evaluates `variables` on batches as `eval_batches` gives them, against the targets at `r`.
 
         Args:
           offset: added to all gate logits.
+
+        Raises:
+          Preempted: the run was told to stop.
         """
         controls = (put_whole(np.float32(value), replicated(self._mesh)) for value in (r, offset))
         threshold, added = controls
-        parts = [
-            in_order(self._mesh, self._step(variables, put_batch(batch, self._mesh), threshold, added))
-            for batch in batches
-        ]
+
+        def step(batch: dict[str, Any]) -> Sums:
+            return self._step(variables, put_batch(batch, self._mesh), threshold, added)
+
+        parts = each_batch(self._mesh, step, self._preemption.between(batches))
         sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(parts))
         samples = round(float(sums["samples"]))
         exact, published = (np.asarray(sums[convention]) / samples for convention in ("exact", "published"))

@@ -8,8 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from ftwt_jax.errors import UserError
-from ftwt_jax.parallel.processes import Preempted, Preemption
+from ftwt_jax.parallel.preemption import Preempted
 from ftwt_jax.parallel.sharding import put_whole, replicated
+from ftwt_jax.training.cut_off import CutOff
 from ftwt_jax.training.feed import Calls, Pace, make_feed
 from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
 from ftwt_jax.training.run import Run
@@ -42,8 +43,11 @@ class Hook:
         """The steps after which `after` has something to do."""
         return ()
 
+    def compile(self, variables: Variables) -> None:
+        """Compiles what `after` runs, for variables of these shapes and dtypes."""
+
     def after(self, state: TrainState, step: int) -> TrainState:
-        """The state to go on with after `step`."""
+        """The state to go on with after `step`; raises `Preempted` if the run is told to stop before it is known."""
         return state
 
     def comparable(self, step: int) -> bool:
@@ -51,9 +55,7 @@ class Hook:
         return True
 
 
-def train_stage(
-    run: Run, stage: Stage, init: Callable[[], Variables], hook: Hook, preemption: Preemption, console: Console
-) -> Variables:
+def train_stage(run: Run, stage: Stage, init: Callable[[], Variables], hook: Hook, console: Console) -> Variables:
     """Trains one stage to its end, from its newest checkpoint if there is one; returns the variables.
 
     Args:
@@ -63,35 +65,41 @@ def train_stage(
       Preempted: the process was told to stop, and everything is saved.
       UserError: a loss is no longer a finite number.
     """
-    checkpoints = run.checkpoints(stage.name, create=True)
+    checkpoints, cut_off = run.checkpoints(stage.name, create=True), CutOff(run, stage)
     try:
-        start = checkpoints.latest_step() or 0
+        start, unfinished = checkpoints.latest_step() or 0, cut_off.step()
         if checkpoints.is_finished(stage.total):
             return checkpoints.restore_network(run.abstract_variables(stage.name), replicated(run.mesh))
         record_environment(run.workdir)
-        if start:
-            state = checkpoints.restore(stage.state)
-            console.print(f"{stage.name}: resuming from step {start} of {stage.total}", highlight=False)
+        if max(start, unfinished):
+            state = cut_off.restore() if unfinished > start else checkpoints.restore(stage.state)
+            console.print(
+                f"{stage.name}: resuming from step {max(start, unfinished)} of {stage.total}", highlight=False
+            )
         else:
             state = put_whole(create_state(init(), stage.optimizer), stage.shardings)
-        return _Loop(run, stage, hook, checkpoints, preemption).run(state, start, console).variables
+        loop = _Loop(run, stage, hook, checkpoints, cut_off)
+        return loop.run(state, max(start, unfinished), unfinished > start, console).variables
     finally:
         checkpoints.close()
 
 
 class _Loop:
-    def __init__(self, run: Run, stage: Stage, hook: Hook, checkpoints: Checkpoints, preemption: Preemption):
+    def __init__(self, run: Run, stage: Stage, hook: Hook, checkpoints: Checkpoints, cut_off: CutOff):
         self._run, self._stage, self._hook = run, stage, hook
-        self._checkpoints, self._preemption = checkpoints, preemption
-        # Steps of earlier stages, by which preemption and TensorBoard count on.
+        self._checkpoints, self._cut_off, self._preemption = checkpoints, cut_off, run.preemption
+        # Steps of earlier stages, by which TensorBoard counts on.
         self._offset = 0 if stage.name == BASELINE else run.steps_of(BASELINE)
 
-    def run(self, state: TrainState, start: int, console: Console) -> TrainState:
+    def run(self, state: TrainState, start: int, is_cut_off: bool, console: Console) -> TrainState:
         name, total = self._stage.name, self._stage.total
         self._writer = MetricsWriter(self._run.workdir, name, start, self._offset)
         self._display = ProgressDisplay(console, name, total, start)
         try:
-            return self._steps(state, start)
+            # Before the first step, since a compilation that has begun cannot be stopped to save something.
+            self._run.evaluator(name).compile(state.variables, self._run.eval_batch)
+            self._hook.compile(state.variables)
+            return self._steps(self._finished(state, start) if is_cut_off else state, start)
         finally:
             self._display.close()
             self._writer.close()
@@ -122,19 +130,44 @@ class _Loop:
                 pace.resume()
             else:
                 watch.add(count * config.batch_size)
-            state = self._hook.after(state, step)
+            self._preemption.unsaved()
             self._display.advance(step)
-            save = step % config.checkpoint_every == 0 or step == total
-            if save or step % config.log_every == 0:
-                self._report(state, step, pending, watch, evaluated=save)
-                pending, watch = [], Stopwatch()
-                pace.resume()
-            if self._preemption.reached(self._offset + step):
+            taken, save = state, self._is_saved(step)
+            try:
+                state = self._hook.after(taken, step)
+                if save or step % config.log_every == 0:
+                    self._report(state, step, pending, watch, evaluated=save)
+                    pending, watch = [], Stopwatch()
+                    pace.resume()
+            except Preempted:
+                self._report(taken, step, pending, watch)
+                self._cut_off.save(taken)
+                raise Preempted(self._standing(step)) from None
+            if save:
+                self._preemption.saved(self._standing(step))
+            if self._preemption.reached():
                 if pending:
                     self._report(state, step, pending, watch)
                 if not save:
-                    self._checkpoints.save(state)
-                raise Preempted(f"{self._stage.name} stopped at step {step} of {total}; everything is saved")
+                    self._save(state)
+                raise Preempted(self._standing(step))
+        return state
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether the network is evaluated and saved after this step."""
+        return step % self._run.config.checkpoint_every == 0 or step == self._stage.total
+
+    def _standing(self, step: int) -> str:
+        return f"{self._stage.name} stopped at step {step} of {self._stage.total}; everything is saved"
+
+    def _finished(self, state: TrainState, step: int) -> TrainState:
+        """The state after what follows a step, which an earlier process began; until then its own is the one saved."""
+        state = self._hook.after(state, step)
+        if self._is_saved(step):
+            scalars = self._writer.complete(step, self._evaluate(state))
+            self._display.report(step, scalars)
+            self._save(state, scalars)
+            self._preemption.saved(self._standing(step))
         return state
 
     def _next_stop(self, step: int) -> int:
@@ -153,8 +186,13 @@ class _Loop:
         self._writer.write(step, scalars)
         self._display.report(step, scalars)
         if evaluated:
-            comparable = self._hook.comparable(step)
-            self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]} if comparable else None)
+            self._save(state, scalars)
+
+    def _save(self, state: TrainState, scalars: dict[str, float] | None = None) -> None:
+        """Saves a checkpoint, with the accuracy if it was measured and may be compared with others."""
+        comparable = scalars and self._hook.comparable(int(state.step))
+        self._checkpoints.save(state, {"accuracy": scalars["eval_accuracy"]} if scalars and comparable else None)
+        self._cut_off.forget()
 
     def _collect(self, pending: Calls, step: int) -> dict[str, float]:
         """Means of the steps since the last report; the one place where the loop waits for the device."""

@@ -21,7 +21,8 @@ from ftwt_jax.data.resident import Resident, place
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
 from ftwt_jax.models import create_model
-from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated
+from ftwt_jax.parallel.preemption import Preemption
+from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated, split
 from ftwt_jax.training.evaluator import Evaluator
 from ftwt_jax.training.settings import (
     BASELINE,
@@ -63,6 +64,7 @@ class Run:
       config: a copy of the run's own, with absolute paths.
       folder: the workdir; None for a run that is only planned.
       models: the same network under "baseline" (dense) and "gated".
+      preemption: ends whatever the run does between two batches.
     """
 
     config: ConfigDict
@@ -71,6 +73,7 @@ class Run:
     mesh: Mesh
     normalize: Normalize
     models: dict[str, nn.Module]
+    preemption: Preemption = dataclasses.field(default_factory=Preemption)
     _evaluators: dict[tuple[str, str], Evaluator] = dataclasses.field(default_factory=dict)
 
     @property
@@ -159,7 +162,9 @@ class Run:
     def evaluator(self, stage: str, masks: str = "heads") -> Evaluator:
         """Evaluation of one of the two networks; the same object each time, so that it compiles once."""
         if (stage, masks) not in self._evaluators:
-            self._evaluators[stage, masks] = Evaluator(self.models[stage], self.normalize, self.mesh, masks)
+            self._evaluators[stage, masks] = Evaluator(
+                self.models[stage], self.normalize, self.mesh, masks, self.preemption
+            )
         return self._evaluators[stage, masks]
 
     @functools.cached_property
@@ -171,6 +176,16 @@ class Run:
     def eval_batch_size(self) -> int:
         """The config's, rounded up to a multiple of the number of devices; no figure depends on it."""
         return -(-self.config.eval_batch_size // self.mesh.size) * self.mesh.size
+
+    @property
+    def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch that `eval_batches` gives, on all processes together."""
+
+        def example(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.eval_batch_size, *shape), dtype, sharding=split(self.mesh))
+
+        image = example(jnp.uint8, *self.dataset.image_shape)
+        return {"image": image, "label": example(jnp.int32), "weight": example(jnp.float32)}
 
     def test_batches(self) -> Any:
         """The held-out split, as `eval_batches` gives it."""

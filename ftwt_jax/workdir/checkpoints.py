@@ -67,6 +67,11 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
     return notes
 
 
+def cut_off(stage: str) -> str:
+    """Where the states of a stage are kept whose evaluation or calibration was cut off, beside its checkpoints."""
+    return f"{stage}-cut-off"
+
+
 def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
     """Whether a stage of a run has a complete checkpoint."""
     return bool(_complete(workdir / FOLDER / stage))

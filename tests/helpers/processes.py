@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.workdir.checkpoints import cut_off
 from tests.commands.test_train import assert_same, variables
 from tests.conftest import Program, read_metrics
 
@@ -64,8 +65,9 @@ def completed(workdir: pathlib.Path, stage: str) -> list[int]:
 
 
 def newest(workdir: pathlib.Path) -> tuple[int, int]:
-    """Step of the newest complete checkpoint of the baseline and of the gated stage, 0 if there is none."""
-    baseline, gated = (max(completed(workdir, stage), default=0) for stage in STAGES)
+    """Newest step of the baseline and of the gated stage that a run goes on from, 0 if there is none."""
+    found = ([*completed(workdir, stage), *completed(workdir, cut_off(stage))] for stage in STAGES)
+    baseline, gated = (max(steps, default=0) for steps in found)
     return baseline, gated
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from ftwt_jax.commands.parse import parse
-from ftwt_jax.parallel.processes import LOST, PREEMPTED
+from ftwt_jax.parallel.preemption import PREEMPTED
+from ftwt_jax.parallel.processes import LOST
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "launch" / "kubernetes.yaml").read_text()

@@ -15,7 +15,8 @@ import time
 
 import pytest
 
-from ftwt_jax.parallel.processes import LOST, PREEMPTED
+from ftwt_jax.parallel.preemption import PREEMPTED
+from ftwt_jax.parallel.processes import LOST
 from tests.conftest import ROOT, TINY, read_metrics
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

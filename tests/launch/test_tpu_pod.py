@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from ftwt_jax.parallel.processes import LOST, PREEMPTED
+from ftwt_jax.parallel.preemption import PREEMPTED
+from ftwt_jax.parallel.processes import LOST
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.long

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ftwt_jax.parallel.processes import PREEMPTED
+from ftwt_jax.parallel.preemption import PREEMPTED
 from ftwt_jax.training.settings import BASELINE, GATED
 from tests.commands.test_train import reached
 from tests.conftest import TINY, TINY_STEPS

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from ftwt_jax.parallel.processes import LOST, PREEMPTED
+from ftwt_jax.parallel.preemption import PREEMPTED
+from ftwt_jax.parallel.processes import LOST
 from ftwt_jax.training.settings import BASELINE
 from tests.commands.test_train import FLAG, reached
 from tests.conftest import TINY, read_metrics
