@@ -24,6 +24,7 @@ from ftwt_jax.training.run import Adopted, Run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES
 from ftwt_jax.training.stage import make_stage
 from ftwt_jax.workdir.checkpoints import set_damaged_aside
+from ftwt_jax.workdir.lock import RunLock
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -44,23 +45,33 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     """Trains baseline and gates in `folder`, or resumes where an earlier run stopped, and evaluates the result.
 
     Raises:
-      UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a finite number.
+      UserError: the config cannot work, the folder belongs to another config or another run trains there, or a loss
+        is no longer a finite number.
       Preempted: the process was told to stop, and everything is saved.
     """
     started = time.perf_counter()
     path = workdir.absolute(folder)
-    for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
-        say(console, note)
-    run = open_run(config, path)
-    adopted = _starting_baseline(run)
-    data, name = run.dataset, run.config.data.name
-    say(
-        console,
-        f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
-    )
-    workdir.prepare(run.workdir, run.config)
-    if adopted is not None:
-        _keep_baseline(run, adopted, console)
+    with RunLock(path, console) as lock:
+        lock.acquire(create=False)
+        for note in (note for stage in STAGES for note in set_damaged_aside(path, stage)):
+            say(console, note)
+        run = open_run(config, path)
+        adopted = _starting_baseline(run)
+        data, name = run.dataset, run.config.data.name
+        say(
+            console,
+            f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
+        )
+        lock.acquire(create=True)
+        workdir.prepare(run.workdir, run.config)
+        if adopted is not None:
+            _keep_baseline(run, adopted, console)
+        _train(run, console)
+    say(console, f"done in {time.perf_counter() - started:.0f} s; everything is in {run.workdir}")
+
+
+def _train(run: Run, console: Console) -> None:
+    """Trains both stages of a run, and evaluates the result."""
     gated = run.config.gates.epochs > 0
     preemption = Preemption()
     with preemption.watched():
@@ -72,11 +83,10 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
             train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, preemption, console)
     if gated:
         evaluate_run(run, console)
-    else:
-        count_skipped(run)
-        if data.skipped.names:
-            say(console, data.skipped.summary())
-    say(console, f"done in {time.perf_counter() - started:.0f} s; everything is in {run.workdir}")
+        return
+    count_skipped(run)
+    if run.dataset.skipped.names:
+        say(console, run.dataset.skipped.summary())
 
 
 def _starting_baseline(run: Run) -> Adopted | None:

@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,10 +169,19 @@ def raise_if_lost(error: Exception) -> None:
         raise lost from error
 
 
+# Called before `end_when_told` ends the process.
+before_end: list[Callable[[], None]] = []
+
+
 def end_when_told() -> None:
     """Lets SIGTERM end the process at once with status `PREEMPTED`, while there is nothing to save."""
 
     def end(number: int, frame: Any) -> None:
+        for action in list(before_end):
+            # In a thread: what was interrupted may hold what the action waits for.
+            thread = threading.Thread(target=action, daemon=True)
+            thread.start()
+            thread.join(timeout=GRACE)
         os.write(
             2,
             b"ftwt: told to stop, nothing to save; the same command continues from the newest checkpoint\n",

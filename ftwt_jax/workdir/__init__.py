@@ -77,6 +77,15 @@ def absolute(folder: str) -> pathlib.Path:
         raise UserError(f"{folder} is not a folder: {one_line(error)}") from None
 
 
+def make(path: pathlib.Path) -> None:
+    """Makes the folder, if it is missing; raises `UserError` if it cannot be made, or not be searched."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG).exists()
+    except OSError as error:
+        raise UserError(f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir") from None
+
+
 def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Makes the folder and writes `config.json`, or checks that the folder's own is the same config.
 
@@ -87,14 +96,8 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """
     wanted = as_dict(config)
     if is_first():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            exists = (path / CONFIG).exists()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir"
-            ) from None
-        if not exists:
+        make(path)
+        if not (path / CONFIG).exists():
             write_json(path / CONFIG, wanted)
     barrier("workdir made")
     if not (path / CONFIG).exists():
