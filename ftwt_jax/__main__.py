@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
-from ftwt_jax.errors import SkippedImageWarning, UserError, one_line
+from ftwt_jax.errors import SkippedImageWarning, UserError, one_line, storage_errors
 
 INTERRUPTED = 130
 _show_warning = warnings.showwarning
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         if values is not None:
             keep_compiled()
             load_command(arguments[0]).run(values, Console())
-    except (UserError, OSError) as error:
+    except storage_errors(UserError) as error:
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

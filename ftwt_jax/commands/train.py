@@ -1,7 +1,6 @@
 """The command `train`: dense baseline, estimate, gate training, evaluation."""
 
 import contextlib
-import pathlib
 import time
 
 import jax
@@ -96,7 +95,7 @@ def _starting_baseline(run: Run) -> Adopted | None:
       UserError: the config leaves the run without a trained baseline.
     """
     config, has_own = run.config, run.has(BASELINE)
-    adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not has_own else None
+    adopted = run.adopted(workdir.absolute(config.init_from)) if config.init_from and not has_own else None
     if config.baseline.epochs <= 0:
         if not (has_own or adopted):
             raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")

@@ -6,8 +6,10 @@ system but that a new file is seen by whoever looks after it was written; and th
 anyone, since no other run's has its name.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fnmatch
 import json
 import os
 import pathlib
@@ -19,8 +21,8 @@ import uuid
 
 from rich.console import Console
 
-from ftwt_jax.errors import UserError, one_line
-from ftwt_jax.files import written_whole
+from ftwt_jax.errors import UserError, one_line, storage_errors
+from ftwt_jax.files import AnyPath, list_folder, written_whole
 from ftwt_jax.parallel.processes import all_gather, before_end, is_first
 from ftwt_jax.printing import say
 from ftwt_jax.workdir import make
@@ -98,7 +100,7 @@ class RunLock:
       console: where a run says that it waits.
     """
 
-    def __init__(self, workdir: pathlib.Path, console: Console):
+    def __init__(self, workdir: AnyPath, console: Console):
         self._workdir, self._console = workdir, console
         self._path = workdir / PATTERN.replace("*", uuid.uuid4().hex[:12])
         self._here = Holder.here()
@@ -127,7 +129,7 @@ class RunLock:
         if is_first() and self._heartbeat is None and (create or self._workdir.is_dir()):
             try:
                 self._take()
-            except (UserError, OSError) as error:
+            except storage_errors(UserError) as error:
                 refusal = [one_line(error)]
         for message in all_gather(refusal):
             raise UserError(message)
@@ -156,10 +158,11 @@ class RunLock:
                 self._path.unlink(missing_ok=True)
         return alone
 
-    def _others(self) -> list[pathlib.Path]:
-        return [path for path in self._workdir.glob(PATTERN) if path.name != self._path.name]
+    def _others(self) -> list[AnyPath]:
+        found = [path for path in list_folder(self._workdir) if fnmatch.fnmatch(path.name, PATTERN)]
+        return [path for path in found if path.name != self._path.name]
 
-    def _remove_if_dead(self, path: pathlib.Path) -> None:
+    def _remove_if_dead(self, path: AnyPath) -> None:
         """Removes the lock of a dead run; raises `UserError` if the run is alive."""
         seen, since = None, time.monotonic()
         while True:
@@ -191,14 +194,23 @@ class RunLock:
         while not self._ended.wait(HEARTBEAT):
             beats += 1
             try:
-                # In place: this needs no space on a full disk, and other clients of NFS see it when they open the file.
-                with self._path.open("r+") as file:
-                    file.write(self._content(beats))
+                self._rewrite(self._content(beats))
             except FileNotFoundError:
                 self._end()
-            except OSError:
+            except storage_errors(UserError):
                 # The next one may succeed.
                 continue
+
+    def _rewrite(self, text: str) -> None:
+        """Replaces what the lock says; raises `FileNotFoundError` if it is gone."""
+        if isinstance(self._path, pathlib.Path):
+            # In place: this needs no space on a full disk, and other clients of NFS see it when they open the file.
+            with self._path.open("r+") as file:
+                file.write(text)
+        elif self._path.exists():
+            self._path.write_text(text)
+        else:
+            raise FileNotFoundError
 
     def _end(self) -> None:
         """Ends the process at once: whoever removed its lock may write here now."""
@@ -214,11 +226,9 @@ class RunLock:
             self._heartbeat.join(timeout=HEARTBEAT)
             self._heartbeat = None
             before_end.remove(self.release)
-            try:
+            # Where it cannot be removed, it will be stale.
+            with contextlib.suppress(*storage_errors()):
                 self._path.unlink(missing_ok=True)
-            except OSError:
-                # It will be stale.
-                return
 
 
 def _start(process: int) -> int | None:
