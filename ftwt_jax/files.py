@@ -70,7 +70,7 @@ def list_folder(folder: AnyPath) -> list[Any]:
     """What is in a folder, in order of names; nothing if it is missing."""
     try:
         return sorted(folder.iterdir(), key=lambda path: path.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -54,13 +54,24 @@ def test_a_killed_run_blocks_neither_its_successor_nor_a_reader(program, tiny_ru
     assert not list(workdir.glob(PATTERN))
 
 
-def test_all_processes_of_a_run_learn_that_the_workdir_is_taken(program, tmp_path):
-    lock = tmp_path / PATTERN.replace("*", "first")
+# The workdir, and the beginning of the message.
+REFUSALS = {
+    "is taken": ("run", f"another run trains in {{}}: process {os.getpid()} on "),
+    "cannot be written": ("file/run", "cannot write to the workdir {}: "),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+def test_all_processes_of_a_run_learn_that_the_workdir(program, tmp_path, why):
+    workdir, said = tmp_path / REFUSALS[why][0], REFUSALS[why][1]
+    lock = tmp_path / "run" / PATTERN.replace("*", "first")
+    lock.parent.mkdir()
     lock.write_text(json.dumps(dataclasses.asdict(Holder.here())))
-    with two_processes(program, "train", *TINY, f"--workdir={tmp_path}") as processes:
+    (tmp_path / "file").write_text("")
+    with two_processes(program, "train", *TINY, f"--workdir={workdir}") as processes:
         results = [(process.wait(120), process.communicate()[1]) for process in processes]
     for status, error in results:
         assert status == 2, results
         (line,) = [line for line in error.splitlines() if line.startswith("ftwt: ")]
-        assert line.startswith(f"ftwt: error: another run trains in {tmp_path}: process {os.getpid()} on ")
-    assert list(tmp_path.iterdir()) == [lock]
+        assert line.startswith(f"ftwt: error: {said.format(workdir)}")
+    assert list(lock.parent.iterdir()) == [lock]
