@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
-from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line
+from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
 
 INTERRUPTED = 130
 # Packages whose name differs from that of their module.
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason = f"this command needs the package {package}, which is not installed: pip install {package}"
         print(f"ftwt: error: {reason}", file=sys.stderr)
         return 2
-    except (UserError, OSError) as error:
+    except storage_errors(UserError) as error:
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

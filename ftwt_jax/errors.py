@@ -1,6 +1,7 @@
 """The library's own exception and warnings, and how errors become one line of text."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -21,6 +22,18 @@ class MissingPackageWarning(UserWarning):
 
 class WeightsWarning(UserWarning):
     """Imported weights were changed; the message says on one line which and how."""
+
+
+def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """The errors of reading and writing files and, once gcsfs is loaded, those of buckets; and `more` of them."""
+    if "gcsfs" not in sys.modules:
+        return OSError, *more
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    return OSError, HttpError, ClientError, GoogleAPIError, GoogleAuthError, *more
 
 
 def os_reason(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on all workers of a Cloud TPU slice: creates the slice, again after each preemption, and deletes it at the end.
-# usage: launch/tpu_pod.sh --zone=ZONE --type=v5litepod-16 {--bucket=NAME | --nfs=HOST:/SHARE} [--spot] [--keep]
+# usage: launch/tpu_pod.sh --zone=ZONE --type=v5litepod-16 [--bucket=NAME | --nfs=HOST:/SHARE] [--spot] [--keep]
 #            [--name=SLICE] [--runtime=VERSION] [--dry-run]
-#            --config=FILE[:ARCH] --workdir=/mnt/NAME/DIR [--config.FIELD=VALUE ...]
+#            --config=FILE[:ARCH] --workdir={gs://NAME/DIR | /mnt/NAME/DIR} [--config.FIELD=VALUE ...]
 #   --bucket   a Cloud Storage bucket, mounted at /mnt/NAME on every worker; best with a hierarchical namespace
 #   --nfs      an NFS share, such as one of Filestore, mounted at /mnt/SHARE
 #   --keep     keeps the slice at the end, at your cost; the same command, or --name=SLICE, uses it again
@@ -43,9 +43,12 @@ for argument in "$@"; do
 done
 [ -n "$zone" ] || stop "--zone=ZONE is missing, for example --zone=us-west4-a"
 [ -n "$type" ] || stop "--type=TYPE is missing, for example --type=v5litepod-16"
-[ -n "$source" ] || stop "--bucket=NAME or --nfs=HOST:/SHARE is missing; the workers need a shared folder"
-[[ $workdir == "$folder"/?* ]] ||
-    stop "--workdir=$workdir is not in the folder that all workers share; use --workdir=$folder/DIR"
+if [[ $workdir != gs://*/* ]]; then
+    [ -n "$source" ] ||
+        stop "the workers need a shared folder: --workdir=gs://NAME/DIR, or one below --bucket=NAME or --nfs=HOST:/SHARE"
+    [[ $workdir == "$folder"/?* ]] ||
+        stop "--workdir=$workdir is not in the folder that all workers share; use --workdir=$folder/DIR"
+fi
 if [ -z "$runtime" ]; then
     case $type in
         v6e-*) runtime=v2-alpha-tpuv6e ;;

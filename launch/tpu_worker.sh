@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # launch/tpu_pod.sh runs this on every worker of a slice, from the copy of the code that it has put there.
-# usage: tpu_worker.sh prepare {BUCKET | HOST:/SHARE} FOLDER     mounts the shared folder, sets up the environment
+# usage: tpu_worker.sh prepare {BUCKET | HOST:/SHARE | ''} FOLDER   mounts the shared folder, sets up the environment
 #        tpu_worker.sh train LAUNCH [ARGUMENT ...]                one launch of the training, named LAUNCH
 set -euo pipefail
 
@@ -29,7 +29,7 @@ mount_share() { # SOURCE FOLDER
 }
 
 prepare() { # SOURCE FOLDER
-    mount_share "$@"
+    if [ -n "$1" ]; then mount_share "$@"; fi
     # The software of TPU VMs still ships Python 3.10.
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         python3 -m pip install --quiet --user uv
@@ -37,7 +37,7 @@ prepare() { # SOURCE FOLDER
         PYTHON=$(python3 -m uv python find 3.12)
         export PYTHON
     fi
-    extra=tpu
+    extra=tpu,gcs
     # shellcheck source=setup.sh
     . launch/setup.sh
 }

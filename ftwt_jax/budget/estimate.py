@@ -6,7 +6,6 @@ if they learnt their targets perfectly. Real heads err more on one side than on 
 they learn; so trained gates are calibrated to the prediction (`calibrate`).
 """
 
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.search import BudgetSearch, Measure
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.gating.gates import check_r
 from ftwt_jax.parallel.processes import barrier, broadcast
 from ftwt_jax.printing import say
@@ -103,7 +103,7 @@ def estimate_entry(r: float, found: Evaluation) -> dict[str, float]:
     return dict(zip(KEYS, (r, found.macs_reduction, found.macs_reduction_published), strict=True))
 
 
-def read_estimate(folder: pathlib.Path) -> dict[str, float]:
+def read_estimate(folder: AnyPath) -> dict[str, float]:
     """What `choose_r` settled on in a workdir; raises `UserError` if the file is missing or broken."""
     entry = workdir.read_json(folder / ESTIMATE, "estimate")
     if not isinstance(entry, dict) or not entry.keys() >= set(KEYS):

@@ -97,7 +97,7 @@ def define_distributed(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "distributed",
         None,
-        "join the other processes of this run; automatic under srun, mpirun and JAX_COORDINATOR_ADDRESS",
+        "join the other processes of this run; automatic under srun, mpirun, torchrun, JAX_COORDINATOR_ADDRESS",
         flag_values=values,
     )
 

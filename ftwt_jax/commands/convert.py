@@ -22,6 +22,7 @@ from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, one_line, os_reason
+from ftwt_jax.files import AnyPath, list_folder, remove_folder
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, current_fields
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
@@ -107,7 +108,7 @@ def _rgb(given: list[str], flag: str) -> list[float]:
     return found
 
 
-def convert(wanted: Wanted, console: Console) -> pathlib.Path:
+def convert(wanted: Wanted, console: Console) -> AnyPath:
     """Writes a workdir with the network of a checkpoint as its baseline, and as its gated network if it has gates.
 
     If a config is given, its data are loaded, and the network is fitted to their classes and channels. Otherwise they
@@ -116,8 +117,9 @@ def convert(wanted: Wanted, console: Console) -> pathlib.Path:
     Raises:
       UserError: the checkpoint cannot be read or is of another network, or the folder is there; nothing is written.
     """
-    path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    path, folder = workdir.absolute(wanted.checkpoint), workdir.absolute(wanted.out)
+    folder = folder.resolve() if isinstance(folder, pathlib.Path) else folder
+    if folder.exists() and (not folder.is_dir() or list_folder(folder)):
         raise UserError(f"{folder} already exists: choose another folder with --out")
     if wanted.config is not None:
         _check(wanted.config, wanted.arch)
@@ -170,7 +172,7 @@ def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> 
     return shapes
 
 
-def _report(folder: pathlib.Path, config: ConfigDict, imported: Imported, console: Console) -> None:
+def _report(folder: AnyPath, config: ConfigDict, imported: Imported, console: Console) -> None:
     """Says what was found, and what can be done with it."""
     name, gates = config.model.name, imported.model.gates
     kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.norm}, r={gates.r:g})"
@@ -252,8 +254,15 @@ def _usual_statistics(imported: Imported) -> Statistics:
 
 
 @contextlib.contextmanager
-def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into, which becomes `folder` once all is written."""
+def _appearing(folder: AnyPath) -> Iterator[AnyPath]:
+    """A folder to write into, which becomes `folder` once all is written; in a bucket, `folder` itself."""
+    if not isinstance(folder, pathlib.Path):
+        try:
+            yield folder
+        except BaseException:
+            remove_folder(folder)
+            raise
+        return
     partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +281,7 @@ def _appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _write(
-    folder: pathlib.Path,
+    folder: AnyPath,
     config: ConfigDict,
     imported: Imported,
     dataset: Dataset | None,
@@ -293,7 +302,8 @@ def _write(
     networks = {BASELINE: _without_heads(variables)}
     if imported.model.gates is not None:
         networks[GATED] = variables
-    _check_room(folder, networks)
+    if isinstance(folder, pathlib.Path):
+        _check_room(folder, networks)
     for stage, network in networks.items():
         with contextlib.closing(Checkpoints(folder, stage, description, create=True)) as checkpoints:
             checkpoints.save_network(network, finished)

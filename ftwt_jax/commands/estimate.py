@@ -1,7 +1,5 @@
 """The command `estimate`: the MACs reduction that each r would give, in all and in each layer."""
 
-import pathlib
-
 from absl import flags
 from matplotlib import colormaps
 from rich.console import Console
@@ -19,6 +17,7 @@ from ftwt_jax.commands.command import (
     parse_numbers,
 )
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.printing import say
 from ftwt_jax.report.plotting import new_plot, save_png
@@ -107,7 +106,7 @@ def _unit_table(swept: dict[float, Evaluation]) -> Table:
     return table
 
 
-def _plot(swept: dict[float, Evaluation], chosen: list[float], path: pathlib.Path) -> None:
+def _plot(swept: dict[float, Evaluation], chosen: list[float], path: AnyPath) -> None:
     figure, axes = new_plot("r, mass threshold", "predicted MACs reduction (exact)", height=5)
     columns = [_reductions(found) for found in swept.values()]
     gated = set(next(iter(swept.values())).gate_names)

@@ -1,6 +1,5 @@
 """The command `plan`: what a config's training step needs on a TPU slice that you need not have."""
 
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -8,6 +7,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax.commands.command import Arguments, Command, define_workdir
+from ftwt_jax.files import AnyPath
 from ftwt_jax.plan.compile import Step, compile_step, label, make_run_on
 from ftwt_jax.plan.roofline import Slice, list_slices, parse_slice
 from ftwt_jax.plan.tables import print_plan
@@ -38,7 +38,7 @@ COMMAND = Command(_define, run, takes_config=True)
 
 
 def plan(
-    config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: pathlib.Path | None = None
+    config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: AnyPath | None = None
 ) -> dict[str, Any]:
     """Compiles the gated and the dense training step for a slice; prints what they need and how fast they can be.
 

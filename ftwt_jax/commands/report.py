@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import pathlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.commands.command import Arguments, Command, Operand
-from ftwt_jax.errors import UserError, os_reason
+from ftwt_jax.errors import UserError, os_reason, storage_errors
+from ftwt_jax.files import AnyPath, in_bucket
 from ftwt_jax.printing import say
 from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
@@ -28,6 +28,8 @@ from ftwt_jax.workdir import REPORT, as_dict
 from ftwt_jax.workdir.checkpoints import has_checkpoint
 from ftwt_jax.workdir.environment import environment
 
+# Written into a bucket and removed, to see whether that is allowed.
+PROBE = ".writable"
 # So many runs are looked at image by image; of more, the first.
 MOST_SEEN = 6
 # Images shown of each kind.
@@ -54,7 +56,7 @@ def run(arguments: Arguments, console: Console) -> None:
 COMMAND = Command(_define, run, Operand("dir", "workdirs/digits", several=True))
 
 
-def report(folders: Sequence[str], out: str | None, unit: str | None, console: Console) -> pathlib.Path:
+def report(folders: Sequence[str], out: str | None, unit: str | None, console: Console) -> AnyPath:
     """Writes the report of these workdirs; returns the path of its page.
 
     Args:
@@ -86,17 +88,21 @@ def report(folders: Sequence[str], out: str | None, unit: str | None, console: C
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     path = write(folder, page, [*shared, *(plot for section in sections for plot in section.plots)])
-    say(console, f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB, and its plots as PNG beside it")
+    say(console, f"wrote {path}, {len(page.encode()) / 1e6:.1f} MB, and its plots as PNG beside it")
     return path
 
 
-def _make(folder: pathlib.Path) -> None:
+def _make(folder: AnyPath) -> None:
     """Makes the folder, and sees whether it can be written, before the long part."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+        if in_bucket(folder):
+            (folder / PROBE).write_text("")
+            (folder / PROBE).unlink()
+        else:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except storage_errors() as error:
         reason = os_reason(error)
         raise UserError(f"cannot write the report to {folder}: {reason}; choose another with --out") from None
 

@@ -1,7 +1,6 @@
 """The command `train`: dense baseline, estimate, gate training, evaluation."""
 
 import contextlib
-import pathlib
 import time
 
 import jax
@@ -23,6 +22,7 @@ from ftwt_jax.training.run import Adopted, Run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES
 from ftwt_jax.training.stage import make_stage
 from ftwt_jax.workdir.checkpoints import cut_off, set_damaged_aside
+from ftwt_jax.workdir.lock import RunLock
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -43,27 +43,30 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
     """Trains baseline and gates in `folder`, or resumes where an earlier run stopped, and evaluates the result.
 
     Raises:
-      UserError: the config cannot work, the folder belongs to another config, or a loss is no longer a finite number.
+      UserError: the config cannot work, the folder belongs to another config or another run trains there, or a loss
+        is no longer a finite number.
       Preempted: the process was told to stop, and everything is saved.
     """
     started = time.perf_counter()
     path = workdir.absolute(folder)
-    for note in (
-        note for stage in STAGES for kept in (stage, cut_off(stage)) for note in set_damaged_aside(path, kept)
-    ):
-        say(console, note)
-    run = open_run(config, path)
-    adopted = _starting_baseline(run)
-    data, name = run.dataset, run.config.data.name
-    say(
-        console,
-        f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
-    )
-    workdir.prepare(run.workdir, run.config)
-    if adopted is not None:
-        _keep_baseline(run, adopted, console)
-    with run.preemption.watched():
-        _train_stages(run, console)
+    with RunLock(path, console) as lock:
+        lock.acquire(create=False)
+        for kept in (name for stage in STAGES for name in (stage, cut_off(stage))):
+            for note in set_damaged_aside(path, kept):
+                say(console, note)
+        run = open_run(config, path)
+        adopted = _starting_baseline(run)
+        data, name = run.dataset, run.config.data.name
+        say(
+            console,
+            f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
+        )
+        lock.acquire(create=True)
+        workdir.prepare(run.workdir, run.config)
+        if adopted is not None:
+            _keep_baseline(run, adopted, console)
+        with run.preemption.watched():
+            _train_stages(run, console)
     say(console, f"done in {time.perf_counter() - started:.0f} s; everything is in {run.workdir}")
 
 
@@ -88,7 +91,7 @@ def _starting_baseline(run: Run) -> Adopted | None:
       UserError: the config leaves the run without a trained baseline.
     """
     config, has_own = run.config, run.has(BASELINE)
-    adopted = run.adopted(pathlib.Path(config.init_from)) if config.init_from and not has_own else None
+    adopted = run.adopted(workdir.absolute(config.init_from)) if config.init_from and not has_own else None
     if config.baseline.epochs <= 0:
         if not (has_own or adopted):
             raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,7 +110,18 @@ class Preemption:
         os.close(reader)
 
 
+# Called before a process that was told to stop ends at once.
+before_end: list[Callable[[], None]] = []
+# Longest time in seconds for each.
+PATIENCE = 3
+
+
 def _end(standing: str) -> None:
+    for action in list(before_end):
+        # In a thread, since a file system, or the thread that was interrupted, may keep it waiting.
+        thread = threading.Thread(target=action, daemon=True)
+        thread.start()
+        thread.join(timeout=PATIENCE)
     if sys.stdout.isatty():
         # A progress bar hides the cursor.
         os.write(1, b"\x1b[?25h\n")

@@ -1,10 +1,12 @@
 """A run of several processes: joining, exchanging small values, and losing one of them."""
 
+import importlib.util
 import json
 import os
 import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +28,9 @@ GRACE = 3
 _STATUS = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL): ")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_REMEDY = f"set {ADDRESS}, {COUNT} and {INDEX}, or run a single process with --nodistributed"
+# Set by Open MPI up to version 4; JAX finds the other tasks with it.
+_ORTE = "OMPI_MCA_orte_hnp_uri"
 
 
 class Lost(Exception):
@@ -35,52 +40,100 @@ class Lost(Exception):
 def join(wanted: bool | None = None) -> None:
     """Joins the other processes of the run, if this process was started as one of several.
 
-    That is the case under `srun` or `mpirun` with more than one task, and if `JAX_COORDINATOR_ADDRESS` (host:port of
-    process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set. Must run before any other use of JAX; does nothing if
-    the program has already called `jax.distributed.initialize`.
+    That is the case under `srun`, `mpirun` or `torchrun` with more than one task, and if `JAX_COORDINATOR_ADDRESS`
+    (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are set. Must run before any other use of JAX;
+    does nothing if the program has already called `jax.distributed.initialize`.
 
     Args:
       wanted: True: join whatever JAX detects (Cloud TPU slices); False: run alone; None: as described above.
 
     Raises:
-      UserError: variables are missing, or JAX detects no other processes.
+      UserError: variables are missing, or the other processes cannot be found.
       Lost: the other processes did not join in time.
     """
     if wanted is False or jax.distributed.is_initialized():
         return
-    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
-    tasks = max(_number(os.environ.get(name)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if not wanted and not any(given.values()) and tasks < 2:
+    launched = _launched()
+    if launched is None and not wanted:
         return
-    if given[COUNT] is not None or given[INDEX] is not None:
-        missing = [name for name, value in given.items() if value is None]
-        if missing:
-            raise UserError(f"{', '.join(missing)} must be set too for this process to join the others of the run")
-        if not 0 <= _number(given[INDEX]) < _number(given[COUNT]):
-            raise UserError(
-                f"{INDEX} must be at least 0 and less than {COUNT}; got {given[INDEX]!r} and {given[COUNT]!r}"
-            )
-    known = given[COUNT] is not None
     try:
         jax.distributed.initialize(
-            coordinator_address=given[ADDRESS],
-            num_processes=_number(given[COUNT]) if known else None,
-            process_id=_number(given[INDEX]) if known else None,
-            initialization_timeout=START,
-            heartbeat_timeout_seconds=HEARTBEAT,
+            **(launched or {}), initialization_timeout=START, heartbeat_timeout_seconds=HEARTBEAT
         )
     except ValueError as error:
-        raise UserError(
-            f"cannot find the other processes of this run: {one_line(error)}; set {ADDRESS}, {COUNT} and {INDEX}, or "
-            "run a single process with --nodistributed"
-        ) from None
+        raise UserError(f"cannot find the other processes of this run: {one_line(error)}; {_REMEDY}") from None
     except RuntimeError as error:
         raise Lost(f"not all processes of this run joined within {START} seconds: {shortened(error)}") from None
 
 
-def _number(text: str | None) -> int:
+def _launched() -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` must be told of the launcher of this process; None if it was started alone."""
+    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
+    if any(given.values()):
+        return _described(given)
+    step, open_mpi, pmi = (
+        _number(os.environ.get(name)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    )
+    if open_mpi > 1 and _ORTE in os.environ:
+        return {}
+    # `mpirun` may start its daemons with `srun`, whose variables its own tasks inherit.
+    if open_mpi > 1 or (pmi > 1 and pmi != step):
+        return _by_mpi4py(max(open_mpi, pmi))
+    if step > 1:
+        return {}
+    if "SLURM_STEP_NUM_TASKS" not in os.environ and _number(os.environ.get("SLURM_PROCID")) > 0:
+        # Passed on by hand, into a container for example. Without `srun` a job has a single process, number 0.
+        raise UserError(
+            f"SLURM_PROCID={os.environ['SLURM_PROCID']} says that this is one of several tasks, which cannot find each "
+            f"other without SLURM_STEP_NUM_TASKS and the other variables of srun: pass them on; or {_REMEDY}"
+        )
+    return _by_torchrun()
+
+
+def _described(given: dict[str, str | None]) -> dict[str, Any]:
+    """The run that JAX's own variables describe."""
+    if given[COUNT] is None and given[INDEX] is None:
+        return {"coordinator_address": given[ADDRESS]}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be set too for this process to join the others of the run")
+    count, index = _number(given[COUNT]), _number(given[INDEX])
+    if not 0 <= index < count:
+        raise UserError(f"{INDEX} must be at least 0 and less than {COUNT}; got {given[INDEX]!r} and {given[COUNT]!r}")
+    return {"coordinator_address": given[ADDRESS], "num_processes": count, "process_id": index}
+
+
+def _by_mpi4py(tasks: int) -> dict[str, Any]:
+    """How tasks of MPICH, Intel MPI and Open MPI 5 find each other; older ones of Open MPI tell JAX themselves."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UserError(
+            f"this is one of {tasks} tasks of mpirun, which cannot find each other without mpi4py: pip install mpi4py; "
+            f"or {_REMEDY}"
+        )
+    return {"cluster_detection_method": "mpi4py"}
+
+
+def _by_torchrun() -> dict[str, Any] | None:
+    """The run that torchrun's variables describe; None if they are not all there, or there is one process."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_PORT")
+    count, index, port = (_number(os.environ.get(name), missing=-1) for name in names)
+    host = os.environ.get("MASTER_ADDR")
+    if not host or port < 0 or not 0 <= index < count or count < 2:
+        return None
+    # The port itself belongs to PyTorch's store. JAX derives one from the number of a Slurm job in the same way.
+    several_here = _number(os.environ.get("LOCAL_WORLD_SIZE")) > 1
+    return {
+        "coordinator_address": f"{host}:{port % 2**12 + 2**16 - 2**12}",
+        "num_processes": count,
+        "process_id": index,
+        # One device each.
+        "local_device_ids": [_number(os.environ.get("LOCAL_RANK"))] if several_here else None,
+    }
+
+
+def _number(text: str | None, missing: int = 0) -> int:
     try:
-        return int(text or 0)
+        return int(text or missing)
     except ValueError:
         return -1
 

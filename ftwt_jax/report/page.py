@@ -2,14 +2,13 @@
 
 import base64
 import dataclasses
-import pathlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
 
-from ftwt_jax.files import written_whole
+from ftwt_jax.files import AnyPath, written_whole
 from ftwt_jax.report.images import Thumbnail
 from ftwt_jax.report.mask_plots import count
 from ftwt_jax.report.plotting import save_png, to_svg
@@ -96,7 +95,7 @@ def _percent(value: float) -> str:
     return f"{100 * value + 0.0:.0f}"
 
 
-def write(folder: pathlib.Path, page: str, plots: Iterable[Plot]) -> pathlib.Path:
+def write(folder: AnyPath, page: str, plots: Iterable[Plot]) -> AnyPath:
     """Writes the page and its plots into an existing folder, each file whole or not at all; returns the page's path."""
     for plot in plots:
         plot.figure.set_layout_engine("none")  # `embed` has laid it out; doing so again would double the time.

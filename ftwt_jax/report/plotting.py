@@ -2,7 +2,6 @@
 
 import functools
 import io
-import pathlib
 from typing import Any
 
 import matplotlib
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ftwt_jax.files import written_whole
+from ftwt_jax.files import AnyPath, written_whole
 
 # The palette of Okabe and Ito, which color-blind readers can distinguish too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,7 +60,7 @@ def new_grid(count: int, width: float, height: float, columns: int = 1, **option
     return figure, axes[:count]
 
 
-def save_png(figure: Figure, path: pathlib.Path) -> None:
+def save_png(figure: Figure, path: AnyPath) -> None:
     """Writes a figure as PNG, whole or not at all."""
     with written_whole(path) as temporary, look():
         figure.savefig(temporary, format="png", dpi=144)

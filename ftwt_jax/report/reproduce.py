@@ -1,6 +1,5 @@
 """The commands that reproduce a run and its figures."""
 
-import pathlib
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from ftwt_jax import config as configs
 from ftwt_jax.data.corruptions import APPLIED
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.report.runs import RecordedRun
 from ftwt_jax.workdir import as_dict
 
@@ -70,7 +70,7 @@ def evaluate_commands(run: RecordedRun) -> list[str]:
     return [in_lines(command) for command in commands]
 
 
-def report_command(runs: Sequence[RecordedRun], out: pathlib.Path, unit: str | None) -> str:
+def report_command(runs: Sequence[RecordedRun], out: AnyPath, unit: str | None) -> str:
     """The command that wrote this page."""
     chosen = [] if unit is None else [f"--unit={unit}"]
     return in_lines([*PROGRAM, "report", *(str(run.path) for run in runs), f"--out={out}", *chosen])

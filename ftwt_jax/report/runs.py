@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ftwt_jax import workdir
 from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.files import AnyPath
 from ftwt_jax.workdir import BUDGETS, CORRUPTIONS, EVALUATION, METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
 
@@ -38,7 +39,7 @@ class RecordedRun:
 
     number: int
     name: str
-    path: pathlib.Path
+    path: AnyPath
     config: ConfigDict
     evaluation: Row
     curve: Row
@@ -91,14 +92,19 @@ def read_runs(folders: Sequence[str]) -> list[RecordedRun]:
     Raises:
       UserError: a folder is not a workdir, was not evaluated, or holds a file that cannot be read.
     """
-    paths = list(dict.fromkeys(pathlib.Path(os.path.normpath(workdir.absolute(folder))) for folder in folders))
+    paths = list(dict.fromkeys(map(_place, folders)))
     return [
         _read(number, name, path)
         for number, (name, path) in enumerate(zip(_shorten(paths), paths, strict=True), start=1)
     ]
 
 
-def _read(number: int, name: str, path: pathlib.Path) -> RecordedRun:
+def _place(folder: str) -> AnyPath:
+    path = workdir.absolute(folder)
+    return pathlib.Path(os.path.normpath(path)) if isinstance(path, pathlib.Path) else path
+
+
+def _read(number: int, name: str, path: AnyPath) -> RecordedRun:
     _, config = workdir.load(str(path))
     if not (path / EVALUATION).exists():
         raise UserError(f"{path} holds no evaluation; run `python -m ftwt_jax evaluate --workdir={path}` first")
@@ -115,7 +121,7 @@ def _read(number: int, name: str, path: pathlib.Path) -> RecordedRun:
     )
 
 
-def _shorten(paths: Sequence[pathlib.Path]) -> list[str]:
+def _shorten(paths: Sequence[AnyPath]) -> list[str]:
     """The last part of each path, or as many parts as make them unique; invisible characters are escaped."""
     depth = 1
     longest = max(len(path.parts) for path in paths)
@@ -129,7 +135,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def _read_evaluation(folder: pathlib.Path) -> Row:
+def _read_evaluation(folder: AnyPath) -> Row:
     path = folder / EVALUATION
     found = workdir.read_json(path, "evaluation")
     missing = [name for name in FIGURES if not is_number(_get(found, name))]
@@ -146,7 +152,7 @@ def _read_evaluation(folder: pathlib.Path) -> Row:
     return found
 
 
-def _read_table(path: pathlib.Path, figures: Sequence[str], command: str) -> Row:
+def _read_table(path: AnyPath, figures: Sequence[str], command: str) -> Row:
     if not path.exists():
         return {}
     found = workdir.read_json(path, "table")
@@ -168,12 +174,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def read_metrics(path: pathlib.Path) -> tuple[Row, ...]:
+def read_metrics(path: AnyPath) -> tuple[Row, ...]:
     """The complete lines of `metrics.jsonl`; a killed run may leave an incomplete one."""
     if not path.exists():
         return ()
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

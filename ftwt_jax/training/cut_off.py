@@ -1,8 +1,8 @@
 """States whose step was taken, while what follows it, an evaluation or a calibration, was cut off."""
 
 import contextlib
-import shutil
 
+from ftwt_jax.files import remove_folder
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.stage import Stage
@@ -38,7 +38,7 @@ class CutOff:
         """Deletes what was kept, once there is a newer checkpoint."""
         folder = self._run.workdir / FOLDER / self._name
         if is_first() and folder.exists():
-            shutil.rmtree(folder)
+            remove_folder(folder)
 
     def _checkpoints(self, create: bool = False) -> Checkpoints:
         return self._run.checkpoints(self._name, create)

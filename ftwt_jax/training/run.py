@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.resident import Resident, place
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.preemption import Preemption
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated, split
@@ -68,7 +68,7 @@ class Run:
     """
 
     config: ConfigDict
-    folder: pathlib.Path | None
+    folder: AnyPath | None
     dataset: Dataset
     mesh: Mesh
     normalize: Normalize
@@ -77,7 +77,7 @@ class Run:
     _evaluators: dict[tuple[str, str], Evaluator] = dataclasses.field(default_factory=dict)
 
     @property
-    def workdir(self) -> pathlib.Path:
+    def workdir(self) -> AnyPath:
         """The workdir of a run that has one."""
         assert self.folder is not None
         return self.folder
@@ -112,7 +112,7 @@ class Run:
         with contextlib.closing(self.checkpoints(stage)) as checkpoints:
             return checkpoints.restore_network(self.abstract_variables(stage), replicated(self.mesh), best)
 
-    def adopted(self, workdir: pathlib.Path) -> Adopted:
+    def adopted(self, workdir: AnyPath) -> Adopted:
         """The baseline of another workdir, fitted to this run's classes and channels where they differ."""
         checkpoints = Checkpoints(workdir, BASELINE, self.dataset.describe())
         try:
@@ -137,7 +137,7 @@ class Run:
         finally:
             checkpoints.close()
 
-    def _other_model(self, workdir: pathlib.Path) -> str:
+    def _other_model(self, workdir: AnyPath) -> str:
         """How another workdir's network differs from this run's by its config, for the end of a message."""
         if not (workdir / CONFIG).exists():
             return ""
@@ -199,7 +199,7 @@ class Run:
 
 def make_run(
     config: ConfigDict,
-    folder: pathlib.Path | None = None,
+    folder: AnyPath | None = None,
     mesh: Mesh | None = None,
     dataset: Dataset | None = None,
     statistics: Statistics | None = None,
@@ -231,7 +231,7 @@ def make_run(
     return run
 
 
-def open_run(config: ConfigDict, folder: pathlib.Path) -> Run:
+def open_run(config: ConfigDict, folder: AnyPath) -> Run:
     """The run of a config in a workdir; images are normalised as its baseline, or the one it starts from, was given."""
     places = [folder, *([absolute(config.init_from)] if config.get("init_from") else [])]
     found = (trained_statistics(place) for place in places if has_checkpoint(place, BASELINE))
@@ -244,7 +244,7 @@ def load_run(folder: str) -> Run:
     return open_run(config, path)
 
 
-def trained_statistics(workdir: pathlib.Path) -> Statistics | None:
+def trained_statistics(workdir: AnyPath) -> Statistics | None:
     """Mean and deviation that a workdir's baseline was trained with; None if its checkpoint does not tell."""
     with contextlib.closing(Checkpoints(workdir, BASELINE, {})) as checkpoints:
         kept = checkpoints.kept_dataset()

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
 
 import flax.linen as nn
 import numpy as np
 
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.weights.files import read_checkpoint, write_safetensors
 from ftwt_jax.weights.names import is_head
 from ftwt_jax.weights.source import Arrays
@@ -63,7 +63,7 @@ class Conversion:
                 arrays[name] = (_bits(arrays[name]) + rest.astype(np.int32)).view(np.float32)
         return {self.prefix + name: array for name, array in {**arrays, **self.counters}.items()}
 
-    def save(self, folder: pathlib.Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Writes this record into a workdir."""
         arrays = {COUNTER + name: array for name, array in self.counters.items()}
         arrays |= {REST + name: array for name, array in self.rests.items()}
@@ -71,7 +71,7 @@ class Conversion:
         write_safetensors(folder / FILE, arrays, {"conversion": json.dumps(facts)})
 
     @classmethod
-    def load(cls, folder: pathlib.Path) -> "Conversion | None":
+    def load(cls, folder: AnyPath) -> "Conversion | None":
         """The record of a workdir; None if its network was not imported."""
         if not (folder / FILE).exists():
             return None

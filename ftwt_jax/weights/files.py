@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ftwt_jax.errors import UserError, one_line, os_reason
-from ftwt_jax.files import written_whole
+from ftwt_jax.files import AnyPath, local_copy, written_whole
 
 SAFETENSORS = ".safetensors"
 # Metadata key under which our exports describe their network.
 OWN = "ftwt_jax"
 
 
-def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, str]]:
+def read_checkpoint(path: AnyPath) -> tuple[Mapping[str, Any], dict[str, str]]:
     """Reads a checkpoint: `.safetensors`, or any file of `torch.save`.
 
     Returns:
@@ -31,7 +31,8 @@ def read_checkpoint(path: pathlib.Path) -> tuple[Mapping[str, Any], dict[str, st
     if not path.is_file():
         what = "is a folder: name the file in it" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}")
-    return _read_safetensors(path) if path.suffix == SAFETENSORS else (_read_torch(path), {})
+    with local_copy(path) as copy:
+        return _read_safetensors(path, copy) if path.suffix == SAFETENSORS else (_read_torch(path, copy), {})
 
 
 def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def own_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(path: AnyPath, copy: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(copy, framework="numpy") as file:
             names = file.keys()  # The file itself is not iterable.
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
@@ -56,7 +57,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
         raise UserError(f"checkpoint {path} has a dtype that NumPy does not have: {one_line(error)}") from None
 
 
-def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
+def _read_torch(path: AnyPath, copy: pathlib.Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
@@ -66,7 +67,7 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About old formats, and archives that are refused below.
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(copy, map_location="cpu", weights_only=True)
     except Exception as error:
         # Broken files raise all kinds of errors: KeyError, EOFError, RuntimeError, ...
         named = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
@@ -84,7 +85,7 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
     return found
 
 
-def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write_safetensors(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes arrays by name; the file appears whole or not at all. Raises `UserError` if it cannot be written."""
     with written_whole(path) as temporary:
         temporary.write_bytes(save(dict(arrays), metadata={"format": "pt", **metadata}))

@@ -1,15 +1,20 @@
 """The folder of a run: its config, the names of its files, and JSON that is written whole or not at all."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
 import ml_collections
 
 from ftwt_jax.config import updated
-from ftwt_jax.errors import UserError, one_line, os_reason
-from ftwt_jax.files import written_whole
+from ftwt_jax.errors import UserError, one_line, os_reason, storage_errors
+from ftwt_jax.files import AnyPath, written_whole
 from ftwt_jax.parallel.processes import barrier, is_first
+from ftwt_jax.workdir.bucket import SCHEME, open_bucket
+
+# Orbax and TFDS would otherwise open buckets with TensorFlow where it is installed. They look once, at first use.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 # What a workdir holds besides its checkpoints.
 CONFIG = "config.json"
@@ -26,7 +31,7 @@ PLAN = "plan.json"
 REPORT = "report"
 
 
-def write_json(path: pathlib.Path, data: Any) -> None:
+def write_json(path: AnyPath, data: Any) -> None:
     """Writes `data` as JSON, from the first process alone; a reader sees the old file or the new one, never a part."""
     if not is_first():
         return
@@ -34,7 +39,7 @@ def write_json(path: pathlib.Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def read_json(path: pathlib.Path, what: str) -> Any:
+def read_json(path: AnyPath, what: str) -> Any:
     """Reads JSON; raises `UserError`, naming the file, if it is missing or broken."""
     try:
         return json.loads(path.read_text())
@@ -65,11 +70,14 @@ def differing_fields(old: Any, new: Any, prefix: str = "config") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
-def absolute(folder: str) -> pathlib.Path:
-    """The folder that a flag names, whatever the current directory is later."""
+def absolute(folder: str) -> AnyPath:
+    """The folder that a flag names, whatever the current directory is later; raises `UserError` if it names none."""
+    if folder.startswith(SCHEME):
+        return open_bucket(folder)
     if "://" in folder:
         raise UserError(
-            f"{folder} is an address, not a folder: mount the bucket, and name the folder where it is mounted"
+            f"{folder} is neither a folder nor in a bucket of Google Cloud, {SCHEME}BUCKET/run: mount the storage, and "
+            "name the folder where it is mounted"
         )
     try:
         return pathlib.Path(folder).expanduser().absolute()
@@ -77,7 +85,16 @@ def absolute(folder: str) -> pathlib.Path:
         raise UserError(f"{folder} is not a folder: {one_line(error)}") from None
 
 
-def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def make(path: AnyPath) -> None:
+    """Makes the folder, if it is missing; raises `UserError` if it cannot be made, or not be searched."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG).exists()
+    except storage_errors() as error:
+        raise UserError(f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir") from None
+
+
+def prepare(path: AnyPath, config: ml_collections.ConfigDict) -> None:
     """Makes the folder and writes `config.json`, or checks that the folder's own is the same config.
 
     The first process writes; all processes must see the same folder.
@@ -87,14 +104,8 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """
     wanted = as_dict(config)
     if is_first():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            exists = (path / CONFIG).exists()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the workdir {path}: {os_reason(error)}; choose another --workdir"
-            ) from None
-        if not exists:
+        make(path)
+        if not (path / CONFIG).exists():
             write_json(path / CONFIG, wanted)
     barrier("workdir made")
     if not (path / CONFIG).exists():
@@ -110,7 +121,7 @@ def prepare(path: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def load(folder: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
+def load(folder: str) -> tuple[AnyPath, ml_collections.ConfigDict]:
     """The folder of an earlier run and its config; raises `UserError` if it holds none."""
     path = absolute(folder)
     if not path.is_dir():
@@ -118,7 +129,7 @@ def load(folder: str) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
     return path, ml_collections.ConfigDict(_kept(path))
 
 
-def _kept(path: pathlib.Path) -> dict[str, Any]:
+def _kept(path: AnyPath) -> dict[str, Any]:
     """The config of a folder."""
     if not (path / CONFIG).exists():
         raise UserError(f"{path} holds no run: train there first, `ftwt train --config=... --workdir={path}`")

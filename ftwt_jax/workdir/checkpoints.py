@@ -1,9 +1,8 @@
 """Checkpoints with Orbax: network and optimizer together; the newest ones and the best are kept."""
 
+import contextlib
 import errno
 import os
-import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -13,9 +12,10 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from ftwt_jax.errors import UserError, one_line, shortened
+from ftwt_jax.errors import UserError, one_line, shortened, storage_errors
+from ftwt_jax.files import AnyPath, in_bucket, list_folder, remove_folder
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
-from ftwt_jax.workdir.integrity import MISSING, damage, write_list
+from ftwt_jax.workdir.integrity import LIST, MISSING, damage, write_list
 
 FOLDER = "checkpoints"
 # Items of a checkpoint. The network is an item of its own, to be read without knowing how it was trained.
@@ -26,6 +26,8 @@ UNFINISHED = "unfinished"
 KEPT = 2
 # Prefix of the folder name of a checkpoint that was found damaged.
 DAMAGED = "damaged-"
+# Orbax writes this file last, where a folder cannot be renamed.
+_COMMITTED = "commit_success.txt"
 # Errors of the operating system that tell the user enough by themselves.
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
@@ -37,7 +39,7 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
+def set_damaged_aside(workdir: AnyPath, stage: str) -> list[str]:
     """Renames the damaged checkpoints of a stage, so that training continues from an intact one.
 
     Only a checkpoint whose deletion was cut off is deleted: an older one with files missing. Every process of a run
@@ -53,9 +55,11 @@ def set_damaged_aside(workdir: pathlib.Path, stage: str) -> list[str]:
             found = damage(path)
             if not found:
                 intact += 1
+                if in_bucket(path):
+                    _commit(path)
             elif intact >= KEPT and found.endswith(MISSING):
                 # There are enough newer ones, so the process was killed while it deleted this one.
-                shutil.rmtree(path)
+                remove_folder(path)
             else:
                 aside, again = path.with_name(DAMAGED + path.name), 1
                 while aside.exists():
@@ -72,15 +76,31 @@ def cut_off(stage: str) -> str:
     return f"{stage}-cut-off"
 
 
-def has_checkpoint(workdir: pathlib.Path, stage: str) -> bool:
+def has_checkpoint(workdir: AnyPath, stage: str) -> bool:
     """Whether a stage of a run has a complete checkpoint."""
     return bool(_complete(workdir / FOLDER / stage))
 
 
-def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The complete checkpoints of a stage, the newest first; an incomplete one has a temporary name."""
-    found = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+def _complete(folder: AnyPath) -> list[AnyPath]:
+    """The complete checkpoints of a stage, the newest first."""
+    found = [path for path in list_folder(folder) if path.name.isdigit() and _is_complete(path)]
     return sorted(found, key=lambda path: -int(path.name))
+
+
+def _is_complete(path: AnyPath) -> bool:
+    """Whether a checkpoint was written to its end; on a file system, its folder has a temporary name until then."""
+    if not in_bucket(path):
+        return path.is_dir()
+    return not {_COMMITTED, LIST}.isdisjoint(file.name for file in list_folder(path))
+
+
+def _commit(path: AnyPath) -> None:
+    """Marks a checkpoint as complete that was copied into a bucket from a disk, where Orbax needs no mark."""
+    found = list_folder(path)
+    if _COMMITTED not in {file.name for file in found}:
+        for folder in (path, *(item for item in found if item.is_dir())):
+            (folder / _COMMITTED).write_text("")
+        write_list(path)
 
 
 class Checkpoints:
@@ -91,7 +111,7 @@ class Checkpoints:
       create: make the folder if it is missing; otherwise a missing folder is a `UserError`.
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, dataset: dict[str, Any], create: bool = False):
+    def __init__(self, workdir: AnyPath, stage: str, dataset: dict[str, Any], create: bool = False):
         self.path, self._dataset = workdir / FOLDER / stage, dataset
         self._intact: set[int] = set()
         if not create and not self.path.is_dir():
@@ -117,7 +137,7 @@ class Checkpoints:
         registry.add(DATASET, ocp.args.JsonRestore, description)
         try:
             self._manager = _Manager(self.path, options=options, handler_registry=registry)
-        except (ValueError, OSError) as error:
+        except storage_errors(ValueError) as error:
             raise_if_lost(error)
             for path in _complete(self.path):
                 self._check_intact(int(path.name))
@@ -174,7 +194,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
             if is_first():
                 write_list(self.path / str(step))
-        except (ValueError, OSError) as error:
+        except storage_errors(ValueError) as error:
             raise_if_lost(error)
             self._remove_unfinished()
             newest = self.latest_step()
@@ -230,7 +250,7 @@ class Checkpoints:
         self._check_intact(step)
         try:
             found = self._manager.item_metadata(step)[NETWORK]
-        except (ValueError, KeyError, OSError) as error:
+        except storage_errors(ValueError, KeyError) as error:
             raise self._unreadable(step, error) from error
         if found is None:
             raise UserError(
@@ -297,7 +317,7 @@ class Checkpoints:
         self._check_intact(step)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
+        except storage_errors(ValueError, KeyError) as error:
             raise_if_lost(error)
             raise self._unreadable(step, error) from error
 
@@ -305,9 +325,16 @@ class Checkpoints:
         """Frees the space that a failed save has taken."""
         # For one second, because tasks of Orbax may still be writing.
         for _ in range(10):
-            for path in self.path.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in self._unfinished():
+                remove_folder(path, ignore_errors=True)
             time.sleep(0.1)
+
+    def _unfinished(self) -> list[AnyPath]:
+        if in_bucket(self.path):
+            with contextlib.suppress(*storage_errors()):
+                return [path for path in list_folder(self.path) if path.name.isdigit() and not _is_complete(path)]
+            return []
+        return list(self.path.glob("*.orbax-checkpoint-tmp*"))
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         path = self.path / str(step)

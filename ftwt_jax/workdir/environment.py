@@ -9,6 +9,7 @@ import jax
 
 from ftwt_jax.config import REPOSITORY
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.version import __version__
 from ftwt_jax.workdir import ENVIRONMENT, read_json, write_json
@@ -32,14 +33,14 @@ def environment() -> Environment:
     }
 
 
-def record_environment(folder: pathlib.Path) -> None:
+def record_environment(folder: AnyPath) -> None:
     """Appends the environment of this process to the workdir's list, unless it equals the last entry."""
     found, here = recorded_environments(folder), environment()
     if found[-1:] != [here]:
         write_json(folder / ENVIRONMENT, [*found, here])
 
 
-def recorded_environments(folder: pathlib.Path) -> list[Environment]:
+def recorded_environments(folder: AnyPath) -> list[Environment]:
     """The environments that a run was trained in, in order; empty if they were not recorded.
 
     Raises:

@@ -5,18 +5,21 @@ import functools
 import importlib.util
 import json
 import pathlib
+import shutil
 import socket
+import tempfile
 import time
 import warnings
 
-from ftwt_jax.errors import MissingPackageWarning, UserError
+from ftwt_jax.errors import MissingPackageWarning, UserError, os_reason, storage_errors
+from ftwt_jax.files import AnyPath, in_bucket, written_whole
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.workdir import METRICS
 
 Scalars = dict[str, float]
 
 
-def rewind(path: pathlib.Path, stage: str, step: int) -> None:
+def rewind(path: AnyPath, stage: str, step: int) -> None:
     """Drops the lines of `stage` after `step`, which a resumed run writes again, and any line that was cut off."""
     if not path.exists():
         return
@@ -28,9 +31,8 @@ def rewind(path: pathlib.Path, stage: str, step: int) -> None:
             continue
         if entry["stage"] != stage or entry["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 @functools.cache
@@ -44,15 +46,19 @@ def has_tensorboard() -> bool:
 
 
 class EventFile:
-    """A file of TensorBoard events."""
+    """A file of TensorBoard events in a folder of the file system.
 
-    def __init__(self, workdir: pathlib.Path):
+    Attributes:
+      name: of the file.
+    """
+
+    def __init__(self, folder: AnyPath):
         from tensorboardX.record_writer import RecordWriter
 
         # A `SummaryWriter` writes in a thread, which swallows errors and prints them when the program ends; and
         # closing an `EventsWriter` fails on a full disk, which leaves its file open.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        self._records = RecordWriter(str(workdir / name))
+        self.name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        self._records = RecordWriter(str(folder / self.name))
         self._add(0, file_version="brain.Event:2")
 
     def restart(self, step: int) -> None:
@@ -84,6 +90,8 @@ class MetricsWriter:
 
     Only the first process writes. A resumed stage replaces what it wrote after its checkpoint, so that no step appears
     twice.
+    In a bucket, where nothing can be appended, both files are written again as a whole at each report, from copies on
+    disk.
 
     Args:
       workdir: where the files go.
@@ -92,15 +100,21 @@ class MetricsWriter:
       offset: added to the step in TensorBoard, where the stages follow each other on one axis.
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, start: int, offset: int):
+    def __init__(self, workdir: AnyPath, stage: str, start: int, offset: int):
         self._stage, self._offset = stage, offset
         self._workdir, self._active = workdir, is_first()
         if self._active:
             rewind(workdir / METRICS, stage, start)
-            self._lines = (workdir / METRICS).open("a", buffering=1)
-            self._events = EventFile(workdir) if has_tensorboard() else None
+            self._folder = pathlib.Path(tempfile.mkdtemp()) if in_bucket(workdir) else workdir
+            self._open_lines()
+            self._events = EventFile(self._folder) if has_tensorboard() else None
             if self._events is not None:
                 self._events.restart(offset + start + 1)
+
+    def _open_lines(self) -> None:
+        if in_bucket(self._workdir) and (self._workdir / METRICS).exists():
+            (self._folder / METRICS).write_bytes((self._workdir / METRICS).read_bytes())
+        self._lines = (self._folder / METRICS).open("a", buffering=1)
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records metrics after `step` steps of the stage.
@@ -115,10 +129,12 @@ class MetricsWriter:
             self._lines.write(json.dumps(entry) + "\n")
             if self._events is not None:
                 self._events.write(self._offset + step, {f"{self._stage}/{k}": v for k, v in scalars.items()})
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+            if in_bucket(self._workdir):
+                for name in (METRICS, *([] if self._events is None else [self._events.name])):
+                    (self._workdir / name).write_bytes((self._folder / name).read_bytes())
+        except storage_errors() as error:
             raise UserError(
-                f"cannot write the metrics of step {step} to {self._workdir}: {reason}; "
+                f"cannot write the metrics of step {step} to {self._workdir}: {os_reason(error)}; "
                 "free some space, then run the same command again to continue from the newest checkpoint"
             ) from None
 
@@ -131,7 +147,7 @@ class MetricsWriter:
         found = [line for line in lines if (line.pop("stage"), line.pop("step")) == (self._stage, step)]
         self._lines.close()
         rewind(path, self._stage, step - 1)
-        self._lines = path.open("a", buffering=1)
+        self._open_lines()
         every = {key: value for line in found for key, value in line.items()} | scalars
         self.write(step, every)
         return every
@@ -143,3 +159,5 @@ class MetricsWriter:
                 # On a full disk the buffered rest cannot be written; `write` has already said so.
                 with contextlib.suppress(OSError):
                     file.close()
+            if in_bucket(self._workdir):
+                shutil.rmtree(self._folder, ignore_errors=True)

@@ -36,7 +36,10 @@ DIGITS = "--config=configs/digits.py"
         (["evaluate", "--workdir="], "--workdir is missing"),
         (["evaluate", "--r=0.5", "--workdir=w"], "unknown flag --r; known: --best, --budgets"),
         (["evaluate", "--workdir=missing"], "there is no workdir"),
-        (["train", DIGITS, "--workdir=gs://bucket/run"], "gs://bucket/run is an address, not a folder: mount"),
+        (
+            ["train", DIGITS, "--workdir=s3://bucket/run"],
+            "s3://bucket/run is neither a folder nor in a bucket of Google",
+        ),
         (["estimate", "--workdir=missing", "--r=0.5,x"], "--r takes numbers in (0, 1], such as 0.8,0.9,1; got '0.5,x'"),
         (["estimate", "--workdir=missing", "--r=0"], "--r takes numbers in (0, 1], such as 0.8,0.9,1; got '0'"),
         (["estimate", "--workdir=missing", "--r=0.5", "--budget=0.5"], "--r or --budget, not both"),

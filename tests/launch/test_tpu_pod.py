@@ -264,6 +264,13 @@ def test_an_nfs_share_is_mounted_in_place_of_a_bucket(cloud):
     assert "worker1 sudo mount -t nfs 10.0.0.2:/vol1 /mnt/vol1\n" in (cloud.folder / "ran").read_text()
 
 
+def test_a_workdir_in_a_bucket_needs_no_shared_folder(cloud):
+    done = cloud.launch("--zone=here", "--type=v6e-16", "--workdir=gs://images/run")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in cloud.trained] == ["--workdir=gs://images/run"] * WORKERS
+    assert not (cloud.folder / "ran").exists()
+
+
 def test_a_dry_run_touches_nothing(cloud):
     done = cloud.launch(*SLICE, *RUN, "--dry-run")
     assert done.returncode == 0

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -190,6 +191,12 @@ def test_one_process_continues_from_a_sharded_optimizer_of_two(together, alone, 
 
 
 COMPLETE = {processes.ADDRESS: "localhost:1", processes.COUNT: "2", processes.INDEX: "1"}
+# Variables that launchers set.
+LAUNCHERS = (
+    *("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri"),
+    *("PMI_SIZE", "PMI_RANK", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
@@ -199,7 +206,7 @@ def surroundings(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: attempts.append(given))
 
     def surround(**given: str) -> list[dict]:
-        for name in (*COMPLETE, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        for name in (*COMPLETE, *LAUNCHERS):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
@@ -213,6 +220,83 @@ def test_a_process_joins_the_run_that_its_variables_describe(surroundings):
     processes.join()
     (given,) = attempts
     assert (given["coordinator_address"], given["num_processes"], given["process_id"]) == ("localhost:1", 2, 1)
+
+
+TO_JAX: dict[str, str] = {}
+TO_MPI4PY = {"cluster_detection_method": "mpi4py"}
+TO_TORCHRUN = {"coordinator_address": "node1:62268", "num_processes": 4, "process_id": 3, "local_device_ids": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, TO_JAX),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "PMI_SIZE": "2", "PMI_RANK": "0"}, TO_JAX),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "PMI_SIZE": "8", "PMI_RANK": "5"}, TO_MPI4PY),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}, TO_JAX),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, TO_MPI4PY),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, TO_MPI4PY),
+        (TORCHRUN, TO_TORCHRUN),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, TO_TORCHRUN | {"local_device_ids": [1]}),
+    ],
+)
+def test_each_launcher_is_told_apart(surroundings, monkeypatch, given, told):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    attempts = surroundings(**given)
+    processes.join()
+    (attempt,) = attempts
+    assert {name: attempt[name] for name in attempt if "timeout" not in name} == told
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        # A shell of `salloc -n 4`, and the script of `sbatch -n 4`.
+        {"SLURM_NTASKS": "4"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "4", "RANK": "0"},
+        TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"},
+    ],
+)
+def test_a_process_that_was_started_alone_stays_alone(surroundings, given):
+    attempts = surroundings(**given)
+    processes.join()
+    assert attempts == []
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "one of 2 tasks of mpirun"),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, "one of 3 tasks of mpirun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_PROCID=1 says that this is one of several tasks"),
+    ],
+)
+def test_tasks_that_cannot_find_each_other_do_not_train_side_by_side(
+    surroundings, monkeypatch, capsys, tmp_path, given, says
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    attempts = surroundings(**given)
+    error = fails(capsys, *RUN, f"--workdir={tmp_path / 'run'}")
+    assert says in error
+    for remedy in (*COMPLETE, "--nodistributed"):
+        assert remedy in error
+    assert attempts == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_torchrun_find_each_other(program):
+    code = "import jax; from ftwt_jax.parallel.processes import *; join()"
+    code += "; print(all_gather([f'task {jax.process_index()}']))"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += [sys.executable, "-c", code]
+    environment = program.environment | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=program.cwd, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout.count("['task 0', 'task 1']") == 2, done.stderr
 
 
 @pytest.mark.parametrize("missing", [processes.ADDRESS, processes.COUNT, processes.INDEX])

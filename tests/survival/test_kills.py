@@ -11,6 +11,7 @@ import pytest
 
 from ftwt_jax.parallel.preemption import PREEMPTED
 from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.workdir.lock import PATTERN
 from tests.commands.test_train import reached
 from tests.conftest import TINY, TINY_STEPS
 from tests.helpers.processes import STAGES, assert_ends_like, being_written, figures, newest, wait_until, went_on
@@ -32,6 +33,7 @@ def test_a_run_told_to_stop_saves_and_continues_from_that_step_each_time(program
         process.send_signal(signal.SIGTERM)
         printed, error = process.communicate(timeout=120)
         assert process.returncode == PREEMPTED == 75
+        assert not list(workdir.glob(PATTERN)), "it gives the workdir back"
         assert error.startswith("ftwt: ")
         assert error.count("\n") == 1, error
         if 0 < before[before[1] > 0] < TINY_STEPS:

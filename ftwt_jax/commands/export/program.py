@@ -1,6 +1,5 @@
 """`export` to .stablehlo: a network as one file that runs wherever JAX does, without this package."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from rich.console import Console
 from ftwt_jax import workdir
 from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.errors import UserError
-from ftwt_jax.files import written_whole
+from ftwt_jax.files import AnyPath, written_whole
 from ftwt_jax.inference.compact import compact, fold
 from ftwt_jax.printing import say
 
@@ -28,7 +27,7 @@ def export_program(
     baseline: bool = False,
     best: bool = False,
     budget: float | None = None,
-) -> pathlib.Path:
+) -> AnyPath:
     """Writes a workdir's network as StableHLO with its weights, for cpu, cuda and tpu.
 
     The program takes images uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from rich.console import Console
 from ftwt_jax import workdir
 from ftwt_jax.budget.estimate import read_estimate
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.sharding import data_mesh, replicated
 from ftwt_jax.printing import say
@@ -30,7 +30,7 @@ from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint
 
 def export_weights(
     folder: str, out: str, console: Console, layout: str | None = None, baseline: bool = False, best: bool = False
-) -> pathlib.Path:
+) -> AnyPath:
     """Writes the newest (or best) network of a workdir as safetensors, under PyTorch names.
 
     A network that was converted and not trained since keeps the names that it came with, bit for bit; tensors of half
@@ -69,7 +69,7 @@ def export_weights(
     return target
 
 
-def _network(path: pathlib.Path, stage: str, best: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def _network(path: AnyPath, stage: str, best: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """A network as it was saved, its step, and what was kept of its data."""
     with contextlib.closing(Checkpoints(path, stage, {"class_names": []})) as checkpoints:
         variables = checkpoints.restore_network(checkpoints.network_shapes(best), replicated(data_mesh()), best)
