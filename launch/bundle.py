@@ -22,6 +22,7 @@ FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 DATA_FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 # Of requirements.txt, what training on the digits and on Fashion-MNIST does without.
 OPTIONAL = (
+    "grain",
     "jinja2",
     "matplotlib",
     "opencv-python-headless",

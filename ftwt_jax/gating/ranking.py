@@ -48,7 +48,7 @@ def topk_mass_mask(
     descending = jnp.sort(mass, axis=-1, descending=True)
     share = descending / safe_total
     kept = jnp.where(r >= 1, share > TOLERANCE, jnp.cumsum(share, axis=-1) <= r + TOLERANCE)
-    kept |= jnp.arange(mass.shape[-1]) < min_filters
+    kept |= jnp.arange(mass.shape[-1])[None] < min_filters
     count = jnp.sum(kept, axis=-1, keepdims=True)
     weakest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
 

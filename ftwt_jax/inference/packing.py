@@ -209,7 +209,7 @@ class PackedLayers:
         weights = self._layer(key, lambda: self._folded.classifier(name, packed.channels))
         dtype = layer.dtype or jnp.result_type(packed.values, weights["kernel"])
         features = mean_pool_all(packed.values).astype(dtype)
-        logits = features @ weights["kernel"].astype(dtype) + weights["bias"].astype(dtype)
+        logits = features @ weights["kernel"].astype(dtype) + weights["bias"].astype(dtype)[None]
         return Outputs(logits.astype(jnp.float32), (*x.layers, layer.record(x)))
 
     def _called(self, layer: nn.Module) -> tuple[str, str]:
@@ -236,7 +236,7 @@ class PackedLayers:
             feature_group_count=groups,
         )
         self.macs[key] = y.shape[1] * y.shape[2] * kernel.size
-        return y + bias.astype(dtype)
+        return y + bias.astype(dtype)[None, None, None]
 
 
 def _is_depthwise(unit: GatedUnit, channels: int) -> bool:

@@ -42,7 +42,8 @@ class BatchNorm(nn.Module):
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + EPSILON)
-            return ((x - running_mean.value) * factor + bias).astype(dtype)
+            mean, factor, bias = (values[None, None, None] for values in (running_mean.value, factor, bias))
+            return ((x - mean) * factor + bias).astype(dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         count = x.size / x.shape[-1]

@@ -30,7 +30,7 @@ def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
 def over_channels(values: Float[Array, " C"], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Brings values [C] to a shape that broadcasts to `shape`, [N, H, W, C]; the gradient to [C] is the fast sum."""
     if _shared_batch():
-        return values
+        return values.reshape((1,) * (len(shape) - 1) + values.shape)
     one_image = (1, *shape[1:])
     return lax.platform_dependent(
         values,

@@ -63,7 +63,7 @@ def state_shardings(state: TrainState, mesh: Mesh, shard_optimizer: bool = False
 
 def normalizer(dataset: Dataset) -> Normalize:
     """uint8 images [N, H, W, channels] -> float32 of mean 0 and deviation 1 over the training set, per channel."""
-    mean, std = jnp.asarray(dataset.mean), jnp.asarray(dataset.std)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (dataset.mean, dataset.std))
     return lambda images: (images.astype(jnp.float32) / 255 - mean) / std
 
 
