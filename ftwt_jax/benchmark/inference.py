@@ -34,7 +34,7 @@ def benchmark(
     Args:
       batch: images at once; 1 is what latency is about.
       torch: time the dense network in eager PyTorch too.
-      train: time a training step of the dense and of the gated network too.
+      train: time a training step of the dense and of the gated network too; with `torch`, of PyTorch's dense one.
       out: workdir to write `benchmark.json` into.
     """
     if batch < 1 or batch > len(subject.held_out):
@@ -73,7 +73,7 @@ def benchmark(
     if torch:
         result["torch_ms"], result["torch_compact_ms"] = _against_torch(subject, quick.logits, batches)
     if train:
-        result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:])
+        result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:], torch)
     _print(result, console)
     if out is not None:
         folder = workdir.absolute(out)
@@ -169,6 +169,11 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f"training at batch {result['train_batch']}: dense {result['train_dense_images_per_second']:.0f}, gated "
             f"{result['train_gated_images_per_second']:.0f} images/s; a gated step takes "
             f"{result['train_overhead']:.2f} times as long"
+        )
+    if "train_torch_ratio" in result:
+        lines.append(
+            f"PyTorch trains the dense network at {result['train_torch_images_per_second']:.0f} images/s; the dense "
+            f"network here is {result['train_torch_ratio']:.2f} times as fast"
         )
     for line in lines:
         say(console, line)
