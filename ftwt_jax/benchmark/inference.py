@@ -35,7 +35,7 @@ def benchmark(
     Args:
       batch: images at once; 1 is what latency is about.
       torch: time the dense network in eager PyTorch too.
-      train: time a training step of the dense and of the gated network too.
+      train: time a training step of the dense and of the gated network too; with `torch`, of PyTorch's dense one.
       out: workdir to write `benchmark.json` into.
     """
     if batch < 1 or batch > len(subject.held_out):
@@ -74,7 +74,7 @@ def benchmark(
     if torch:
         result["torch_ms"], result["torch_compact_ms"] = _against_torch(subject, quick.logits, batches)
     if train:
-        result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:])
+        result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:], torch)
         result |= time_feeds(subject.arch, subject.dense, subject.held_out.shape[1:], result["train_batch"])
     _print(result, console)
     if out is not None:
@@ -176,5 +176,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
         if f"train_{place}_share" in result:
             rate, share = result[f"train_{place}_images_per_second"], result[f"train_{place}_share"]
             lines.append(f"dense, images from the {place}: {rate:.0f} images/s; the host takes {share:.0%} of the time")
+    if "train_torch_ratio" in result:
+        lines.append(
+            f"PyTorch trains the dense network at {result['train_torch_images_per_second']:.0f} images/s; the dense "
+            f"network here is {result['train_torch_ratio']:.2f} times as fast"
+        )
     for line in lines:
         say(console, line)

@@ -13,7 +13,7 @@ from ftwt_jax.gating.activations import Activations, LayerRecord, as_activations
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
 from ftwt_jax.gating.ranking import topk_mass_mask
 from ftwt_jax.ops.batch_norm import BatchNorm
-from ftwt_jax.ops.convolution import conv_general_dilated
+from ftwt_jax.ops.convolution import conv_general_dilated, training_convolution
 from ftwt_jax.ops.reductions import mean_pool_all
 
 
@@ -40,7 +40,7 @@ class Outputs:
         return tuple(layer.name for layer in self.layers if layer.gate is not None)
 
 
-def _convolution(features: int, kernel_size: int, strides: int, **options: Any) -> nn.Conv:
+def _convolution(features: int, kernel_size: int, strides: int, train: bool, **options: Any) -> nn.Conv:
     """The convolution of every layer in this file; call it inside a method with `nn.compact`."""
     init = nn.initializers.he_normal()
     return nn.Conv(
@@ -48,7 +48,7 @@ def _convolution(features: int, kernel_size: int, strides: int, **options: Any) 
         (kernel_size, kernel_size),
         strides=strides,
         kernel_init=init,
-        conv_general_dilated=conv_general_dilated,
+        conv_general_dilated=training_convolution if train else conv_general_dilated,
         name="conv",
         **options,
     )
@@ -98,6 +98,7 @@ class GatedUnit(nn.Module):
             self.features,
             self.kernel_size,
             self.strides,
+            train,
             padding=self.rows_added,
             feature_group_count=self.groups,
             use_bias=self.use_bias,
@@ -176,7 +177,7 @@ class PlainConv(nn.Module):
     def __call__(self, inputs: Activations | Array, train: bool = False) -> Activations:
         """Runs on [N, H, W, C_in]; every filter is computed, and can be non-zero (batch norm adds its bias)."""
         x = as_activations(inputs)
-        y = _convolution(self.features, 1, self.strides, padding=0, use_bias=False, dtype=self.dtype)(x.values)
+        y = _convolution(self.features, 1, self.strides, train, padding=0, use_bias=False, dtype=self.dtype)(x.values)
         y = BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(y)
         return x.replace(values=y, active=None, layers=(*x.layers, self.record(x, y.shape)))
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ftwt_jax.ops.reductions import channel_sum, over_channels
+from ftwt_jax.ops import native
+from ftwt_jax.ops.reductions import channel_sum, over_channels, shared_batch
 
 MOMENTUM = 0.9
 EPSILON = 1e-5
@@ -46,14 +47,66 @@ class BatchNorm(nn.Module):
             return ((x - mean) * factor + bias).astype(dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        count = x.size / x.shape[-1]
-        mean = channel_sum(x) / count
-        # Rounding can make the difference negative.
-        var = jnp.maximum(channel_sum(jnp.square(x)) / count - jnp.square(mean), 0)
+        y, mean, var = (_by_kernel if _kernel_fits(x) else _by_xla)(x, scale, bias)
         if not self.is_initializing():
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
-        factor = scale * lax.rsqrt(var + EPSILON)
-        shape = x.shape
-        y = (x - over_channels(mean, shape)) * over_channels(factor, shape) + over_channels(bias, shape)
         return y.astype(dtype)
+
+
+def _by_xla(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Maps normalised by their own statistics, and these: mean and variance."""
+    count = x.size / x.shape[-1]
+    mean = channel_sum(x) / count
+    # Rounding can make the difference negative.
+    var = jnp.maximum(channel_sum(jnp.square(x)) / count - jnp.square(mean), 0)
+    factor = scale * lax.rsqrt(var + EPSILON)
+    shape = x.shape
+    y = (x - over_channels(mean, shape)) * over_channels(factor, shape) + over_channels(bias, shape)
+    return y, mean, var
+
+
+def _kernel_fits(x: Array) -> bool:
+    # If several devices share a batch, XLA would first bring the whole of it to each.
+    return x.dtype == jnp.float32 and not shared_batch() and jax.default_backend() == "cpu" and native.available()
+
+
+def _by_kernel(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """The same, faster on a CPU: both sums in one pass, forward and backward. No gradient flows through statistics."""
+    y, mean, var = _normalized(x, scale, bias)
+    return y, lax.stop_gradient(mean), lax.stop_gradient(var)
+
+
+def _sums(a: Array, b: Array, shift: Array) -> tuple[Array, Array]:
+    def xla(a: Array, b: Array, shift: Array) -> tuple[Array, Array]:
+        return jnp.sum(a, axis=(0, 1, 2)), jnp.sum(a * (b - shift), axis=(0, 1, 2))
+
+    return lax.platform_dependent(a, b, shift, cpu=native.channel_sums, default=xla)
+
+
+@jax.custom_vjp
+def _normalized(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    return _normalized_forward(x, scale, bias)[0]
+
+
+def _normalized_forward(x: Array, scale: Array, bias: Array) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    count = x.size / x.shape[-1]
+    total, squares = _sums(x, x, jnp.zeros_like(scale))
+    mean = total / count
+    var = jnp.maximum(squares / count - jnp.square(mean), 0)
+    inverse = lax.rsqrt(var + EPSILON)
+    y = (x - mean) * (scale * inverse) + bias
+    return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _normalized_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+    x, scale, mean, inverse = residuals
+    cotangent = cotangents[0]
+    count = x.size / x.shape[-1]
+    total, products = _sums(cotangent, x, mean)
+    slope = jnp.square(inverse) * products / count
+    of_maps = (scale * inverse) * (cotangent - total / count - (x - mean) * slope)
+    return of_maps, products * inverse, total
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)

@@ -10,16 +10,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ftwt_jax.ops.reductions import over_channels
+from ftwt_jax.ops import native
+from ftwt_jax.ops.reductions import over_channels, shared_batch
 
 _NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 # Most output pixels at which patches and a matrix product are faster: per image, for any batch, and per batch.
 _FEW_IN_IMAGE = 4
 _FEW_IN_BATCH = 64
+# Numbers in a kernel whose gradient is faster by our own kernel, which adds up 16 of them: 64 channels to 64 filters.
+_SMALL_KERNEL = 3 * 3 * 64 * 64
 
 
 def conv_general_dilated(
@@ -73,6 +77,48 @@ def conv_general_dilated(
         pads = tuple(padding)
     cpu = _cpu_lowering(lhs, rhs, strides, feature_group_count, pads, precision)
     return xla(lhs, rhs) if cpu is None else lax.platform_dependent(lhs, rhs, cpu=cpu, default=xla)
+
+
+def training_convolution(
+    lhs: Float[Array, "N H W C_in"],
+    rhs: Float[Array, "k_h k_w C_group C"],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> Float[Array, "N H_out W_out C"]:
+    """`conv_general_dilated` for training alone: faster gradients on a CPU, but no forward derivatives."""
+
+    def plain(lhs: Array, rhs: Array) -> Array:
+        return conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+
+    groups = options.get("feature_group_count", 1)
+    depthwise = rhs.shape[:3] == (3, 3, 1) and groups == lhs.shape[-1] == rhs.shape[-1] > 1
+    small = groups == 1 and rhs.shape[:2] != (1, 1) and rhs.size <= _SMALL_KERNEL
+    float32 = lhs.dtype == rhs.dtype == jnp.float32
+    dilated = any(step != 1 for name in ("lhs_dilation", "rhs_dilation") for step in options.get(name) or ())
+    padded = not isinstance(padding, str) and all(pad >= 0 for pads in padding for pad in pads)
+    ours = (depthwise or small) and float32 and padded and not dilated
+    # If several devices share a batch, XLA would first bring the whole of it to each.
+    if not ours or shared_batch() or jax.default_backend() != "cpu" or not native.available():
+        return plain(lhs, rhs)
+
+    @jax.custom_vjp
+    def convolution(lhs: Array, rhs: Array) -> Array:
+        return plain(lhs, rhs)
+
+    def backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        lhs, rhs = operands
+        (of_maps,) = jax.vjp(lambda lhs: plain(lhs, rhs), lhs)[1](cotangent)
+        of_kernel = lax.platform_dependent(
+            lhs,
+            cotangent,
+            cpu=lambda lhs, cotangent: native.weight_gradient(lhs, cotangent, rhs.shape, window_strides, padding),
+            default=lambda lhs, cotangent: jax.vjp(lambda rhs: plain(lhs, rhs), rhs)[1](cotangent)[0],
+        )
+        return of_maps, of_kernel
+
+    convolution.defvjp(lambda lhs, rhs: (plain(lhs, rhs), (lhs, rhs)), backward)
+    return convolution(lhs, rhs)
 
 
 def _cpu_lowering(
@@ -132,4 +178,6 @@ def _patches_product(
     taps = _taps(lhs, rhs.shape[:2], strides, padding)
     patches = taps[0] if len(taps) == 1 else jnp.concatenate(taps, axis=-1)
     kernel = rhs.reshape(-1, rhs.shape[-1])
-    return lax.dot_general(patches, kernel, (((3,), (0,)), ((), ())), precision=precision)
+    # As a plain matrix: the kernel's gradient, a sum over three axes otherwise, is 3 times as fast.
+    out = lax.dot(patches.reshape(-1, patches.shape[-1]), kernel, precision=precision)
+    return out.reshape(*patches.shape[:3], kernel.shape[-1])

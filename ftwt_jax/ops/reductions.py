@@ -12,13 +12,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def _shared_batch() -> bool:
+def shared_batch() -> bool:
+    """Whether several devices share the batch of the program that is being traced."""
     return jax.sharding.get_abstract_mesh().size > 1
 
 
 def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
     """Sum over images and positions."""
-    if _shared_batch():
+    if shared_batch():
         return jnp.sum(x, axis=(0, 1, 2))
     return lax.platform_dependent(
         x,
@@ -29,7 +30,7 @@ def channel_sum(x: Float[Array, "N H W C"]) -> Float[Array, " C"]:
 
 def over_channels(values: Float[Array, " C"], shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Brings values [C] to a shape that broadcasts to `shape`, [N, H, W, C]; the gradient to [C] is the fast sum."""
-    if _shared_batch():
+    if shared_batch():
         return values.reshape((1,) * (len(shape) - 1) + values.shape)
     one_image = (1, *shape[1:])
     return lax.platform_dependent(

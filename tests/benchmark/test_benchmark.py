@@ -45,7 +45,7 @@ def test_a_trained_network_is_timed_on_its_own_images(program, tiny_run, tmp_pat
 
 def test_synthetic_gates_need_no_training_and_keep_the_budget(program, tmp_path):
     out = tmp_path / "made" / "here"
-    program.run("benchmark", "--arch=resnet8", "--budget=0.4", "--batch=8", "--train", f"--workdir={out}")
+    program.run("benchmark", "--arch=resnet8", "--budget=0.4", "--batch=8", "--train", "--torch", f"--workdir={out}")
     result = json.loads((out / "benchmark.json").read_text())
     held(result)
     assert result["gates"] == "synthetic"
@@ -53,6 +53,8 @@ def test_synthetic_gates_need_no_training_and_keep_the_budget(program, tmp_path)
     assert result["macs_reduction"] == pytest.approx(0.4, abs=0.05)
     assert result["train_batch"] == 128
     assert result["train_overhead"] > 0
+    assert result["train_torch_images_per_second"] > 0
+    assert result["train_torch_ratio"] > 0
 
 
 @pytest.mark.parametrize(("arch", "budget"), [("vgg_bn", 0.7), ("resnet8", 0.4)])

@@ -14,10 +14,11 @@ from jax import lax
 import ftwt_jax as ftwt
 from ftwt_jax.inference import native
 from ftwt_jax.inference.native import kernels
+from ftwt_jax.ops import native as ops_native
 
 pytestmark = pytest.mark.long
 
-BUILDS = {"this processor": native._TUNINGS, "any": ((),), "AVX2": (("-mavx2", "-mfma"),)}
+BUILDS = {"this processor": ops_native.TUNINGS, "any": ((),), "AVX2": (("-mavx2", "-mfma"),)}
 
 
 @pytest.fixture(scope="module", params=BUILDS)

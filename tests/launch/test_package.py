@@ -56,7 +56,13 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_configs(packages, sou
     package = {name for name in sources if name.startswith("ftwt_jax/")}
     configs = {f"ftwt_jax/{name}" for name in sources if name.startswith("configs/")}
     assert held == package | configs
-    for name in ("inference/native/gated_unit.cc", "inference/native/head.h", "report/page.html", "configs/digits.py"):
+    for name in (
+        "inference/native/gated_unit.cc",
+        "ops/native/vectors.h",
+        "ops/native/weight_gradient.cc",
+        "report/page.html",
+        "configs/digits.py",
+    ):
         assert f"ftwt_jax/{name}" in held
 
 

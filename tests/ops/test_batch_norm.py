@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from ftwt_jax.ops import native
 from ftwt_jax.ops.batch_norm import BatchNorm
 from ftwt_jax.ops.reductions import channel_sum, max_pool_all, mean_pool_all, over_channels
 from tests.conftest import random_like
@@ -80,6 +81,19 @@ def compared(shape, evaluate, dtype=jnp.float32, asked=None):
 @every_shape
 def test_outputs_statistics_and_gradients_equal_flaxs(shape, evaluate):
     assert_close(*compared(shape, evaluate), 1e-5)
+
+
+@every_shape
+def test_without_a_compiler_training_equals_flaxs_too(shape, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert_close(*compared(shape, evaluate=False), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 9, 8, 19), (200, 16, 16, 16)], ids=str)
+def test_maps_in_many_parts_equal_flaxs_and_themselves_every_time(shape):
+    ours, flaxs = compared(shape, evaluate=False)
+    assert_close(ours, flaxs, 1e-5)
+    assert_close(ours, compared(shape, evaluate=False)[0], 0)
 
 
 @either_use

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import export, lax
 
-from ftwt_jax.ops.convolution import conv_general_dilated
+from ftwt_jax.ops import native
+from ftwt_jax.ops.convolution import conv_general_dilated, training_convolution
 from tests.conftest import random_like
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -291,3 +292,71 @@ def test_gpu_and_tpu_get_only_xlas_gradients(platform):
     for operation in ("stablehlo.convolution", "stablehlo.slice", "stablehlo.pad", "stablehlo.dot_general"):
         assert texts[0].count(operation) == texts[1].count(operation)
     assert "optimization_barrier" not in texts[0]
+
+
+# Map, kernel, strides, padding, groups: channels that fill vectors and that do not, every edge, and a batch in parts.
+TRAINED = {
+    "depthwise": ((40, 6, 6, 32), (3, 3, 1, 32), (1, 1), ((1, 1), (1, 1)), 32),
+    "depthwise, strides": ((3, 7, 6, 24), (3, 3, 1, 24), (2, 2), ((1, 1), (1, 1)), 24),
+    "depthwise, unequal sides": ((2, 5, 9, 13), (3, 3, 1, 13), (2, 1), ((0, 2), (3, 1)), 13),
+    "depthwise, one pixel": ((2, 1, 1, 5), (3, 3, 1, 5), (1, 1), ((1, 1), (1, 1)), 5),
+    "ordinary": ((40, 16, 16, 16), (3, 3, 16, 32), (1, 1), ((1, 1), (1, 1)), 1),
+    "three colours": ((5, 20, 20, 3), (7, 7, 3, 24), (2, 2), ((3, 3), (3, 3)), 1),
+    "unequal sides": ((2, 5, 9, 13), (2, 3, 13, 45), (2, 1), ((0, 2), (3, 1)), 1),
+    "more padding than map": ((2, 2, 1, 7), (5, 3, 7, 9), (1, 2), ((4, 3), (2, 6)), 1),
+}
+
+
+@pytest.fixture
+def trained(request):
+    """The convolution for training of a case, XLA's, and operands of both with a cotangent."""
+    if not native.available():
+        pytest.skip("no C++ compiler")
+    case = TRAINED[request.param]
+    _, xlas = both(case)
+    ours = functools.partial(training_convolution, *xlas.args, **xlas.keywords)
+    lhs, rhs = operands(case)
+    return ours, xlas, lhs, rhs, normals(jax.eval_shape(xlas, lhs, rhs).shape, 2)
+
+
+@pytest.mark.parametrize("trained", TRAINED, indirect=True)
+def test_values_and_gradients_in_training_equal_xlas_up_to_rounding(trained):
+    ours, xlas, *arrays = trained
+    compare = jax.jit(lambda *arrays: [value_and_gradients(conv, *arrays) for conv in (ours, xlas)])
+    assert_close(*compare(*arrays), 4e-6)
+
+
+@pytest.mark.parametrize("trained", ["depthwise", "ordinary"], indirect=True)
+def test_in_training_a_gradient_is_the_same_every_time_and_in_a_scan(trained):
+    ours, _, lhs, rhs, cotangent = trained
+
+    def gradient(lhs, rhs, cotangent):
+        return value_and_gradients(ours, lhs, rhs, cotangent)[2]
+
+    first, again = (jax.jit(gradient)(lhs, rhs, cotangent) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    _, scanned = lax.scan(lambda carry, x: (carry, gradient(x, rhs, cotangent)), 0, jnp.stack([lhs, lhs]))
+    np.testing.assert_array_equal(scanned, jnp.stack([first, first]))
+
+
+@pytest.mark.parametrize("why", [None, "no compiler", "bfloat16", "several devices"])
+@pytest.mark.parametrize("trained", ["depthwise, strides", "ordinary"], indirect=True)
+def test_in_training_xla_does_what_the_kernels_cannot(trained, why, monkeypatch):
+    ours, _, *arrays = trained
+    if why == "no compiler":
+        monkeypatch.setattr(native, "available", lambda: False)
+    if why == "bfloat16":
+        arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    mesh = jax.sharding.AbstractMesh((2 if why == "several devices" else 1,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(jax.make_jaxpr(functools.partial(value_and_gradients, ours))(*arrays))
+    assert ("ffi_call" in text) == (why is None)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 8, 6), (3, 3, 8, 7), (3, 3, 1, 8), (2, 3, 1, 7)], ids=str)
+def test_a_kernel_refuses_shapes_that_do_not_fit(kernel):
+    if not native.available():
+        pytest.skip("no C++ compiler")
+    x, cotangent = jnp.zeros((2, 4, 4, 8)), jnp.zeros((3 if kernel[3] == 7 else 2, 4, 4, 7))
+    with pytest.raises(Exception, match="do not fit each other"):
+        jax.block_until_ready(native.weight_gradient(x, cotangent, kernel, (1, 1), ((1, 1), (1, 1))))

@@ -1,89 +1,30 @@
 """A kernel of our own for CPUs, in C++, for what XLA has no operation for: a convolution that differs by image.
 
-The machine's own compiler builds it on first use; the user's cache folder keeps it. Without a compiler, `available()`
-is False, and compact execution uses XLA's operations alone.
+It is built as `ops.native` says. Where `available()` is False, compact execution uses XLA's operations alone.
 """
 
-import ctypes
 import functools
-import hashlib
-import os
 import pathlib
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 
-import jax
-import jaxlib
-
-from ftwt_jax.errors import UserError
-from ftwt_jax.files import written_whole
 from ftwt_jax.inference.native.kernels import TARGET
-from ftwt_jax.ops.compiling import cache_folder
+from ftwt_jax.ops import native
 
 _FOLDER = pathlib.Path(__file__).parent
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
-# Tried in this order until the compiler accepts one: processors differ, and so do compilers.
-_TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+_SYMBOL = "FtwtGatedUnit"
 
 
 @functools.cache
 def available() -> bool:
     """Whether the kernel works here, which builds it if need be. The variable `CXX` may name the compiler."""
-    try:
-        register(build(cache_folder()))
-    except (OSError, UserError):
-        try:  # The cache is not writable.
-            register(build(pathlib.Path(tempfile.mkdtemp(prefix="ftwt_jax-"))))
-        except OSError:
-            return False
-    return True
+    return native.works(lambda folder: register(build(folder)))
 
 
 def register(library: pathlib.Path, target: str = TARGET) -> None:
     """Makes a built library known to XLA."""
-    handler = ctypes.CDLL(str(library)).FtwtGatedUnit
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    native.register(library, _SYMBOL, target)
 
 
-def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = _TUNINGS) -> pathlib.Path:
-    """The built library in this folder; builds it if it is not there.
-
-    Args:
-      tunings: sets of compiler flags for the processor; the first that the compiler accepts is used.
-
-    Raises:
-      OSError: there is no compiler, or it failed.
-      UserError: the folder cannot be written.
-    """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
-    sources = sorted(_FOLDER.glob("*.cc"))
-    contents = [file.read_bytes() for file in (*sources, *sorted(_FOLDER.glob("*.h")))]
-    ingredients = repr((contents, jaxlib.__version__, compiler, tunings, _processor())).encode()
-    library = folder / f"gated_unit-{hashlib.sha256(ingredients).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(library) as temporary:
-            if not any(_compiles(compiler, flags, sources, temporary) for flags in tunings):
-                raise OSError(f"{compiler} does not compile {_FOLDER}")
-    return library
-
-
-def _processor() -> list[str]:
-    """What distinguishes processors that cannot run each other's code; several machines may share a cache."""
-    known = pathlib.Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    return [platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})]
-
-
-def _compiles(compiler: str, flags: Sequence[str], sources: Sequence[pathlib.Path], out: pathlib.Path) -> bool:
-    command = [compiler, *_FLAGS, *flags, f"-I{jax.ffi.include_dir()}", *map(str, sources), "-o", str(out)]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+def build(folder: pathlib.Path, tunings: Sequence[Sequence[str]] = native.TUNINGS) -> pathlib.Path:
+    """The built library in this folder; see `ops.native.build`."""
+    return native.build(_FOLDER, folder, tunings)
