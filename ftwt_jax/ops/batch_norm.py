@@ -43,8 +43,7 @@ class BatchNorm(nn.Module):
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + EPSILON)
-            mean, factor, bias = (values[None, None, None] for values in (running_mean.value, factor, bias))
-            return ((x - mean) * factor + bias).astype(dtype)
+            return ((x - _over(running_mean.value)) * _over(factor) + _over(bias)).astype(dtype)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y, mean, var = (_by_kernel if _kernel_fits(x) else _by_xla)(x, scale, bias)
@@ -77,9 +76,14 @@ def _by_kernel(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array
     return y, lax.stop_gradient(mean), lax.stop_gradient(var)
 
 
+def _over(values: Array) -> Array:
+    """Values [C] as they broadcast to maps: JAX's strict rank promotion asks for the other axes."""
+    return values[None, None, None]
+
+
 def _sums(a: Array, b: Array, shift: Array) -> tuple[Array, Array]:
     def xla(a: Array, b: Array, shift: Array) -> tuple[Array, Array]:
-        return jnp.sum(a, axis=(0, 1, 2)), jnp.sum(a * (b - shift), axis=(0, 1, 2))
+        return jnp.sum(a, axis=(0, 1, 2)), jnp.sum(a * (b - _over(shift)), axis=(0, 1, 2))
 
     return lax.platform_dependent(a, b, shift, cpu=native.channel_sums, default=xla)
 
@@ -95,7 +99,7 @@ def _normalized_forward(x: Array, scale: Array, bias: Array) -> tuple[tuple[Arra
     mean = total / count
     var = jnp.maximum(squares / count - jnp.square(mean), 0)
     inverse = lax.rsqrt(var + EPSILON)
-    y = (x - mean) * (scale * inverse) + bias
+    y = (x - _over(mean)) * _over(scale * inverse) + _over(bias)
     return (y, mean, var), (x, scale, mean, inverse)
 
 
@@ -105,8 +109,8 @@ def _normalized_backward(residuals: tuple[Array, ...], cotangents: tuple[Array, 
     count = x.size / x.shape[-1]
     total, products = _sums(cotangent, x, mean)
     slope = jnp.square(inverse) * products / count
-    of_maps = (scale * inverse) * (cotangent - total / count - (x - mean) * slope)
-    return of_maps, products * inverse, total
+    centred = cotangent - _over(total / count) - (x - _over(mean)) * _over(slope)
+    return _over(scale * inverse) * centred, products * inverse, total
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)

@@ -159,7 +159,7 @@ def write_programs(folder):
 
     with short_networks():
         lowered = {name: step(*program) for name, program in PROGRAMS.items()}
-    # A step unaware of the devices sums over images in two steps, with whole maps between them.
+    # A step unaware of the devices hands its maps to a kernel for one device, which asks for those of all images.
     with mock.patch("ftwt_jax.parallel.sharding.traced_on", lambda mesh, fn: fn):
         lowered["maps"] = step("vgg", "baseline", {})
     for name, program in {**lowered, "masks": everyones_masks()}.items():

@@ -121,7 +121,7 @@ def test_a_sharded_optimizer_also_gathers_parameters(programs):
     assert 0 < numbers["all-gather"] <= parameters
 
 
-@pytest.mark.parametrize(("name", "size"), [("maps", 8 * 8 * 24), ("masks", IMAGES * 24)])
+@pytest.mark.parametrize(("name", "size"), [("maps", IMAGES * 8 * 8 * 24), ("masks", IMAGES * 24)])
 def test_an_exchange_of_maps_or_masks_would_be_found(programs, name, size):
     unexpected, _, _ = find_unexpected(programs[name], "vgg", BASELINE, collectives.KINDS)
     assert size in {array.size for _, array in unexpected}
