@@ -213,5 +213,5 @@ class _Scale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N C"]) -> Float[Array, "N C"]:
-        kernel = self.param("kernel", self.kernel_init, (1, x.shape[-1]))
-        return x * kernel + self.param("bias", nn.initializers.ones, (x.shape[-1],))[None]
+        kernel = self.param("kernel", self.kernel_init, (1, x.shape[-1]), jnp.float32)
+        return x * kernel + self.param("bias", nn.initializers.ones, (x.shape[-1],), jnp.float32)[None]

@@ -36,10 +36,10 @@ class BatchNorm(nn.Module):
         if x.ndim != 4:
             raise ValueError(f"batch norm takes maps [N, H, W, C]; got shape {x.shape}")
         features = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features)
-        scale = self.param("scale", nn.initializers.ones, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + EPSILON)
