@@ -16,6 +16,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # GPUs multiply float32 matrices in TF32 by default, which is too coarse for what is compared here.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
+# With libtpu, which [plan] installs, JAX looks for a TPU, and on some virtual machines prints lines of what it misses.
+if importlib.util.find_spec("libtpu") is not None and not pathlib.Path("/dev/accel0").exists():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import numpy as np
 import pytest

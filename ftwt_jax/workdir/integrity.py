@@ -52,7 +52,7 @@ def damage(folder: AnyPath) -> str | None:
         sizes = {name: (path.stat().st_size, None) for name, path in here.items()}
         found = _first_difference(listed, sizes)
         # One that was downloaded from a bucket has checksums of another kind.
-        changed = (name for name, (_, crc) in listed.items() if isinstance(crc, int) and _crc(here[name]) != crc)
+        changed = (name for name, (_, crc) in listed.items() if not isinstance(crc, str) and _crc(here[name]) != crc)
         return found or next((_changed(name) for name in changed), None)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
