@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import export
 
 import ftwt_jax as ftwt
+from ftwt_jax.gating import ranking
 
 TOLERANCE = 1e-5
 # Float32 sums over up to 16 shares are this exact; nearer to a threshold both answers are right.
@@ -85,6 +87,30 @@ def test_at_r_1_every_lit_filter_is_kept_and_no_other(maps, min_filters):
     np.testing.assert_array_equal(target, reference_target(maps, 1.0, min_filters))
     if min_filters <= 1:
         np.testing.assert_array_equal(target, np.any(maps != 0, axis=(1, 2)))
+
+
+WAYS = [jax.jit(way, static_argnames="min_filters") for way in (ranking._by_bisection, ranking._by_sorting)]
+
+
+@pytest.mark.parametrize("min_filters", [0, 3])
+@pytest.mark.parametrize("r", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("values", ["real", "tied", "few"])
+def test_both_ways_to_rank_are_the_reference_rule_on_wide_layers(values, r, min_filters):
+    rng = np.random.default_rng(0)
+    mass = rng.exponential(size=(6, 300))
+    if values == "tied":
+        mass = rng.integers(0, 6, size=mass.shape)
+    if values == "few":
+        mass *= rng.random(mass.shape) < 0.05
+    mass = mass.astype(np.float32)
+    total = mass.sum(axis=1, keepdims=True)
+    limit = -np.inf if r == 1 else np.float32(r) + np.float32(TOLERANCE)
+    bisected, ranked = (way(mass, total, limit, min_filters=min_filters) for way in WAYS)
+    np.testing.assert_array_equal(bisected, ranked)
+    np.testing.assert_array_equal(
+        ftwt.topk_mass_mask(mass[:, None, None], r, min_filters=min_filters),
+        reference_target(mass[:, None, None], r, min_filters),
+    )
 
 
 @pytest.mark.parametrize("min_filters", [0, 1])
@@ -195,13 +221,11 @@ def test_another_r_does_not_compile_anew():
     assert counts == sorted(set(counts))
 
 
-def test_ranking_sorts_once_and_scatters_nothing():
-    maps = jnp.ones((2, 4, 4, 16))
-    lowered = ftwt.topk_mass_mask.lower(maps, 0.9)
-    assert str(jax.make_jaxpr(ftwt.topk_mass_mask)(maps, 0.9)).count(" sort[") == 1
-    for text in (lowered.as_text(), lowered.compile().as_text()):
-        assert re.search(r"\bsort\b", text)
-        assert not re.search(r"\bscatter\b", text)
+@pytest.mark.parametrize(("platform", "sorts"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_ranking_sorts_nothing_on_a_cpu_and_scatters_nothing(platform, sorts):
+    text = export.export(ftwt.topk_mass_mask, platforms=[platform])(jnp.ones((2, 4, 4, 16)), 0.9).mlir_module()
+    assert len(re.findall(r"stablehlo.sort\b", text)) == sorts
+    assert not re.search(r"\bscatter\b", text)
 
 
 @pytest.mark.newest
