@@ -102,22 +102,39 @@ def training_convolution(
     if not ours or shared_batch() or jax.default_backend() != "cpu" or not native.available():
         return plain(lhs, rhs)
 
-    @jax.custom_vjp
-    def convolution(lhs: Array, rhs: Array) -> Array:
-        return plain(lhs, rhs)
+    sides = jax.eval_shape(plain, lhs, rhs).shape[1:3]
+
+    def forward(lhs: Array, rhs: Array) -> Array:
+        if not depthwise:
+            return plain(lhs, rhs)
+        kernel = functools.partial(native.depthwise, sides=sides, strides=window_strides, padding=padding)
+        return lax.platform_dependent(lhs, rhs, cpu=kernel, default=plain)
+
+    def by_maps(rhs: Array, cotangent: Array) -> Array:
+        """The gradient by the maps: a convolution of cotangents as far apart as the strides, by the kernel reversed."""
+        turned = tuple((k - 1 - before, 0) for k, (before, _) in zip(rhs.shape[:2], padding, strict=True))
+        return native.depthwise(cotangent, rhs[::-1, ::-1], lhs.shape[1:3], (1, 1), turned, dilation=window_strides)
+
+    def by_kernel(lhs: Array, cotangent: Array) -> Array:
+        return native.weight_gradient(lhs, cotangent, rhs.shape, window_strides, padding)
 
     def backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
         lhs, rhs = operands
-        (of_maps,) = jax.vjp(lambda lhs: plain(lhs, rhs), lhs)[1](cotangent)
-        of_kernel = lax.platform_dependent(
-            lhs,
-            cotangent,
-            cpu=lambda lhs, cotangent: native.weight_gradient(lhs, cotangent, rhs.shape, window_strides, padding),
-            default=lambda lhs, cotangent: jax.vjp(lambda rhs: plain(lhs, rhs), rhs)[1](cotangent)[0],
-        )
-        return of_maps, of_kernel
 
-    convolution.defvjp(lambda lhs, rhs: (plain(lhs, rhs), (lhs, rhs)), backward)
+        def xla_by_maps(rhs: Array, cotangent: Array) -> Array:
+            return jax.vjp(lambda lhs: plain(lhs, rhs), lhs)[1](cotangent)[0]
+
+        def xla_by_kernel(lhs: Array, cotangent: Array) -> Array:
+            return jax.vjp(lambda rhs: plain(lhs, rhs), rhs)[1](cotangent)[0]
+
+        cpu = by_maps if depthwise else xla_by_maps
+        return (
+            lax.platform_dependent(rhs, cotangent, cpu=cpu, default=xla_by_maps),
+            lax.platform_dependent(lhs, cotangent, cpu=by_kernel, default=xla_by_kernel),
+        )
+
+    convolution = jax.custom_vjp(forward)
+    convolution.defvjp(lambda lhs, rhs: (forward(lhs, rhs), (lhs, rhs)), backward)
     return convolution(lhs, rhs)
 
 

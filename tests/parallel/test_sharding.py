@@ -121,10 +121,13 @@ def test_a_sharded_optimizer_also_gathers_parameters(programs):
     assert 0 < numbers["all-gather"] <= parameters
 
 
-@pytest.mark.parametrize(("name", "size"), [("maps", IMAGES * 8 * 8 * 24), ("masks", IMAGES * 24)])
-def test_an_exchange_of_maps_or_masks_would_be_found(programs, name, size):
+# Our own kernels would gather the maps of all images; without a compiler, XLA would add up maps of one.
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("maps", {IMAGES * 8 * 8 * 24, 8 * 8 * 24}), ("masks", {IMAGES * 24})], ids=["maps", "masks"]
+)
+def test_an_exchange_of_maps_or_masks_would_be_found(programs, name, sizes):
     unexpected, _, _ = find_unexpected(programs[name], "vgg", BASELINE, collectives.KINDS)
-    assert size in {array.size for _, array in unexpected}
+    assert sizes & {array.size for _, array in unexpected}
 
 
 @pytest.mark.parametrize("variant", [BASELINE, "at once", "parts"])

@@ -31,8 +31,9 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 # Handlers of this folder's library by the names under which XLA knows them.
 _SYMBOLS = {
-    (_DEPTHWISE := "ftwt_depthwise_weight_gradient"): "FtwtDepthwiseWeightGradient",
-    (_ORDINARY := "ftwt_weight_gradient"): "FtwtWeightGradient",
+    (_DEPTHWISE := "ftwt_depthwise"): "FtwtDepthwise",
+    (_DEPTHWISE_GRADIENT := "ftwt_depthwise_weight_gradient"): "FtwtDepthwiseWeightGradient",
+    (_ORDINARY_GRADIENT := "ftwt_weight_gradient"): "FtwtWeightGradient",
     (_CHANNEL_SUMS := "ftwt_channel_sums"): "FtwtChannelSums",
 }
 
@@ -110,6 +111,34 @@ def _compiles(compiler: str, flags: Sequence[str], sources: Sequence[pathlib.Pat
         return False
 
 
+def depthwise(
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "k_h k_w 1 C"],
+    sides: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int] = (1, 1),
+) -> Float[Array, "N H_out W_out C"]:
+    """Depthwise convolution, float32; needs `available()`, on a CPU.
+
+    Args:
+      sides: [H_out, W_out].
+      padding: rows and columns of zeros before and behind; those behind follow from `sides`.
+      dilation: distance of neighbouring rows and columns of `x`, with zeros between them.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], *sides, x.shape[-1]), jnp.float32)
+    return jax.ffi.ffi_call(_DEPTHWISE, shape, vmap_method="sequential")(
+        x,
+        kernel,
+        stride_rows=strides[0],
+        stride_columns=strides[1],
+        dilation_rows=dilation[0],
+        dilation_columns=dilation[1],
+        pad_top=padding[0][0],
+        pad_left=padding[1][0],
+    )
+
+
 def weight_gradient(
     x: Float[Array, "N H W C_in"],
     cotangent: Float[Array, "N H_out W_out C"],
@@ -125,7 +154,7 @@ def weight_gradient(
     """
     depthwise = kernel[2] != x.shape[-1]
     call = jax.ffi.ffi_call(
-        _DEPTHWISE if depthwise else _ORDINARY,
+        _DEPTHWISE_GRADIENT if depthwise else _ORDINARY_GRADIENT,
         jax.ShapeDtypeStruct(tuple(kernel), jnp.float32),
         vmap_method="sequential",
     )
