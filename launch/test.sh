@@ -13,8 +13,8 @@ stage "ruff: lint and format"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 
-stage "clang-format: the kernel's C++"
-"$venv/bin/clang-format" --dry-run --Werror ftwt_jax/inference/native/*.cc ftwt_jax/inference/native/*.h
+stage "clang-format: the kernels in C++"
+"$venv/bin/clang-format" --dry-run --Werror ftwt_jax/*/native/*.cc ftwt_jax/*/native/*.h
 
 stage "mypy: types"
 "$venv/bin/mypy"
