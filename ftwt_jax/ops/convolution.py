@@ -86,7 +86,7 @@ def training_convolution(
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> Float[Array, "N H_out W_out C"]:
-    """`conv_general_dilated` for training alone: faster on a CPU by kernels of our own, but without forward derivatives.
+    """`conv_general_dilated` for training alone: faster on a CPU, by kernels of our own; no forward derivatives.
 
     They compute float32 depthwise convolutions of 3x3 with both gradients, and the gradient of small kernels, without
     XLA's transposes. XLA does everything else, and everything where there is no C++ compiler or several devices share a
