@@ -31,8 +31,8 @@ from ftwt_jax.ops.compiling import keep_compiled
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated
 from ftwt_jax.training.step import GateTraining, create_state, make_train_step
 
-# Network, side of the images, classes, images in a batch, dtype: what says most comes first, and what compiles for minutes
-# on a GPU, bfloat16, last.
+# Network, side of the images, classes, images in a batch, dtype: what says most comes first, and what compiles for
+# minutes on a GPU, bfloat16, last.
 SETTINGS = (
     ("resnet20", 32, 10, 128, "float32"),
     ("vgg16_bn", 32, 10, 128, "float32"),
