@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
@@ -56,6 +57,19 @@ class Activations:
     active: Bool[Array, "N C"] | None = None
     layers: tuple[LayerRecord, ...] = ()
     control: GateControl = struct.field(default_factory=GateControl)
+    _maxima: ClassVar[Float[Array, "N C"] | None] = None
+
+    @property
+    def maxima(self) -> Float[Array, "N C"] | None:
+        """The largest value of each map where it is known, float32 [N, C], without gradients; None: not known."""
+        return self._maxima
+
+    def with_maxima(self, maxima: Float[Array, "N C"]) -> "Activations":
+        """The same, with its maxima. Whatever is made from it, by `replace` too, or crosses `jax.jit` has none."""
+        known = self.replace()
+        # No field: fields are copied by `replace`, to values that may be others.
+        object.__setattr__(known, "_maxima", maxima)
+        return known
 
     def map(self, fn: Callable[[Array], Array]) -> "Activations":
         """Applies a function that treats each channel separately and keeps zero at zero: ReLU, pooling, resizing."""

@@ -189,8 +189,11 @@ class GateHead(nn.Module):
     own: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C"]:
-        summary = self.summary(inputs)
+    def __call__(
+        self, inputs: Float[Array, "N H W C_in"], maxima: Float[Array, "N C_in"] | None = None
+    ) -> Float[Array, "N C"]:
+        """Gate logits; `maxima` of the inputs, where they are known, save a pass over them."""
+        summary = self.summary(inputs, maxima)
         # A softmax may put all of C_in on one channel; even then no first logit strays far from the bias.
         kernel_init = nn.initializers.normal(min(1e-3, 0.1 / summary.shape[-1]))
         if self.own:
@@ -201,9 +204,12 @@ class GateHead(nn.Module):
         return dense(summary)
 
     @nn.nowrap
-    def summary(self, inputs: Float[Array, "N H W C_in"]) -> Float[Array, "N C_in"]:
+    def summary(
+        self, inputs: Float[Array, "N H W C_in"], maxima: Float[Array, "N C_in"] | None = None
+    ) -> Float[Array, "N C_in"]:
         """e, which the head multiplies by its kernel; float32."""
-        return normalized(pooled(inputs, self.pool), self.norm)
+        known = maxima if self.pool == "max" else None
+        return normalized(pooled(inputs, self.pool) if known is None else known, self.norm)
 
 
 class _Scale(nn.Module):

@@ -14,7 +14,7 @@ from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
 from ftwt_jax.gating.ranking import topk_mass_mask
 from ftwt_jax.ops.batch_norm import BatchNorm
 from ftwt_jax.ops.convolution import conv_general_dilated, training_convolution
-from ftwt_jax.ops.reductions import mean_pool_all
+from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
 
 
 @struct.dataclass
@@ -113,14 +113,19 @@ class GatedUnit(nn.Module):
         if self.act is not None:
             y = self.act(y)
 
-        gate = None if self.gates is None else self._gate(self.gates, x, y)
-        if gate is not None:
-            y = jnp.where(gate.mask[:, None, None, :], y, 0)
-        return x.replace(
-            values=y,
-            active=None if gate is None else gate.mask,
+        if self.gates is None:
+            return x.replace(values=y, active=None, layers=(*layers, self.record(x, y.shape, None)))
+        gate = self._gate(self.gates, x, y)
+        masked = x.replace(
+            values=jnp.where(gate.mask[:, None, None, :], y, 0),
+            active=gate.mask,
             layers=(*layers, self.record(x, y.shape, gate)),
         )
+        if self.gates.pool == "mean" or not x.control.targets:
+            return masked
+        # The pass over the maps is the one that the targets take: XLA sees that behind a ReLU both are the same.
+        maxima = max_pool_all(jax.lax.stop_gradient(y)).astype(jnp.float32)
+        return masked.with_maxima(jnp.where(gate.mask, maxima, 0))
 
     @property
     def rows_added(self) -> int:
@@ -153,9 +158,12 @@ class GatedUnit(nn.Module):
             r = gates.r if control.r is None else control.r
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
         if control.masks == "heads" or self.is_initializing():
-            source = jax.lax.stop_gradient(x.values) if gates.mode == "decoupled" else x.values
+            joint = gates.mode == "joint"
+            source = x.values if joint else jax.lax.stop_gradient(x.values)
             own = gates.reads_own(source.shape[-1], self.features, self.groups)
-            logits = GateHead(self.features, gates.pool, gates.norm, own, name=HEAD_NAME)(source)
+            logits = GateHead(self.features, gates.pool, gates.norm, own, name=HEAD_NAME)(
+                source, None if joint else x.maxima
+            )
             logits = logits if control.offset is None else logits + control.offset
         if control.masks == "heads" and logits is not None:
             mask = logits > 0

@@ -183,20 +183,26 @@ def test_a_killed_run_ends_with_the_same_parameters(program, tiny_run, tmp_path,
 # Notes which examples each step is given, then runs the program.
 RECORDING = """
 import json, sys
-from ftwt_jax.training import loop
+from ftwt_jax.training import feed
 from ftwt_jax.__main__ import main
-put_batch, log = loop.put_batch, open(sys.argv[1], "a")
-def recording(batch, mesh):
-    print(json.dumps(batch["index"].tolist()), file=log, flush=True)
-    return put_batch(batch, mesh)
-loop.put_batch = recording
+log = open(sys.argv[1], "a")
+def recorded(run):
+    def recording(self, state, inputs, r, offsets):
+        for indices in inputs["index"].reshape(len(offsets), -1).tolist():
+            print(json.dumps(indices), file=log, flush=True)
+        return run(self, state, inputs, r, offsets)
+    return recording
+for kind in (feed.HostFeed, feed.DeviceFeed):
+    kind.run = recorded(kind.run)
 sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path):
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_killed_run_sees_no_example_twice_and_misses_none(program, tmp_path, on_device):
     workdir, count = tmp_path / "run", 1347
     arguments = ["train", *TINY, f"--workdir={workdir}", "--config.gates.epochs=0"]
+    arguments.append(f"--config.data.on_device={on_device}")
 
     def start(log: str) -> subprocess.Popen:
         command = [sys.executable, "-c", RECORDING, tmp_path / log, *arguments]

@@ -1,5 +1,6 @@
 """The gated unit against plain Flax, and what travels with the activations."""
 
+import dataclasses
 import functools
 
 import flax
@@ -346,3 +347,42 @@ def test_a_plain_array_can_be_a_shortcut():
         total = ftwt.residual_add(*pair)
         np.testing.assert_array_equal(total.values, 2 * IMAGES)
         assert (total.active, total.layers, total.control) == (None, branch.layers, control)
+
+
+class TestMaxima:
+    """What a unit knows of its output's largest values, which the next head reads in place of the maps."""
+
+    @pytest.mark.parametrize("act", [nn.relu, nn.relu6, nn.tanh, None], ids=["relu", "relu6", "tanh", "none"])
+    @pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize("masks", ["heads", "targets", "open"])
+    def test_are_those_of_the_values(self, act, dtype, masks):
+        unit = ftwt.GatedUnit(6, act=act, dtype=dtype, gates=ftwt.GateConfig(r=0.7))
+        inputs = ftwt.Activations(IMAGES, control=ftwt.GateControl(masks=masks))
+        output = unit.apply(random_variables(unit, IMAGES), inputs)
+        assert output.maxima.dtype == jnp.float32
+        np.testing.assert_array_equal(output.maxima, output.values.astype(jnp.float32).max((1, 2)))
+
+    def test_what_is_made_from_them_has_none(self):
+        unit = ftwt.GatedUnit(6, gates=ftwt.GateConfig(r=0.7))
+        output = unit.apply(random_variables(unit, IMAGES), IMAGES)
+        made = [
+            output.replace(values=output.values + 1),
+            dataclasses.replace(output, values=output.values + 1),
+            output.map(lambda values: values[:, ::2, ::2]),
+            output.add(output),
+            output.append_zeros(2),
+            jax.tree.map(lambda leaf: leaf[:1], output),
+            jax.jit(lambda x: x)(output),
+        ]
+        assert [other.maxima for other in made] == [None] * len(made)
+
+    @pytest.mark.parametrize("pool", ["max", "mean"])
+    def test_a_head_decides_the_same_with_and_without_them(self, pool, monkeypatch):
+        gates = ftwt.GateConfig(r=0.7, pool=pool)
+        model = ftwt.create_model("vgg_bn", 10, gates=gates, plan=(6, 6, "M", 7, 7))
+        variables = random_variables(model, IMAGES[..., :3])
+        known = model.apply(variables, IMAGES[..., :3])
+        monkeypatch.setattr(ftwt.Activations, "with_maxima", lambda self, maxima: self)
+        sought = model.apply(variables, IMAGES[..., :3])
+        for gate, other in zip(known.gates, sought.gates, strict=True):
+            np.testing.assert_array_equal(gate.logits, other.logits)

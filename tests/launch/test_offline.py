@@ -107,13 +107,15 @@ def test_the_bundle_alone_sets_up_the_environment(figures, machine):
 
 def test_every_part_writes_its_figures(figures):
     found = collections.Counter(line["part"] for line in lines(figures))
-    assert found == {"run": 3, "tests": 1, "training": 1, "inference": 2}
+    assert found == {"run": 3, "tests": 1, "training": 2, "inference": 2}
     by_name = {line["name"]: line for line in lines(figures)}
     assert 0 < by_name["digits"]["evaluation"]["macs_reduction"] < 1
     assert by_name["digits"]["gated"]["steps"] == by_name["digits"]["baseline"]["steps"] == 22
     assert by_name["fashion_vgg_bn_dense"]["baseline"]["images_per_second"] > 0
     assert by_name["fashion_vgg_bn_gated"]["gated"]["images_per_second"] > 0
     assert by_name["device"]["passed"] == by_name["device"]["tests"] > 10
+    feeds = by_name["resnet8 at 32x32, images from the host and from the device"]
+    assert all(feeds[f"train_{way}_images_per_second"] > 0 for way in ("host", "device"))
     step = by_name["resnet8 at 32x32, float32"]
     assert all(rate > 0 for rate in step["images_per_second"].values())
     assert step["parameters"]["plain Flax"] == step["parameters"]["dense"] < step["parameters"]["gated"]

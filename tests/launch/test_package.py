@@ -103,7 +103,8 @@ def test_the_wheel_trains_by_the_name_of_a_config_from_another_folder(installed)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_the_kernel_of_the_wheel_builds(installed):
-    script = "from ftwt_jax.inference import native; print(native.available())"
+@pytest.mark.parametrize("package", ["inference", "ops"])
+def test_the_kernels_of_the_wheel_build(installed, package):
+    script = f"from ftwt_jax.{package} import native; print(native.available())"
     assert call(installed, "python", "-c", script) == "True\n"
-    assert [*(installed.cwd / "cache").rglob("gated_unit-*.so")]
+    assert [*(installed.cwd / "cache").rglob(f"{package}-*.so")]
