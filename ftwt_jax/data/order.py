@@ -45,8 +45,8 @@ def _permuted(places: Int64[np.ndarray, " n"], length: int, seed: int) -> Int64[
     """Places in [0, length) under a permutation of that range: a Simon cipher that is applied again to what leaves it.
 
     The cipher: Beaulieu et al. 2013, https://eprint.iacr.org/2013/404; the repetition: Black and Rogaway 2002, "Ciphers
-    with arbitrary finite domains". Only where the length is 2**16 + 1, 2**18 + 1 and so on is the order not Grain's, which
-    permutes too few bits there: an image appears twice in an epoch, and the last one not at all.
+    with arbitrary finite domains". It differs from Grain's where the length is 2**16 + 1, 2**18 + 1 and so on: Grain
+    permutes too few bits there, so that an image appears twice in an epoch, and the last one not at all.
     """
     if length == 1:
         return np.zeros_like(places)
