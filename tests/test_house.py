@@ -143,6 +143,18 @@ def test_the_method_imports_nothing_of_the_trainer():
         assert name not in loaded - allowed, f"import ftwt_jax loads {name} ({purpose})"
 
 
+def test_event_files_need_no_pytorch(tmp_path):
+    code = f"""
+import pathlib, sys
+from ftwt_jax.workdir.metrics import EventFile
+events = EventFile(pathlib.Path({str(tmp_path)!r}))
+events.write(1, {{"loss": 0.5}})
+events.close()
+assert "torch" not in sys.modules, "loading it takes seconds"
+import torch"""
+    assert {"tensorboardX", "torch"} <= modules_after(code)
+
+
 def test_a_target_is_computed_in_one_place():
     users = [path for path in PACKAGE.rglob("*.py") if "topk_mass_mask(" in path.read_text()]
     assert {path.name for path in users} == {"ranking.py", "units.py"}

@@ -7,9 +7,11 @@ import json
 import pathlib
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 
 from ftwt_jax.errors import MissingPackageWarning, UserError, os_reason, storage_errors
 from ftwt_jax.files import AnyPath, in_bucket, written_whole
@@ -45,6 +47,18 @@ def has_tensorboard() -> bool:
     return found
 
 
+@contextlib.contextmanager
+def _hidden(*modules: str) -> Iterator[None]:
+    """Keeps what is imported within the block from loading these, if it can do without them."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python spells it.
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 class EventFile:
     """A file of TensorBoard events in a folder of the file system.
 
@@ -53,7 +67,9 @@ class EventFile:
     """
 
     def __init__(self, folder: AnyPath):
-        from tensorboardX.record_writer import RecordWriter
+        # Loading PyTorch takes seconds.
+        with _hidden("torch", "boto3", "google.cloud.storage"):
+            from tensorboardX.record_writer import RecordWriter
 
         # A `SummaryWriter` writes in a thread, which swallows errors and prints them when the program ends; and
         # closing an `EventsWriter` fails on a full disk, which leaves its file open.
