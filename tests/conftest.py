@@ -96,6 +96,8 @@ def program(shared, tmp_path_factory) -> Program:
         # What one process compiled, the others load.
         "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Nearly all of the time goes into compiling, and how hard XLA tries changes nothing but rounding.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     return Program(folder, os.environ | settings)
 

@@ -13,7 +13,6 @@ from ftwt_jax.data import load_dataset
 from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError
-from tests.conftest import Program
 from tests.helpers.folders import (
     CLASSES,
     GARBAGE,
@@ -184,19 +183,13 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def quick(program) -> Program:
-    """The program with fewer compiler optimisations: a third of the time to compile, slower to run."""
-    return dataclasses.replace(program, environment=program.environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
-
-
-@pytest.fixture(scope="module")
-def trained(quick, tmp_path_factory) -> Trained:
+def trained(program, tmp_path_factory) -> Trained:
     images, workdir = tmp_path_factory.mktemp("animals"), tmp_path_factory.mktemp("runs") / "run"
     for split, each in (("train", 52), ("val", 10)):
         write_tree(images / split, each=each)
     broken = images / "train/bee/041.png"
     broken.write_bytes(GARBAGE)
-    process = quick.start(
+    process = program.start(
         "train",
         "--config=configs/folder.py:resnet8",
         f"--config.data.name=folder:{images}",
@@ -239,11 +232,11 @@ def test_a_checkpoint_holds_what_the_network_must_know_about_its_data(trained, s
         assert len(kept["mean"]) == len(kept["std"]) == 3
 
 
-def test_a_network_is_not_evaluated_on_classes_it_was_not_trained_on(trained, quick):
+def test_a_network_is_not_evaluated_on_classes_it_was_not_trained_on(trained, program):
     for split in SPLITS:
         (trained.images / split / "bee").rename(trained.images / split / "wasp")
     try:
-        process = quick.start("evaluate", f"--workdir={trained.workdir}", stdout=subprocess.DEVNULL)
+        process = program.start("evaluate", f"--workdir={trained.workdir}", stdout=subprocess.DEVNULL)
         error = process.communicate(timeout=600)[1]
     finally:
         for split in SPLITS:

@@ -77,7 +77,9 @@ def executed(program, tmp_path_factory):
         )
         client = NotebookClient(notebook, manager, timeout=1200, resources={"metadata": {"path": str(folder)}})
         try:
-            client.execute(env=program.environment | {"IPYTHONDIR": str(kernels)})
+            # A training of real length is faster with all of the compiler's optimisations.
+            settings = {"IPYTHONDIR": str(kernels), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+            client.execute(env=program.environment | settings)
         finally:
             asyncio.run(manager.shutdown_kernel(now=True))
     return Executed(notebook, folder)

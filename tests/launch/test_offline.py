@@ -64,8 +64,6 @@ def machine(program, tmp_path_factory) -> tuple[pathlib.Path, dict[str, str]]:
     ]
     settings = {key: value for key, value in program.environment.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     settings |= NO_NETWORK | {"PYTHON": str(python)}
-    # Nearly all of the time goes into compiling.
-    settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     making = settings | {"PIP_FIND_LINKS": str(folder)}
     done = subprocess.run(command, env=making, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -92,11 +92,7 @@ class Trained:
 def together(program, tmp_path_factory):
     """A run of two processes, which then train a baseline with a sharded optimizer in `divided` beside its workdir."""
     folder = tmp_path_factory.mktemp("together")
-    settings = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     commands = [[*RUN, f"--workdir={folder / 'run'}"], [*DIVIDED, f"--workdir={folder / 'divided'}"]]
     recording = Recording(program.cwd, program.environment | settings)
     with two_processes(recording, *map(json.dumps, [str(folder), *commands])) as started:
