@@ -85,8 +85,8 @@ def configure(values: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def compiled_by_the_program(program):
-    """Uses what the program has compiled, instead of compiling it again."""
+def compiled_by_the_program(program, quick_compilation):
+    """Uses what the program has compiled, in the way in which it compiles, instead of compiling it again."""
     folder = program.environment["JAX_COMPILATION_CACHE_DIR"]
     before = configure({"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0})
     yield
