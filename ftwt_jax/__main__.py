@@ -1,8 +1,10 @@
 """Command line: `python -m ftwt_jax COMMAND --FLAG=VALUE ...`."""
 
+import _thread
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from typing import Any
@@ -11,6 +13,8 @@ from ftwt_jax.commands.parse import load_command, parse, usage
 from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
 
 INTERRUPTED = 130
+# Seconds after which a Ctrl-C that was dropped is tried again.
+_AGAIN = 0.05
 # Packages whose name differs from that of their module.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
 _show_warning = warnings.showwarning
@@ -23,14 +27,20 @@ def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options
         _show_warning(message, category, *rest, **options)
 
 
-def _silence_asyncio() -> None:
-    """When a checkpoint cannot be written, Orbax leaves tasks behind that would report the error a second time."""
+def hook_unraisable() -> None:
+    """Handles exceptions that Python can pass on to nobody, those in a destructor or a callback of the collector."""
+    # When a checkpoint cannot be written, Orbax leaves tasks behind that would report the error a second time.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     usual = sys.unraisablehook
 
     def hook(event: Any) -> None:
-        if not (isinstance(event.exc_value, RuntimeError) and "Event loop is closed" in str(event.exc_value)):
+        if issubclass(event.exc_type, KeyboardInterrupt):
+            # Python drops it, and the program would go on: JAX has such callbacks. A moment later, it gets through.
+            again = threading.Timer(_AGAIN, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        elif not (isinstance(event.exc_value, RuntimeError) and "Event loop is closed" in str(event.exc_value)):
             usual(event)
 
     sys.unraisablehook = hook
@@ -100,7 +110,7 @@ def run() -> None:
     from ftwt_jax.parallel.preemption import end_when_told
     from ftwt_jax.parallel.processes import leave
 
-    _silence_asyncio()
+    hook_unraisable()
     if sys.argv[1:2] == ["train"]:
         end_when_told()
     try:

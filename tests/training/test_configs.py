@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 import types
 import uuid
@@ -254,3 +255,25 @@ def test_an_interrupted_command_leaves_nothing_behind(program, small, tmp_path, 
     while (left := (marked(mark), shared_memory() - before)) != ([], set()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == ([], set())
+
+
+# Ctrl-C while the garbage collector calls someone back, where Python drops exceptions.
+DROPPED = """
+import gc, signal, time
+from ftwt_jax.__main__ import hook_unraisable
+hook_unraisable()
+gc.callbacks.append(lambda phase, info: signal.raise_signal(signal.SIGINT) if phase == "stop" else None)
+gc.collect()
+gc.callbacks.clear()
+print("went on", flush=True)
+time.sleep(20)
+print("dropped")
+"""
+
+
+def test_an_interrupt_that_python_drops_comes_again(program):
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED], cwd=program.cwd, env=program.environment, capture_output=True, text=True
+    )
+    assert done.stdout == "went on\n"
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
