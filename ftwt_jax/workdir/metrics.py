@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from ftwt_jax.errors import MissingPackageWarning, UserError, os_reason, storage_errors
 from ftwt_jax.files import AnyPath, in_bucket, written_whole
@@ -50,13 +51,15 @@ def has_tensorboard() -> bool:
 @contextlib.contextmanager
 def _hidden(*modules: str) -> Iterator[None]:
     """Keeps what is imported within the block from loading these, if it can do without them."""
-    hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is how Python spells it.
+    loaded: dict[str, Any] = sys.modules
+    hidden = [name for name in modules if name not in loaded]
+    # To Python, None is a module that cannot be imported.
+    loaded.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
         for name in hidden:
-            del sys.modules[name]
+            del loaded[name]
 
 
 class EventFile:
