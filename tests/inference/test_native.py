@@ -1,7 +1,11 @@
 """The kernel for CPUs against XLA's own convolution, as it is built for this processor and for any."""
 
 import functools
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,11 @@ import ftwt_jax as ftwt
 from ftwt_jax.inference import native
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.ops import native as ops_native
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.long
 
+needs_compiler = pytest.mark.skipif(not native.available(), reason="no C++ compiler")
 BUILDS = {"this processor": ops_native.TUNINGS, "any": ((),), "AVX2": (("-mavx2", "-mfma"),)}
 
 
@@ -39,7 +45,7 @@ def built(request, tmp_path_factory):
     kernels.TARGET = before
 
 
-def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu, strides, pad, left_out):
+def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu, strides, pads, left_out):
     """In the order in which the paper has it: pool, head, convolution of everything, mask."""
     summary = x.max((1, 2)) if gates.pool == "max" else x.mean((1, 2))
     summary = np.concatenate([summary, np.zeros((len(x), left_out), np.float32)], axis=1)
@@ -51,7 +57,7 @@ def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu,
         summary = powers / powers.sum(1, keepdims=True) * summary.shape[1]
     logits = summary @ head["kernel"] + head["bias"]
     y = lax.conv_general_dilated(
-        shown, kernel, (strides, strides), ((pad, pad),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        shown, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )  # fmt: skip
     y = np.asarray(y) + bias + (0 if shortcut is None else shortcut)
@@ -60,18 +66,17 @@ def reference(x, shown, kernel, bias, head, kept, gates, groups, shortcut, relu,
 
 
 def cases(draw, depthwise):
-    side, size = draw(st.integers(1, 19)), draw(st.sampled_from([1, 2, 3, 5]))
-    pad = draw(st.integers(0, 2))
+    window = draw(st.tuples(*[st.sampled_from([1, 2, 3, 5])] * 2))
+    pads = draw(st.tuples(*[st.tuples(*[st.integers(0, 2)] * 2)] * 2))
     channels = draw(st.sampled_from([1, 3, 16, 17, 40, 70]))
     return {
         "samples": draw(st.sampled_from([1, 1, 2, 3, 5])),
-        "height": max(side, size - 2 * pad),
-        "width": max(draw(st.integers(1, 19)), size - 2 * pad),
-        "size": size,
-        "pad": pad,
+        "sides": tuple(max(draw(st.integers(1, 19)), size - sum(pad)) for size, pad in zip(window, pads, strict=True)),
+        "window": window,
+        "pads": pads,
         "channels": channels,
         "filters": channels if depthwise else draw(st.sampled_from([1, 5, 16, 32, 33, 64, 100, 130])),
-        "strides": draw(st.sampled_from([1, 1, 2])),
+        "strides": draw(st.tuples(*[st.sampled_from([1, 1, 2])] * 2)),
         "live": draw(st.sampled_from([0, 0.3, 1])),
         "on": draw(st.sampled_from([-9, -1, 0, 1, 9])),
         "relu": draw(st.booleans()),
@@ -96,10 +101,10 @@ def test_a_unit_is_what_xla_computes(built, depthwise, data):
     rng = np.random.default_rng(case["seed"])
     normal = functools.partial(rng.normal, size=None)
     samples, channels, filters = case["samples"], case["channels"], case["filters"]
-    x = normal(size=(samples, case["height"], case["width"], channels)).astype(np.float32)
+    x = normal(size=(samples, *case["sides"], channels)).astype(np.float32)
     x *= (rng.random((samples, channels)) < case["live"])[:, None, None, :]
     inputs = 1 if depthwise else channels
-    kernel = normal(size=(case["size"], case["size"], inputs, filters)).astype(np.float32)
+    kernel = normal(size=(*case["window"], inputs, filters)).astype(np.float32)
     bias = normal(size=filters).astype(np.float32)
     # Some of the unit's filters are left out for good, and some of its input channels.
     own = depthwise and case["seed"] % 3 == 0
@@ -115,7 +120,8 @@ def test_a_unit_is_what_xla_computes(built, depthwise, data):
         rest = np.setdiff1d(np.arange(all_filters), place)
         head["kernel"] *= np.eye(all_filters)[[*place, *rest]].astype(np.float32)
     height, width = (
-        (case[side] + 2 * case["pad"] - case["size"]) // case["strides"] + 1 for side in ("height", "width")
+        (side + sum(pad) - size) // step + 1
+        for side, pad, size, step in zip(case["sides"], case["pads"], case["window"], case["strides"], strict=True)
     )
     shortcut = normal(size=(samples, height, width, filters)).astype(np.float32) if case["shortcut"] else None
     # A depthwise filter need not find its channel at its own place, or at all.
@@ -134,12 +140,12 @@ def test_a_unit_is_what_xla_computes(built, depthwise, data):
     gates, options = case["gates"], {"relu": case["relu"], "left_out": case["left_out"]}
     y, logits = jax.jit(
         lambda x, weights, shortcut: kernels.gated_unit(
-            x, weights, (case["size"],) * 2, gates, case["strides"], case["pad"], shortcut, **options
+            x, weights, case["window"], gates, case["strides"], case["pads"], shortcut, **options
         )
     )(x, jax.tree.map(jnp.asarray, weights), shortcut)
     wanted, wanted_logits = reference(
         x, shown, kernel, bias, head, kept, gates, filters if depthwise else 1,
-        shortcut, case["relu"], case["strides"], case["pad"], case["left_out"],
+        shortcut, case["relu"], case["strides"], case["pads"], case["left_out"],
     )  # fmt: skip
     largest = np.abs(wanted_logits).max()
     np.testing.assert_allclose(logits, wanted_logits, rtol=0, atol=2e-5 * largest)
@@ -165,3 +171,33 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="does not compile"):
         native.build(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+def fuzz(library: pathlib.Path, calls: int, **environment: str) -> None:
+    command = [sys.executable, "-m", "tests.helpers.fuzz_kernel", library, str(calls), "1"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=3000
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    answered, refused = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert min(answered, refused) > calls / 5
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused(tmp_path):
+    fuzz(native.build(tmp_path), 400)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [(), ("-march=native",)], ids=["any", "this processor"])
+def test_no_call_touches_memory_that_is_not_its_own(tmp_path, tuning):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, 10,000 calls in all."""
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    library = native.build(tmp_path, ((*checks, *tuning),))
+    compiler = os.environ.get("CXX") or "c++"
+    # JAX's own libraries throw exceptions, which AddressSanitizer follows only if libstdc++ is loaded before it.
+    names = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    found = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    # JAX keeps what it allocates to the end.
+    fuzz(library, 5000, LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0", JAX_PLATFORMS="cpu")

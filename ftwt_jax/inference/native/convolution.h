@@ -132,19 +132,19 @@ struct Convolution : Geometry {
     // Those channels alone, with the padding written out.
     std::vector<Piece> input_pieces;
     const int64_t live = pieces(lives.get(), 0, inputs, input_pieces);
-    const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad;
+    const int64_t padded_height = top + height + bottom, padded_width = left + width + right;
     static thread_local Scratch padded_scratch;
     float* padded = padded_scratch.of(padded_height * padded_width * live + kLanes);
     std::fill_n(padded, padded_height * padded_width * live, 0.0f);
     for (int64_t i = 0; i < height; ++i) {
       for (int64_t j = 0; j < width; ++j) {
-        float* to = padded + ((i + pad) * padded_width + j + pad) * live;
+        float* to = padded + ((i + top) * padded_width + left + j) * live;
         for (const Piece& piece : input_pieces) pack(piece, x + (i * width + j) * inputs + piece.first, to);
       }
       // Packing may have written past the last of them, into the padding.
-      float* behind = padded + ((i + pad) * padded_width + width + pad) * live;
-      const int64_t left = padded_height * padded_width * live - (behind - padded);
-      std::fill_n(behind, std::min<int64_t>(kLanes, left), 0.0f);
+      float* behind = padded + ((i + top) * padded_width + left + width) * live;
+      const int64_t behind_all = padded_height * padded_width * live - (behind - padded);
+      std::fill_n(behind, std::min<int64_t>(kLanes, behind_all), 0.0f);
     }
     std::vector<int64_t> rows;
     for (int64_t channel = 0; channel < inputs; ++channel) {
@@ -158,7 +158,7 @@ struct Convolution : Geometry {
     std::vector<const float*> corners;
     for (int64_t i = 0; i < out_height; ++i) {
       for (int64_t j = 0; j < out_width; ++j) {
-        corners.push_back(padded + (i * padded_width + j) * stride * live);
+        corners.push_back(padded + (i * row_stride * padded_width + j * column_stride) * live);
       }
     }
 

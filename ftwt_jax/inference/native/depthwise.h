@@ -23,7 +23,8 @@ struct Depthwise : Geometry {
     std::vector<Piece> found;
     const int64_t count = pieces(on, 0, filters, found);
     const int64_t vectors = (count + kLanes - 1) / kLanes, row = vectors * kLanes;
-    const int64_t padded_height = height + 2 * pad, padded_width = width + 2 * pad, taps = kernel_height * kernel_width;
+    const int64_t padded_height = top + height + bottom, padded_width = left + width + right,
+                  taps = kernel_height * kernel_width;
     static thread_local Scratch scratch;
     const int64_t padded_size = padded_height * padded_width * row;
     float* padded = scratch.of(padded_size + (taps + 1) * row + 2 * kLanes);
@@ -38,7 +39,7 @@ struct Depthwise : Geometry {
     for (int64_t i = 0; i < height; ++i) {
       for (int64_t j = 0; j < width; ++j) {
         const float* from = x + (i * width + j) * inputs;
-        float* to = padded + ((i + pad) * padded_width + j + pad) * row;
+        float* to = padded + ((i + top) * padded_width + left + j) * row;
         if (in_order) {
           // The last vector may run past the row, over numbers that are then written, or set to zero, below.
           for (const Piece& piece : found) pack(piece, from + piece.first, to);
@@ -49,7 +50,7 @@ struct Depthwise : Geometry {
         }
       }
       if (in_order) {
-        float* behind = padded + ((i + pad) * padded_width + width + pad) * row;
+        float* behind = padded + ((i + top) * padded_width + left + width) * row;
         std::fill_n(behind, std::min<int64_t>(kLanes, padded + padded_size - behind), 0.0f);
       }
     }
@@ -61,7 +62,7 @@ struct Depthwise : Geometry {
       float* sums = sum_scratch.of(out_width * row + kLanes);
       for (int64_t i = out_height * part / parts; i < out_height * (part + 1) / parts; ++i) {
         for (int64_t v = 0; v < row; v += kLanes) {
-          const float* corner = padded + i * stride * padded_width * row + v;
+          const float* corner = padded + i * row_stride * padded_width * row + v;
           if (kernel_height == 3 && kernel_width == 3) {
             multiply_row<3>(corner, padded_width * row, row, packed_kernel + v, sums + v);
           } else {
@@ -83,7 +84,7 @@ struct Depthwise : Geometry {
   void multiply_row(const float* from, int64_t line, int64_t row, const float* weights, float* sums) const {
     const int64_t rows = kSide ? kSide : kernel_height, columns = kSide ? kSide : kernel_width;
     for (int64_t j = 0; j < out_width; ++j) {
-      const float* corner = from + j * stride * row;
+      const float* corner = from + j * column_stride * row;
       Vector sum = {};
       for (int64_t a = 0; a < rows; ++a) {
         for (int64_t b = 0; b < columns; ++b) {

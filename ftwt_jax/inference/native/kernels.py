@@ -1,5 +1,7 @@
 """A gated unit run by a kernel of our own: float32, on a CPU, for inference; see `native.available`."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ftwt_jax.gating.gates import NORMS, GateConfig
+from ftwt_jax.gating.units import check_shortcut
 
 # The name under which XLA knows the kernel.
 TARGET = "ftwt_gated_unit"
@@ -63,10 +66,10 @@ class UnitWeights:
 def gated_unit(
     x: Float[Array, "N H W C"],
     weights: UnitWeights,
-    window: tuple[int, int],
+    window: Sequence[int],
     gates: GateConfig,
-    strides: int = 1,
-    pad: int = 0,
+    strides: Sequence[int] = (1, 1),
+    pads: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
     shortcut: Float[Array, "N H2 W2 K"] | None = None,
     relu: bool = False,
     left_out: int = 0,
@@ -77,25 +80,34 @@ def gated_unit(
     Nothing is prepared and nothing is gathered: rows and columns of kernel and head are skipped as they are read.
 
     Args:
-      pad: rows of zeros on every side.
+      strides: of rows and of columns.
+      pads: rows of zeros above and below, columns of zeros to the left and to the right.
       left_out: number of input channels that are not in `x`, since they are zero in every map.
     """
     height, width = (
-        (side + 2 * pad - length) // strides + 1 for side, length in zip(x.shape[1:3], window, strict=True)
+        (before + side + after - length) // step + 1
+        for side, length, step, (before, after) in zip(x.shape[1:3], window, strides, pads, strict=True)
     )
     depthwise = not isinstance(weights.kernel, BlockedKernel)
     shapes = ((x.shape[0], height, width, weights.bias.shape[0]), (x.shape[0], weights.head_bias.shape[0]))
     call = jax.ffi.ffi_call(
         TARGET, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], vmap_method="sequential"
     )
+    added: tuple[Array, ...] = ()
+    if shortcut is not None:
+        added = (jnp.broadcast_to(check_shortcut(shortcut, shapes[0]).astype(jnp.float32), shapes[0]),)
     y, logits = call(
         x,
         *jax.tree.leaves(weights),
-        *(() if shortcut is None else (shortcut,)),
+        *added,
         kernel_height=window[0],
         kernel_width=window[1],
-        stride=strides,
-        pad=pad,
+        row_stride=strides[0],
+        column_stride=strides[1],
+        top=pads[0][0],
+        bottom=pads[0][1],
+        left=pads[1][0],
+        right=pads[1][1],
         relu=relu,
         depthwise=depthwise,
         left_out=left_out,
