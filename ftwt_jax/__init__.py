@@ -1,13 +1,21 @@
 """Dynamic channel pruning for JAX/Flax, after "Fire Together Wire Together" (CVPR 2022, arXiv 2110.08232)."""
 
-from ftwt_jax.errors import UserError, WeightsWarning
-from ftwt_jax.gating.activations import Activations, LayerRecord, residual_add
+from ftwt_jax.errors import CompositionWarning, UserError, WeightsWarning
+from ftwt_jax.gating.activations import Activations, LayerRecord
+from ftwt_jax.gating.composition import (
+    concatenate,
+    flatten,
+    permute_channels,
+    pixel_shuffle,
+    pixel_unshuffle,
+    residual_add,
+)
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, GateOutput
 from ftwt_jax.gating.losses import gate_loss
 from ftwt_jax.gating.macs import dense_macs, layer_macs, macs
 from ftwt_jax.gating.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
-from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
+from ftwt_jax.gating.units import Classifier, GatedDense, GatedUnit, Outputs, PlainConv
 from ftwt_jax.gating.variables import fix_gates, init_from_dense, shift_gates
 from ftwt_jax.inference.compact import CompactNetwork, compact
 from ftwt_jax.models import create_model
@@ -18,11 +26,13 @@ __all__ = [
     "Activations",
     "Classifier",
     "CompactNetwork",
+    "CompositionWarning",
     "GateConfig",
     "GateControl",
     "GateHead",
     "GateOutput",
     "GateReport",
+    "GatedDense",
     "GatedUnit",
     "LayerRecord",
     "Outputs",
@@ -31,16 +41,21 @@ __all__ = [
     "WeightsWarning",
     "__version__",
     "compact",
+    "concatenate",
     "count_gates",
     "create_model",
     "dense_macs",
     "filter_mass",
     "fix_gates",
+    "flatten",
     "from_torch",
     "gate_loss",
     "init_from_dense",
     "layer_macs",
     "macs",
+    "permute_channels",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "residual_add",
     "shift_gates",
     "summarize_gates",

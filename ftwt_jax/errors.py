@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -22,6 +23,23 @@ class MissingPackageWarning(UserWarning):
 
 class WeightsWarning(UserWarning):
     """Imported weights were changed; the message says on one line which and how."""
+
+
+class CompositionWarning(UserWarning):
+    """A network does something to activations that loses track of masks; the message says what, and what does not."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warns of the line of a user's program that called this library, directly or through Flax or JAX."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "ftwt_jax",
+        "flax",
+        "jax",
+        "contextlib",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:

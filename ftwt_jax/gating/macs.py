@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ftwt_jax.errors import unknown_name
+from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.activations import LayerRecord
 from ftwt_jax.gating.units import Outputs
 
@@ -63,6 +63,9 @@ def layer_macs(layers: Sequence[LayerRecord], convention: Convention = "exact") 
     Under `published`, layers that are not gated units cost nothing. Gate heads are part of their unit under `exact`.
     """
     _check(convention)
+    masks = (mask for layer in layers for mask in (layer.active_in, layer.active_out) if mask is not None)
+    if any(mask.ndim != 2 for mask in masks):
+        raise UserError("these records are of several calls at once (vmap, nn.vmap, nn.scan): count within the call")
     concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers))
     xp = np if concrete else jnp
     if concrete:

@@ -1,6 +1,8 @@
-"""The gated unit, and the two layers that carry no gate but whose work counts: shortcut convolution and classifier."""
+"""The gated unit, and the two layers that carry no gate but whose work counts: plain convolution and classifier."""
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +11,27 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from ftwt_jax.gating.activations import Activations, LayerRecord, as_activations, merge_layers
+from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.gating.activations import (
+    Activations,
+    LayerRecord,
+    Layers,
+    as_activations,
+    fingerprint,
+    merge_layers,
+)
+from ftwt_jax.gating.contract import effect
+from ftwt_jax.gating.convolutions import Convolution, Padding, Sizes
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
 from ftwt_jax.gating.ranking import topk_mass_mask
 from ftwt_jax.ops.batch_norm import BatchNorm
-from ftwt_jax.ops.convolution import conv_general_dilated, training_convolution
 from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
+
+NORMS = ("batch", "layer", "group")
+# Group norm has as many groups as the paper of it, or the largest divisor of that which divides the filters.
+_GROUPS = 32
+Act = Callable[[Array], Array]
+Norm = str | Callable[..., Any] | None
 
 
 @struct.dataclass
@@ -27,7 +44,7 @@ class Outputs:
     """
 
     logits: Float[Array, "N classes"]
-    layers: tuple[LayerRecord, ...]
+    layers: Sequence[LayerRecord]
 
     @property
     def gates(self) -> tuple[GateOutput, ...]:
@@ -40,47 +57,121 @@ class Outputs:
         return tuple(layer.name for layer in self.layers if layer.gate is not None)
 
 
-def _convolution(features: int, kernel_size: int, strides: int, train: bool, **options: Any) -> nn.Conv:
-    """The convolution of every layer in this file; call it inside a method with `nn.compact`."""
-    init = nn.initializers.he_normal()
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        strides=strides,
-        kernel_init=init,
-        conv_general_dilated=training_convolution if train else conv_general_dilated,
-        name="conv",
-        **options,
-    )
+def normalized_maps(norm: Norm, y: Array, train: bool, dtype: Any) -> Array:
+    """Maps after the norm of a unit; call it inside a method with `nn.compact`."""
+    if norm is None:
+        return y
+    if norm == "batch":
+        return BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(y)
+    if norm == "layer":
+        return nn.LayerNorm(dtype=dtype, name="layer_norm")(y)
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(_GROUPS, y.shape[-1]), dtype=dtype, name="group_norm")(y)
+    if isinstance(norm, str) or not callable(norm):
+        raise unknown_name("norm", str(norm), (*NORMS, "None, a Flax module, or a function that makes one"))
+    module = norm if isinstance(norm, nn.Module) else norm(name="own_norm")
+    # Flax's own norms and users' modules call the same switch by different names.
+    switches = {"use_running_average": not train, "train": train, "deterministic": not train}
+    taken = inspect.signature(type(module).__call__).parameters
+    out = module(y, **{name: value for name, value in switches.items() if name in taken})
+    return as_shape(out, y.shape, "norm")
+
+
+def as_shape(y: Any, shape: tuple[int, ...], what: str) -> Array:
+    """What a unit's own function returned, if it has the shape it has to have; `UserError` otherwise."""
+    if getattr(y, "shape", None) != shape:
+        raise UserError(
+            f"the {what} of a unit keeps the shape of its maps, {shape}; got {getattr(y, 'shape', type(y))}"
+        )
+    return y
+
+
+def activated(act: Act | None, y: Array) -> Array:
+    """Maps after the activation of a unit."""
+    if act is None:
+        return y
+    if isinstance(act, type) or not callable(act):
+        raise UserError(f"act is a function of maps or a Flax module, such as nn.relu or nn.PReLU(); got {act!r}")
+    return as_shape(act(y), y.shape, "activation")
+
+
+def over_pixels(mask: Array, ndim: int) -> Array:
+    """[N, C] as it broadcasts to maps [N, ..., C] of `ndim` axes."""
+    return jnp.expand_dims(mask, tuple(range(1, ndim - 1)))
+
+
+def _call_of(layer: nn.Module, *inputs: Activations) -> str:
+    """Tells this call of a layer from its others: by its number, and by what it is given.
+
+    Within `nn.remat` and its like each call of the whole begins to count anew, but then on other activations.
+    """
+    counts = layer.scope.__dict__
+    count = counts["_ftwt_calls"] = counts.get("_ftwt_calls", 0) + 1
+    return fingerprint("/".join(layer.path), count, *(each.trail for each in inputs))
+
+
+def _checked(convolution: Convolution, x: Array, y: Array) -> Array:
+    if y.ndim > 2 and not all(y.shape[1:-1]):
+        raise UserError(
+            f"a kernel of {convolution.window} does not fit into maps of shape {x.shape}: pad them, or shrink it"
+        )
+    return y
 
 
 class GatedUnit(nn.Module):
-    """Convolution, batch norm, activation, and a gate head beside them that chooses filters per image.
+    """Convolution, norm, activation, and a gate head beside them that chooses filters per image.
 
     Replaces `nn.Conv` + `nn.BatchNorm` + activation in any Linen network. With `gates=None` it is just those three,
     under the same parameter names, so a dense network's variables initialise a gated one.
 
     Attributes:
       features: number of filters, C.
-      kernel_size: side of the square kernel.
-      strides: step in both directions.
+      kernel_size: sides of the kernel as in `nn.Conv`, one number for each axis between images and channels; one alone:
+        a square, for maps [N, H, W, channels].
+      strides, kernel_dilation: for each of these axes, or one for all.
       groups: number of groups; `groups == C_in` makes the convolution depthwise.
-      padding: rows of zeros on each side; None: (kernel_size - 1) // 2, as in the published networks.
-      use_bias: bias in the convolution (before batch norm).
-      act: activation, applied to each value separately; None: none.
+      padding: as of `nn.Conv`: "SAME", "VALID" or another of its names, a number of rows, numbers or pairs by axis.
+        None: (kernel_size - 1) // 2 zeros on each side, as in the published networks. "SAME" at stride 2 pads an even
+        side by one row less, at its start.
+      use_bias: bias in the convolution (before the norm).
+      act: activation, a function or a Flax module; None: none.
       gates: settings of the gate, or None for a dense unit.
       dtype: of the computation; parameters, statistics, ranking and gate remain float32.
+      norm: "batch"; "layer", "group" (Flax's, over the channels); None: none; a Flax module or a function that makes
+        one. One that mixes channels needs all filters computed, so that gates save only what follows.
+      transpose: a transposed convolution, as `nn.ConvTranspose`.
+      feature_group_count: the same as `groups`, as `nn.Conv` calls it.
     """
 
     features: int
-    kernel_size: int = 3
-    strides: int = 1
+    kernel_size: Sizes | None = 3
+    strides: Sizes = 1
     groups: int = 1
-    padding: int | None = None
+    padding: Padding = None
     use_bias: bool = False
-    act: Callable[[Array], Array] | None = nn.relu
+    act: Act | None = nn.relu
     gates: GateConfig | None = None
     dtype: Any = None
+    norm: Norm = "batch"
+    kernel_dilation: Sizes = 1
+    transpose: bool = False
+    feature_group_count: int | None = None
+
+    @property
+    def convolution(self) -> Convolution:
+        """The convolution."""
+        groups = self.groups if self.feature_group_count is None else self.feature_group_count
+        return Convolution(
+            self.features,
+            self.kernel_size,
+            self.strides,
+            groups,
+            self.padding,
+            self.use_bias,
+            self.kernel_dilation,
+            self.transpose,
+            self.dtype,
+        )
 
     @nn.compact
     def __call__(
@@ -91,63 +182,64 @@ class GatedUnit(nn.Module):
         Args:
           inputs: feature maps, plain or as `Activations`.
           train: use the batch's statistics and update the running ones.
-          shortcut: added after batch norm and before the activation, so that ranking and mask come after the addition.
+          shortcut: added after the norm and before the activation, so that ranking and mask come after the addition.
+
+        Raises:
+          UserError: the sizes of the unit do not fit the maps.
         """
         x = as_activations(inputs)
-        y = _convolution(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            train,
-            padding=self.rows_added,
-            feature_group_count=self.groups,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-        )(x.values)
-        y = BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(y)
+        convolution = self.convolution
+        convolution.check(x.values)
+        y = _checked(convolution, x.values, convolution.layer(train)(x.values))
+        y = normalized_maps(self.norm, y, train, self.dtype)
         layers = x.layers
+        added = None
         if shortcut is not None:
-            shortcut = as_activations(shortcut)
-            y = y + shortcut.values
-            layers = merge_layers(layers, shortcut.layers)
-        if self.act is not None:
-            y = self.act(y)
+            added = as_activations(shortcut)
+            y = y + check_shortcut(added.values, y.shape)
+            layers = merge_layers(layers, added.layers)
+        y = activated(self.act, y)
 
-        if self.gates is None:
-            return x.replace(values=y, active=None, layers=(*layers, self.record(x, y.shape, None)))
-        gate = self._gate(self.gates, x, y)
-        masked = x.replace(
-            values=jnp.where(gate.mask[:, None, None, :], y, 0),
-            active=gate.mask,
-            layers=(*layers, self.record(x, y.shape, gate)),
-        )
+        gate = None if self.gates is None else self._gate(self.gates, x, y)
+        record = self.record(x, y, gate, gate is not None and self.computes_all(y), added)
+        out = x.made(values=y, active=None, layers=Layers((*layers, record)), trail=record.call)
+        if self.gates is None or gate is None:
+            return out
+        out = out.made(values=jnp.where(over_pixels(gate.mask, y.ndim), y, 0), active=gate.mask)
         if self.gates.pool == "mean" or not x.control.targets:
-            return masked
+            return out
         # The pass over the maps is the one that the targets take: XLA sees that behind a ReLU both are the same.
         maxima = max_pool_all(jax.lax.stop_gradient(y)).astype(jnp.float32)
-        return masked.with_maxima(jnp.where(gate.mask, maxima, 0))
+        return out.with_maxima(jnp.where(gate.mask, maxima, 0))
 
-    @property
-    def rows_added(self) -> int:
-        """Rows of zeros on each side of the input."""
-        return (self.kernel_size - 1) // 2 if self.padding is None else self.padding
+    def folds(self) -> bool:
+        """Whether the norm is one number and one more for each filter in inference, or there is none."""
+        return self.norm is None or self.norm == "batch" or _is_batch_norm(self.norm)
 
-    def record(self, x: Activations, shape: tuple[int, ...], gate: GateOutput | None) -> LayerRecord:
-        """The record of a call that turned `x` into maps of this shape."""
-        inputs = x.values.shape[-1]
+    def computes_all(self, y: Array | jax.ShapeDtypeStruct) -> bool:
+        """Whether every filter has to be computed, since norm or activation (of maps like `y`) mix them."""
+        return not self.folds() or not (self.act is None or self.act is nn.relu or effect(self.act, y).own)
+
+    def record(
+        self, x: Activations, y: Array, gate: GateOutput | None, whole: bool, shortcut: Activations | None = None
+    ) -> LayerRecord:
+        """The record of a call that turned `x` into maps like `y`; `whole`: every filter had to be computed."""
+        convolution, inputs = self.convolution, x.shape[-1]
+        own = self.gates is not None and self.gates.reads_own(inputs, self.features, convolution.groups)
         return LayerRecord(
             name="/".join(self.path),
-            positions=shape[1] * shape[2],
-            kernel_area=self.kernel_size**2,
+            positions=convolution.positions(x.shape, y.shape),
+            kernel_area=convolution.kernel_area,
             in_features=inputs,
             out_features=self.features,
-            groups=self.groups,
+            groups=convolution.groups,
             unit=True,
             bias_terms=self.features if self.use_bias else 0,
             active_in=x.active,
-            active_out=None if gate is None else gate.mask,
+            active_out=None if gate is None or whole else gate.mask,
             gate=gate,
-            head_inputs=1 if self.gates and self.gates.reads_own(inputs, self.features, self.groups) else None,
+            head_inputs=1 if own else None,
+            call=_call_of(self, x, *([] if shortcut is None else [shortcut])),
         )
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
@@ -160,7 +252,7 @@ class GatedUnit(nn.Module):
         if control.masks == "heads" or self.is_initializing():
             joint = gates.mode == "joint"
             source = x.values if joint else jax.lax.stop_gradient(x.values)
-            own = gates.reads_own(source.shape[-1], self.features, self.groups)
+            own = gates.reads_own(source.shape[-1], self.features, self.convolution.groups)
             logits = GateHead(self.features, gates.pool, gates.norm, own, name=HEAD_NAME)(
                 source, None if joint else x.maxima
             )
@@ -174,30 +266,97 @@ class GatedUnit(nn.Module):
         return GateOutput(logits, mask, target)
 
 
+def check_shortcut(values: Array, shape: tuple[int, ...]) -> Array:
+    """A shortcut that can be added to maps of this shape; raises `UserError` if their sum would have another one."""
+    fits = values.ndim == len(shape) and all(
+        size in (1, wanted) for size, wanted in zip(values.shape, shape, strict=True)
+    )
+    if not fits:
+        raise UserError(
+            f"a shortcut of shape {values.shape} cannot be added to a unit's output, {shape}: give it as many images, "
+            "pixels and channels"
+        )
+    return values
+
+
+def _is_batch_norm(norm: Norm) -> bool:
+    return isinstance(norm, nn.BatchNorm) and norm.axis in (-1, (-1,)) and norm.axis_name is None
+
+
+class GatedDense(GatedUnit):
+    """A dense layer that is a unit: `nn.Dense`, activation, gate head; on rows [N, C_in], tokens [N, T, C_in] or maps.
+
+    A neuron is a filter and tokens are pixels: an image has one mask for all its tokens.
+    """
+
+    kernel_size: Sizes | None = None
+    use_bias: bool = True
+    norm: Norm = None
+
+
 class PlainConv(nn.Module):
-    """1x1 convolution and batch norm without a gate: a projection shortcut, or the last step of a bottleneck."""
+    """Convolution and norm without a gate, whose work counts: a projection shortcut, the last step of a bottleneck.
+
+    Attributes:
+      kernel_size: as of `GatedUnit`; None: a dense layer.
+      act: activation; None: none.
+      Others as of `GatedUnit`.
+    """
 
     features: int
-    strides: int = 1
+    strides: Sizes = 1
     dtype: Any = None
+    kernel_size: Sizes | None = 1
+    groups: int = 1
+    padding: Padding = None
+    use_bias: bool = False
+    norm: Norm = "batch"
+    act: Act | None = None
+    kernel_dilation: Sizes = 1
+    transpose: bool = False
+
+    @property
+    def convolution(self) -> Convolution:
+        """The convolution."""
+        return Convolution(
+            self.features,
+            self.kernel_size,
+            self.strides,
+            self.groups,
+            self.padding,
+            self.use_bias,
+            self.kernel_dilation,
+            self.transpose,
+            self.dtype,
+        )
 
     @nn.compact
     def __call__(self, inputs: Activations | Array, train: bool = False) -> Activations:
         """Runs on [N, H, W, C_in]; every filter is computed, and can be non-zero (batch norm adds its bias)."""
         x = as_activations(inputs)
-        y = _convolution(self.features, 1, self.strides, train, padding=0, use_bias=False, dtype=self.dtype)(x.values)
-        y = BatchNorm(use_running_average=not train, dtype=self.dtype, name="bn")(y)
-        return x.replace(values=y, active=None, layers=(*x.layers, self.record(x, y.shape)))
+        convolution = self.convolution
+        convolution.check(x.values)
+        y = _checked(convolution, x.values, convolution.layer(train)(x.values))
+        y = activated(self.act, normalized_maps(self.norm, y, train, self.dtype))
+        record = self.record(x, y)
+        return x.made(values=y, active=None, layers=Layers((*x.layers, record)), trail=record.call)
 
-    def record(self, x: Activations, shape: tuple[int, ...]) -> LayerRecord:
-        """The record of a call that turned `x` into maps of this shape."""
+    def folds(self) -> bool:
+        """As of `GatedUnit`."""
+        return self.norm is None or self.norm == "batch" or _is_batch_norm(self.norm)
+
+    def record(self, x: Activations, y: Array) -> LayerRecord:
+        """The record of a call that turned `x` into maps like `y`."""
+        convolution = self.convolution
         return LayerRecord(
             name="/".join(self.path),
-            positions=shape[1] * shape[2],
-            kernel_area=1,
-            in_features=x.values.shape[-1],
+            positions=convolution.positions(x.shape, y.shape),
+            kernel_area=convolution.kernel_area,
+            in_features=x.shape[-1],
             out_features=self.features,
+            groups=convolution.groups,
             active_in=x.active,
+            call=_call_of(self, x),
         )
 
 
@@ -216,15 +375,15 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Activations | Array) -> Outputs:
-        """Turns activations [N, H, W, C] into `Outputs` with logits [N, num_classes]."""
+        """Turns activations [N, H, W, C], or rows [N, C], into `Outputs` with logits [N, num_classes]."""
         x = as_activations(inputs)
         pooled = mean_pool_all(x.values)
         dense = nn.Dense(self.num_classes, kernel_init=nn.initializers.lecun_normal(), dtype=self.dtype, name="dense")
-        return Outputs(dense(pooled).astype(jnp.float32), (*x.layers, self.record(x)))
+        return Outputs(dense(pooled).astype(jnp.float32), Layers((*x.layers, self.record(x))))
 
     def record(self, x: Activations) -> LayerRecord:
         """The record of a call on `x`."""
-        features = x.values.shape[-1]
+        features = x.shape[-1]
         return LayerRecord(
             name="/".join(self.path),
             positions=1,
@@ -233,4 +392,5 @@ class Classifier(nn.Module):
             out_features=self.num_classes,
             bias_terms=features if self.counted_pool else 0,
             active_in=x.active,
+            call=_call_of(self, x),
         )

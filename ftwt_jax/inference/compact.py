@@ -9,14 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, one_line
 from ftwt_jax.inference import native
 from ftwt_jax.inference.kept import choose_kept
-from ftwt_jax.inference.packed import Channels, PackedActivations
+from ftwt_jax.inference.packed import Channels, PackedActivations, plain
 from ftwt_jax.inference.packing import SEEN, PackedLayers, Weights
 from ftwt_jax.ops.compiling import compiler_options
 
@@ -58,7 +59,7 @@ def compact(
 
     Args:
       model: a Linen module; `model.apply(variables, images, **options)` runs it for inference.
-      variables: its parameters and batch statistics, concrete.
+      variables: its parameters and batch statistics, concrete. They are copied.
       calibration: some hundred images like those that the network will meet, prepared as it receives them:
         [S, H, W, channels], or an iterable of such batches. None: nothing is left out for good.
       portable: use only XLA's own operations, as a program that is exported needs.
@@ -69,7 +70,7 @@ def compact(
       own to rounding; a gate logit within rounding of zero may fall on either side.
 
     Raises:
-      UserError: the network has no units, or the calibration no images.
+      UserError: the network has no units, the variables no parameters, or the calibration no images.
     """
     forward = _Forward(model, variables, options)
     per_image = not portable and jax.default_backend() == "cpu" and native.available()
@@ -150,6 +151,33 @@ def _chunks(images: Array) -> list[Array]:
     return [images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)]
 
 
+def _copied(variables: Any) -> dict[str, Any]:
+    """The variables as they are now, on the host: later training may change or donate them."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = (
+            f"entries {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
+        )
+        raise UserError(f"compact execution takes all variables, {{'params': …, 'batch_stats': …}}; got {got}")
+    try:
+        return jax.tree.map(np.array, unfreeze(dict(variables)))
+    except jax.errors.TracerArrayConversionError:
+        raise UserError("compact execution needs concrete variables: make the network outside of jax.jit") from None
+    except RuntimeError as error:
+        raise UserError(f"compact execution cannot read the variables: {one_line(error)}") from error
+
+
+@jax.custom_jvp
+def _not_differentiable(images: Array) -> Array:
+    return images
+
+
+@_not_differentiable.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    raise UserError(
+        "the kernels of compact execution have no derivatives: make the network with compact(…, portable=True)"
+    )
+
+
 class _Forward:
     """A network run layer by layer in packed form."""
 
@@ -157,7 +185,7 @@ class _Forward:
         if options.get("control") is not None:
             raise UserError("compact execution runs the masks of the gate heads: leave control out")
         self._model = model
-        self._variables = variables
+        self._variables = _copied(variables)
         self._options = options
 
     def pack(self, execution: Execution, images: Array) -> PackedLayers:
@@ -175,12 +203,8 @@ class _Forward:
     def _apply(self, layers: PackedLayers, images: Array) -> tuple[Any, dict[str, Any]]:
         with nn.intercept_methods(layers):
             outputs, seen = self._model.apply(self._variables, images, mutable=[SEEN], **self._options)
-        outputs = jax.tree.map(_plain, outputs, is_leaf=lambda x: isinstance(x, PackedActivations))
+        outputs = jax.tree.map(plain, outputs, is_leaf=lambda x: isinstance(x, PackedActivations))
         return outputs, flatten_dict(seen.get(SEEN, {}), sep="/")
-
-
-def _plain(x: Any) -> Any:
-    return x.plain() if isinstance(x, PackedActivations) else x
 
 
 class CompactNetwork:
@@ -198,23 +222,34 @@ class CompactNetwork:
         self._jitted = jax.jit(self._run, compiler_options=compiler_options())
         self._jitted_logits = jax.jit(lambda *args: self._run(*args)[0].logits, compiler_options=compiler_options())
 
-    def __call__(self, images: Float[Array, "N H W channels"]) -> Any:
-        """What the network returns for these images."""
-        return self.run(images)[0]
+    def __call__(self, images: Float[Array, "N H W channels"], *others: Any) -> Any:
+        """What the network returns for these images.
 
-    def run(self, images: Float[Array, "N H W channels"]) -> tuple[Any, Bool[Array, " N"]]:
+        Raises:
+          UserError: there is more than one array of images.
+        """
+        return self.run(images, *others)[0]
+
+    def run(self, images: Float[Array, "N H W channels"], *others: Any) -> tuple[Any, Bool[Array, " N"]]:
         """What the network returns, and which images wanted a filter that was left out: they were computed again."""
-        images = jnp.asarray(images)
+        images = self._array(images, *others)
         # A jit within another takes no compiler options of its own.
         run = self._run if isinstance(images, jax.core.Tracer) else self._jitted
         return run(self._packed(images), images)
 
     def logits(self, images: Float[Array, "N H W channels"]) -> Float[Array, "N classes"]:
         """The logits alone of a network that returns `Outputs`: faster than with all that its gates returned."""
-        images = jnp.asarray(images)
+        images = self._array(images)
         if isinstance(images, jax.core.Tracer):
             return self.run(images)[0].logits
         return self._jitted_logits(self._packed(images), images)
+
+    def _array(self, images: Any, *others: Any) -> Array:
+        if others or not (hasattr(images, "shape") or isinstance(images, (list, tuple))):
+            got = f"{1 + len(others)} inputs" if others else f"a {type(images).__name__}"
+            raise UserError(f"compact execution is for networks of one array of images; got {got}")
+        images = jnp.asarray(images)
+        return _not_differentiable(images) if self.execution.per_image else images
 
     def _packed(self, images: Array) -> dict[str, Weights]:
         if not self._weights:

@@ -1,12 +1,17 @@
 """The weights of a network's layers as compact execution holds them: batch norm folded in, only some channels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from ftwt_jax.errors import UserError
+from ftwt_jax.gating.convolutions import Convolution
 from ftwt_jax.gating.gates import HEAD_NAME
+from ftwt_jax.gating.units import GatedUnit, PlainConv
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.inference.packed import Channels
 from ftwt_jax.ops.batch_norm import EPSILON
@@ -22,23 +27,50 @@ class Folded:
     def __init__(self, variables: Mapping[str, Any]):
         self._variables = {kind: flatten_dict(tree, sep="/") for kind, tree in variables.items()}
 
-    def convolution(self, name: str, inputs: Channels, kept: Channels, groups: int = 1) -> dict[str, Any]:
-        """Convolution and batch norm as one: "kernel" [kh, kw, inputs, K] and "bias" [K], for these channels alone.
+    def dtype(self, name: str) -> np.dtype:
+        """What all that a layer holds is promoted to, at least float32."""
+        layers = (tree.items() for tree in self._variables.values())
+        held = [leaf.dtype for tree in layers for path, leaf in tree if not name or path.startswith(f"{name}/")]
+        return np.dtype(jnp.result_type(jnp.float32, *held))
+
+    def shapes(self, name: str, convolution: Convolution) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a layer's kernel and bias.
+
+        Raises:
+          UserError: the layer's parameters are those of several.
+        """
+        shape = self._array(name, f"{convolution.name}/kernel").shape
+        if len(shape) != len(convolution.window) + 2:
+            raise UserError(
+                f"{name or 'the unit'} holds kernels of shape {shape}, those of several layers (nn.scan, nn.vmap): "
+                "compact execution needs a module for each layer; make them in a loop"
+            )
+        return shape, shape[-1:]
+
+    def convolution(self, name: str, layer: GatedUnit | PlainConv, inputs: Channels, kept: Channels) -> dict[str, Any]:
+        """Convolution and norm as one: "kernel" [..., inputs, K] and "bias" [K], for these channels alone.
 
         Args:
-          name: path of the layer.
+          name: path of the layer, whose norm is one that folds.
           inputs: the input channels that are there, ascending; a convolution in groups takes all of its own.
           kept: the K filters to compute, ascending.
         """
-        scale, bias = (self._array(name, f"bn/{leaf}") for leaf in ("scale", "bias"))
-        mean, var = (self._array(name, f"bn/{leaf}", "batch_stats") for leaf in ("mean", "var"))
-        factor = scale / np.sqrt(var + np.float32(EPSILON))
-        shift = bias - mean * factor
-        if f"{name}/conv/bias".lstrip("/") in self._variables["params"]:
-            shift = shift + self._array(name, "conv/bias") * factor
-        kernel = self._array(name, "conv/kernel") * factor
-        rows = list(inputs) if groups == 1 else slice(None)
-        return {"kernel": kernel[:, :, rows][..., list(kept)], "bias": shift[list(kept)]}
+        convolution, norm = layer.convolution, layer.norm
+        kernel = self._array(name, f"{convolution.name}/kernel")
+        factor, shift = np.ones(kernel.shape[-1], kernel.dtype), np.zeros(kernel.shape[-1], kernel.dtype)
+        if self._has(name, f"{convolution.name}/bias"):
+            shift = self._array(name, f"{convolution.name}/bias")
+        if norm is not None:
+            place, epsilon = ("norm", norm.epsilon) if isinstance(norm, nn.BatchNorm) else ("bn", EPSILON)
+            mean, var = (self._array(name, f"{place}/{leaf}", "batch_stats") for leaf in ("mean", "var"))
+            factor = factor / np.sqrt(var + np.float32(epsilon))
+            if self._has(name, f"{place}/scale"):
+                factor = factor * self._array(name, f"{place}/scale")
+            shift = (shift - mean) * factor
+            if self._has(name, f"{place}/bias"):
+                shift = shift + self._array(name, f"{place}/bias")
+        rows = list(inputs) if convolution.groups == 1 else slice(None)
+        return {"kernel": (kernel * factor)[..., rows, :][..., list(kept)], "bias": shift[list(kept)]}
 
     def head(self, name: str, inputs: Channels, own: bool) -> dict[str, Any]:
         """The gate head of a unit for these input channels, and the sum of its rows over all channels.
@@ -57,13 +89,20 @@ class Folded:
         kernel, bias = (self._array(name, f"dense/{leaf}") for leaf in ("kernel", "bias"))
         return {"kernel": kernel[list(inputs)], "bias": bias}
 
+    def _has(self, name: str, leaf: str) -> bool:
+        return f"{name}/{leaf}".lstrip("/") in self._variables["params"]
+
     def _array(self, name: str, leaf: str, kind: str = "params") -> np.ndarray:
-        return np.asarray(self._variables[kind][f"{name}/{leaf}" if name else leaf])
+        found = np.asarray(self._variables[kind][f"{name}/{leaf}" if name else leaf])
+        # Folded in bfloat16, weights would lose what batch norm keeps in float32.
+        return found.astype(jnp.promote_types(found.dtype, jnp.float32))
 
 
-def native_weights(weights: dict[str, Any], inputs: Channels, kept: Channels, depthwise: bool) -> kernels.UnitWeights:
+def native_weights(
+    weights: dict[str, Any], window: Sequence[int], inputs: Channels, kept: Channels, depthwise: bool
+) -> kernels.UnitWeights:
     """Convolution and head of a unit as our own kernel takes them."""
-    kernel = weights["kernel"]
+    kernel = weights["kernel"].reshape(*window, -1, len(kept))
     place = {channel: index for index, channel in enumerate(inputs)}
     return kernels.UnitWeights(
         kernel.reshape(-1, kernel.shape[-1]) if depthwise else kernels.blocked(kernel),

@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from ftwt_jax.gating.activations import Activations, residual_add
+from ftwt_jax.gating.activations import Activations
+from ftwt_jax.gating.composition import residual_add
 from ftwt_jax.gating.gates import GateConfig, GateControl
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.models.common import scaled, start
@@ -49,7 +50,7 @@ class MobileNetV1(nn.Module):
         unit = functools.partial(GatedUnit, act=act, gates=self.gates, dtype=self.dtype)
         x = unit(scaled(32, self.width), strides=2 if imagenet else 1, name="stem")(x, train)
         for index, (features, strides) in enumerate(V1_PAIRS):
-            inputs = x.values.shape[-1]
+            inputs = x.shape[-1]
             x = unit(inputs, strides=strides, groups=inputs, name=f"pair{index}_depthwise")(x, train)
             x = unit(scaled(features, self.width), kernel_size=1, name=f"pair{index}_pointwise")(x, train)
         return Classifier(self.num_classes, dtype=self.dtype, name="classifier")(x)
@@ -76,7 +77,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: Activations, train: bool = False) -> Activations:
         unit = functools.partial(GatedUnit, act=nn.relu6, gates=self.gates, dtype=self.dtype)
-        inputs = x.values.shape[-1]
+        inputs = x.shape[-1]
         hidden = inputs * self.expansion
         y = x
         if not (self.skip_unit_expansion and self.expansion == 1):

@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from ftwt_jax.gating.activations import Activations, residual_add
+from ftwt_jax.gating.activations import Activations
+from ftwt_jax.gating.composition import residual_add
 from ftwt_jax.gating.gates import GateConfig, GateControl
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
 from ftwt_jax.models.common import scaled, start
@@ -16,10 +17,10 @@ def pooled_shortcut(x: Activations, features: int, strides: int) -> Activations:
     """Shortcut without parameters: average pool to the new size, zero channels behind the old ones up to `features`."""
     if strides > 1:
         # Odd sizes round up, as in the branch; the last window is smaller then.
-        rest = [(0, -size % strides) for size in x.values.shape[1:3]]
+        rest = [(0, -size % strides) for size in x.shape[1:3]]
         window = (strides, strides)
         x = x.map(lambda v: nn.avg_pool(v, window, strides=window, padding=rest, count_include_pad=False))
-    channels = x.values.shape[-1]
+    channels = x.shape[-1]
     return x.append_zeros(features - channels) if features > channels else x
 
 
@@ -45,9 +46,9 @@ class Block(nn.Module):
         features = self.features * (4 if self.bottleneck else 1)
 
         shortcut = x
-        if self.strides != 1 or x.values.shape[-1] != features:
+        if self.strides != 1 or x.shape[-1] != features:
             if self.projection:
-                shortcut = plain(features, self.strides, name="shortcut")(x, train)
+                shortcut = plain(features, strides=self.strides, name="shortcut")(x, train)
             else:
                 shortcut = pooled_shortcut(x, features, self.strides)
 

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ftwt_jax.ops import native
-from ftwt_jax.ops.reductions import channel_sum, over_channels, shared_batch
+from ftwt_jax.ops.reductions import as_maps, channel_sum, over_channels, shared_batch
 
 MOMENTUM = 0.9
 EPSILON = 1e-5
@@ -32,9 +32,8 @@ class BatchNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
-        if x.ndim != 4:
-            raise ValueError(f"batch norm takes maps [N, H, W, C]; got shape {x.shape}")
+    def __call__(self, maps: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
+        x = as_maps(maps)
         features = (x.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
@@ -43,14 +42,15 @@ class BatchNorm(nn.Module):
         dtype = self.dtype or jnp.result_type(x, scale, bias)
         if self.use_running_average:
             factor = scale * lax.rsqrt(running_var.value + EPSILON)
-            return ((x - _over(running_mean.value)) * _over(factor) + _over(bias)).astype(dtype)
+            y = (x - _over(running_mean.value)) * _over(factor) + _over(bias)
+            return y.astype(dtype).reshape(maps.shape)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y, mean, var = (_by_kernel if _kernel_fits(x) else _by_xla)(x, scale, bias)
         if not self.is_initializing():
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
-        return y.astype(dtype)
+        return y.astype(dtype).reshape(maps.shape)
 
 
 def _by_xla(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:

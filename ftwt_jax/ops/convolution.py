@@ -96,6 +96,8 @@ def training_convolution(
     def plain(lhs: Array, rhs: Array) -> Array:
         return conv_general_dilated(lhs, rhs, window_strides, padding, **options)
 
+    if lhs.ndim != 4:
+        return plain(lhs, rhs)
     groups = options.get("feature_group_count", 1)
     depthwise = rhs.shape[:3] == (3, 3, 1) and groups == lhs.shape[-1] == rhs.shape[-1] > 1
     small = groups == 1 and rhs.shape[:2] != (1, 1) and rhs.size <= _SMALL_KERNEL

@@ -6,6 +6,8 @@ share a batch (a mesh is set while the program is traced), sums over images take
 would exchange whole maps.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,9 +42,14 @@ def over_channels(values: Float[Array, " C"], shape: tuple[int, ...]) -> Float[A
     )
 
 
-def max_pool_all(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
+def as_maps(x: Float[Array, "N ... C"]) -> Float[Array, "N H W C"]:
+    """Values with any number of axes between images and channels, as maps in two of them."""
+    return x if x.ndim == 4 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), 1, x.shape[-1])
+
+
+def max_pool_all(x: Float[Array, "N ... C"]) -> Float[Array, "N C"]:
     """Largest value of each map; where several pixels hold it, their gradients add up to the map's."""
-    return lax.platform_dependent(x, cpu=_max_by_halves, default=lambda x: jnp.max(x, axis=(1, 2)))
+    return lax.platform_dependent(as_maps(x), cpu=_max_by_halves, default=lambda x: jnp.max(x, axis=(1, 2)))
 
 
 def _max_by_halves(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
@@ -55,10 +62,10 @@ def _max_by_halves(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
     return jnp.max(x, axis=1)
 
 
-def mean_pool_all(x: Float[Array, "N H W C"]) -> Float[Array, "N C"]:
+def mean_pool_all(x: Float[Array, "N ... C"]) -> Float[Array, "N C"]:
     """Mean of each map."""
     return lax.platform_dependent(
-        x,
+        as_maps(x),
         cpu=lambda x: lax.optimization_barrier(lax.optimization_barrier(jnp.mean(x, axis=1)).mean(axis=1)),
         default=lambda x: jnp.mean(x, axis=(1, 2)),
     )

@@ -1,5 +1,6 @@
 """Networks with gates that differ between images, and the reference for their compact execution."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 from hypothesis import settings
 
 import ftwt_jax as ftwt
+from ftwt_jax.inference import native
+from ftwt_jax.inference.compact import CompactNetwork
 from tests.conftest import random_like
 
 KEY = jax.random.key(0)
@@ -47,6 +50,16 @@ def random_variables(model, images, seed=0, never=0.0, **options):
 def masked(model, variables, images, **options):
     """The network's own outputs."""
     return jax.jit(lambda v, x: model.apply(v, x, **options))(variables, images)
+
+
+def every_way(model, variables, calibration, **options):
+    """Its compact networks: all filters by our own kernel, then those of the calibration by XLA and by the kernel."""
+    if native.available():
+        yield ftwt.compact(model, variables, **options)
+    calibrated = ftwt.compact(model, variables, calibration, portable=True, **options)
+    yield calibrated
+    if native.available():
+        yield CompactNetwork(calibrated._forward, dataclasses.replace(calibrated.execution, per_image=True))
 
 
 def assert_close(actual, expected, share=1e-4):
