@@ -1,6 +1,7 @@
 """Command line: `python -m ftwt_jax COMMAND --FLAG=VALUE ...`."""
 
 import _thread
+import io
 import logging
 import os
 import sys
@@ -111,6 +112,9 @@ def run() -> None:
     from ftwt_jax.parallel.processes import leave
 
     hook_unraisable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # Names of files may be such as no encoding writes.
     if sys.argv[1:2] == ["train"]:
         end_when_told()
     try:

@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from ftwt_jax.errors import UserError, one_line, unknown_name
 from ftwt_jax.gating.gates import current_fields
-from ftwt_jax.models import options_of
+from ftwt_jax.models import AMBIGUOUS, is_cifar_resnet, options_of
 
 # Where the code lies: a checkout, or the folder that packages are installed in.
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -25,9 +25,11 @@ BEFORE = {
     "accumulate": 1,
     "shard_optimizer": False,
     "steps_per_call": None,
-    "data": {"on_device": None},
+    "data": {"on_device": None, "class_order": None, "max_pixels": None},
     "gates": {"calibrate": False, "static": False, "budgets": None},
 }
+# Side in pixels from which images are too large for CIFAR's networks, unless these are asked for.
+LARGE_IMAGES = 128
 # How messages call the types of fields.
 _KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "str": "text", "tuple": "a tuple"}
 _OVERRIDE = re.compile(
@@ -79,6 +81,10 @@ def default_config(arch: str, stem: str) -> ConfigDict:
                 "data_dir": placeholder(str),
                 # Share held out of a folder that is one tree of classes.
                 "test_fraction": placeholder(float),
+                # How a folder's classes are sorted: bytes (0, 1, 10, 2; torchvision) or natural (0, 1, 2, 10; timm).
+                "class_order": placeholder(str),
+                # Most pixels of an image file that are decoded at once; larger images are skipped.
+                "max_pixels": placeholder(int),
                 # Whether training images are kept on the devices; None: if they are in memory and fit.
                 "on_device": placeholder(bool),
             },
@@ -152,8 +158,12 @@ def missing_fields(config: ConfigDict) -> list[str]:
 
 def updated(config: dict[str, Any]) -> dict[str, Any]:
     """A config as an older version wrote it, with today's fields in today's names."""
-    gates = config.get("gates")
-    return _filled({**config, "gates": current_fields(gates)} if isinstance(gates, dict) else config, BEFORE)
+    gates, model = config.get("gates"), config.get("model")
+    if isinstance(gates, dict):
+        config = {**config, "gates": current_fields(gates)}
+    if isinstance(model, dict) and model.get("name") in AMBIGUOUS and model.get("stem") is None:
+        config = {**config, "model": {**model, "stem": "cifar"}}
+    return _filled(config, BEFORE)
 
 
 def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +219,21 @@ def read(arguments: Sequence[str]) -> ConfigDict:
                 config.gates.norm = "none"
         elif name != "config":
             _set_field(config, name.split(".")[1:], name, text)
+    _check_small(config)
     return config
+
+
+def _check_small(config: ConfigDict) -> None:
+    """Raises `UserError` if CIFAR's network is to see large images and was not asked for by its stem."""
+    model, data = config.get("model"), config.get("data")
+    if not (isinstance(model, ConfigDict) and isinstance(data, ConfigDict)):
+        return
+    name, size = str(model.get("name")), data.get("image_size") or 0
+    if is_cifar_resnet(name) and model.get("stem") != "cifar" and size >= LARGE_IMAGES:
+        raise UserError(
+            f"{name} is one of CIFAR's networks, with 16, 32 and 64 filters, and config.data.image_size is {size}: "
+            "choose resnet18, 34, 50, 101 or 152, or say with config.model.stem=cifar that it is meant"
+        )
 
 
 def _find(file: str) -> pathlib.Path:

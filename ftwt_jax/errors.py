@@ -68,7 +68,11 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error)
-    text = " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split()) or type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """The text with its unprintable characters escaped, and so are bytes of a file's name that are not UTF-8."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -64,6 +65,16 @@ def local_copy(path: AnyPath) -> Iterator[pathlib.Path]:
         copy = pathlib.Path(folder) / path.name
         copy.write_bytes(path.read_bytes())
         yield copy
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8; Python stands in surrogates for others."""
+    return not any("\udc80" <= sign <= "\udcff" for sign in name)
+
+
+def as_text(name: str) -> str:
+    """The name of a file as text that is the same on all systems: composed (NFC), bytes that are not UTF-8 escaped."""
+    return unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
 
 
 def list_folder(folder: AnyPath) -> list[Any]:

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ftwt_jax.data import load_dataset
-from ftwt_jax.data.folder import EXTENSIONS
+from ftwt_jax.data.decoding import EXTENSIONS
 from ftwt_jax.data.pipeline import train_batches
 from ftwt_jax.data.views import random_region
 from ftwt_jax.parallel.processes import cpu_count

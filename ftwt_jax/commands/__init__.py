@@ -11,7 +11,7 @@ COMMANDS = {
     "evaluate": "accuracy, work and gates on the held-out split",
     "report": "a page about runs: plots, images, and the commands that reproduce them",
     "plan": "memory, collectives and the shortest step on a TPU slice that you need not have",
-    "prepare": "download a TFDS data set, once, in the format that training reads",
+    "prepare": "download a TFDS data set, once, in the format that training reads; or sort a folder by class",
     "convert": "a workdir from a PyTorch checkpoint, dense or gated",
     "export": "a workdir's network as a file for PyTorch, or as a program",
     "benchmark": "time saved by gates, cost of training them, or images/s of the input",

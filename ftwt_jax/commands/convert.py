@@ -22,7 +22,7 @@ from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.errors import UserError, one_line, os_reason
-from ftwt_jax.files import AnyPath, list_folder, remove_folder
+from ftwt_jax.files import AnyPath, as_text, list_folder, remove_folder
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, current_fields
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
@@ -157,7 +157,18 @@ def _imported(wanted: Wanted, source: Source, config: ConfigDict, dataset: Datas
     imported = import_state(name, source, classes, gates if is_gated else None, **options)
     if "stem" in options_of(name):
         config.model.stem = imported.model.stem
+    if dataset and not imported.fresh_classifier:
+        _check_order(list(dataset.class_names), said.class_names, dataset.order_doubt)
     return imported
+
+
+def _check_order(names: list[str], kept: list[str], doubt: str) -> None:
+    """Raises `UserError` if the order of the classifier's classes is another than the data's, or is not certain."""
+    remedy = "set --config.data.class_order to bytes or natural, as in the data that it was trained on"
+    if kept != names and sorted(kept) == sorted(names):
+        raise UserError(f"its classes are those of config.data in another order: {remedy}")
+    if kept != names and doubt:
+        raise UserError(f"it does not tell the order of its classes: {doubt}; {remedy}")
 
 
 def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> Shapes:
@@ -193,10 +204,11 @@ def _check(config: ConfigDict, arch: str | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Said:
-    """What one of our own exports says of its network; each None where a checkpoint says nothing."""
+    """What one of our own exports says of its network; each None or empty where a checkpoint says nothing."""
 
     gates: dict[str, Any] | None
     statistics: Statistics | None
+    class_names: list[str]
 
 
 def _own_words(metadata: dict[str, Any]) -> _Said:
@@ -214,7 +226,8 @@ def _own_words(metadata: dict[str, Any]) -> _Said:
             statistics = mean.tolist(), std.tolist()
     except (UserError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"its own metadata cannot be used: {one_line(error)}; remove it from the file") from None
-    return _Said(gates, statistics)
+    names = metadata.get("class_names")
+    return _Said(gates, statistics, [as_text(str(name)) for name in names] if isinstance(names, list) else [])
 
 
 def _config(wanted: Wanted, source: Source) -> tuple[ConfigDict, Dataset | None]:

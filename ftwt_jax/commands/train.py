@@ -61,6 +61,8 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
             console,
             f"{name}: {len(data.train):,} images to train on, {len(data.test):,} held out, {data.num_classes} classes",
         )
+        if data.order_doubt:
+            say(console, f"classes in order of bytes: {data.order_doubt} (config.data.class_order)")
         lock.acquire(create=True)
         workdir.prepare(run.workdir, run.config)
         if adopted is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ftwt_jax.data.decoding import BrokenImageError, LazyImage
+from ftwt_jax.data.decoding import MAX_PIXELS, BrokenImageError, LazyImage
 from ftwt_jax.data.skipped import Skipped
 from ftwt_jax.data.source import ArraySource, Dataset, Example, NoImages, Source
 from ftwt_jax.data.views import central_view
@@ -39,6 +39,7 @@ def build_dataset(
     augment: str = "crop",
     flip: bool = True,
     channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Makes a data set from two sources.
 
@@ -52,6 +53,7 @@ def build_dataset(
         normalised with ImageNet's mean and deviation.
       flip: whether to mirror training images at random.
       channels: 1 for grey, 3 for RGB.
+      max_pixels: most pixels of an image; larger ones are skipped, but a JPEG only if it has more at a reduced scale.
 
     Raises:
       UserError: an unknown `augment`, images that do not fit in memory, or too many that cannot be decoded.
@@ -60,7 +62,9 @@ def build_dataset(
         raise unknown_name("config.data.augment", augment, AUGMENTS)
     if image_size < 1:
         raise UserError(f"config.data.image_size is the side in pixels and must be positive; got {image_size}")
-    skipped = Skipped(len(train) + len(test))
+    if max_pixels < 1:
+        raise UserError(f"config.data.max_pixels is the most pixels of an image and must be positive; got {max_pixels}")
+    skipped = Skipped(len(train) + len(test), max_pixels)
     shape = (image_size, image_size, channels)
     if augment == "resized_crop":
         if len(train) + len(test) <= MOST_CHECKED:
@@ -162,7 +166,7 @@ def _use_each(source: Source, channels: int, skipped: Skipped, use: Callable[[in
         for index in range(start, min(start + CHUNK, len(source))):
             example = source[index]
             try:
-                use(index, example, LazyImage(example["image"], channels))
+                use(index, example, LazyImage(example["image"], channels, skipped.max_pixels))
             except BrokenImageError as error:
                 broken.append((index, example.get("name", f"image {index}"), str(error)))
         return broken

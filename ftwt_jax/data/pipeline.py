@@ -130,7 +130,8 @@ def _reader(
                 example = source[int(indices[place])]
                 labels[place] = checked_label(example, dataset.num_classes)
                 try:
-                    images[place] = view(LazyImage(example["image"], dataset.image_shape[-1]), int(positions[place]))
+                    image = LazyImage(example["image"], dataset.image_shape[-1], dataset.skipped.max_pixels)
+                    images[place] = view(image, int(positions[place]))
                 except BrokenImageError as error:
                     missing[place] = True
                     dataset.skipped.add(example.get("name", f"image {indices[place]}"), str(error))

@@ -4,7 +4,8 @@ import threading
 import warnings
 from collections.abc import Iterable
 
-from ftwt_jax.errors import SkippedImageWarning, UserError
+from ftwt_jax.data.decoding import MAX_PIXELS
+from ftwt_jax.errors import SkippedImageWarning, UserError, printable
 
 MOST_SKIPPED = 0.01
 
@@ -14,9 +15,11 @@ class Skipped:
 
     Args:
       total: number of images in all splits; skipping more than 1 % of them is a `UserError`.
+      max_pixels: images of more pixels are not decoded, see `LazyImage`.
     """
 
-    def __init__(self, total: int = 0):
+    def __init__(self, total: int = 0, max_pixels: int = MAX_PIXELS):
+        self.max_pixels = max_pixels
         self._total, self._names = total, dict[str, str]()
         self._lock = threading.Lock()
 
@@ -41,7 +44,7 @@ class Skipped:
         Raises:
           UserError: more than 1 % of all images cannot be decoded.
         """
-        name = "\\n".join(name.splitlines())
+        name = printable(name)
         with self._lock:
             if name in self._names:
                 return
@@ -51,5 +54,5 @@ class Skipped:
         if count > MOST_SKIPPED * self._total:
             raise UserError(
                 f"{count} of {self._total} images cannot be decoded, more than {MOST_SKIPPED:.0%}: "
-                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''}; repair or delete them"
+                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''} ({reason}); repair or delete them"
             )

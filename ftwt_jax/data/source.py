@@ -14,8 +14,8 @@ from ftwt_jax.errors import UserError
 class Example(TypedDict):
     """One image and its class.
 
-    `image` is uint8 [H, W, channels], or a JPEG, PNG or WebP file as bytes or path; `label` is the number of the class,
-    from 0; `name` is what warnings call the image.
+    `image` is uint8 [H, W, channels], or a file of a format in `decoding.EXTENSIONS` as bytes or path; `label` is the
+    number of the class, from 0; `name` is what warnings call the image.
     """
 
     image: np.ndarray | bytes | pathlib.Path
@@ -73,6 +73,8 @@ class Dataset:
         central one for evaluation.
       class_names: in the order of the labels; empty if classes are only numbers.
       skipped: images that could not be decoded.
+      order_doubt: a sentence on how else the classes may be numbered, if neither order was chosen; empty if there is
+        only one.
     """
 
     train: Source
@@ -86,6 +88,7 @@ class Dataset:
     resized_crop: bool = False
     class_names: tuple[str, ...] = ()
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
+    order_doubt: str = ""
 
     def arrays(self, source: Source) -> ArraySource | None:
         """`source` if it holds its images in memory as the network takes them, so that none has to be decoded."""
@@ -95,6 +98,7 @@ class Dataset:
         """The facts about the data that are kept with a trained network, as plain JSON data."""
         return {
             "class_names": list(self.class_names),
+            **({"order_doubt": self.order_doubt} if self.order_doubt else {}),
             "train_size": len(self.train),
             "image_shape": list(self.image_shape),
             "mean": [float(value) for value in self.mean],

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from ftwt_jax.data.build import UNKNOWN_LENGTH, build_blank, build_dataset
+from ftwt_jax.data.decoding import MAX_PIXELS
 from ftwt_jax.data.source import Dataset, Example, Source
 from ftwt_jax.errors import UserError, shortened, unknown_name
 from ftwt_jax.printing import say
@@ -58,13 +59,14 @@ def load_tfds(
     train_split: str | None = None,
     test_split: str | None = None,
     data_dir: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Loads `tfds:NAME`, a classification data set that has been prepared.
 
     Args:
       place: name of the data set, optionally with configuration and version: `cifar10`, `imagenet2012_subset/1pct`.
       image_size: None is the side of the images themselves, or 224 for `resized_crop`.
-      augment, flip: see `build_dataset`.
+      augment, flip, max_pixels: see `build_dataset`.
       train_split, test_split: split expressions such as `train[:90%]`; by default `train` and `test` or `validation`.
       data_dir: where TFDS keeps its data, also `gs://BUCKET/FOLDER`; None is TFDS's default.
 
@@ -76,7 +78,7 @@ def load_tfds(
     if image_size is None:
         image_size = _default_size(height, width, augment)
     splits, names = (sources.train, sources.test), sources.class_names
-    return build_dataset(*splits, names, image_size, augment, flip, channels=1 if channels == 1 else 3)
+    return build_dataset(*splits, names, image_size, augment, flip, 1 if channels == 1 else 3, max_pixels)
 
 
 def describe_tfds(

@@ -24,8 +24,16 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
     "resnet34": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3)),
     "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=True),
+    "resnet101": functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), bottleneck=True),
+    "resnet152": functools.partial(ResNet, stage_sizes=(3, 8, 36, 3), bottleneck=True),
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
+}
+# Names of 6n+2 layers that mean another network to others; these networks are not here.
+AMBIGUOUS = {
+    "resnet26": "one of bottlenecks for large images",
+    "resnet164": "one of bottlenecks for small images",
+    "resnet200": "one of bottlenecks for large images",
 }
 # What a caller may set besides `num_classes` and `gates`; the architecture decides everything else.
 OPTIONS = ("width", "stem", "plan", "dtype")
@@ -43,8 +51,13 @@ def _cifar_resnet(name: str) -> Callable[..., nn.Module] | None:
 
 def _options(name: str, build: Callable[..., nn.Module]) -> list[str]:
     fields = inspect.signature(build.func if isinstance(build, functools.partial) else build).parameters
-    fixed = {"stem"} if _cifar_resnet(name) and name not in REGISTRY else set()
+    fixed = {"stem"} if is_cifar_resnet(name) and name not in AMBIGUOUS else set()
     return [option for option in OPTIONS if option in fields and option not in fixed]
+
+
+def is_cifar_resnet(name: str) -> bool:
+    """Whether a name is that of a network for small images, whatever else is said."""
+    return name not in REGISTRY and _cifar_resnet(name) is not None
 
 
 def options_of(name: str) -> list[str]:
@@ -60,14 +73,16 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
     with `train=True` add `mutable=["batch_stats"]`, as for any Linen module with batch norm.
 
     Args:
-      name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`, any CIFAR
-        `resnet(6n+2)` such as `resnet56`, `mobilenet_v1`, `mobilenet_v2`.
+      name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`,
+        `resnet101`, `resnet152`, any other `resnet(6n+2)`, those of CIFAR, such as `resnet56`, `mobilenet_v1`,
+        `mobilenet_v2`.
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network. Parameters have the same names in both; the gated network
         only adds its heads.
-      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50 default to `imagenet`,
-        MobileNets to `cifar`; MobileNetV2 also takes `published`, the CIFAR network of the authors' code); `plan` (VGG:
-        filters per unit, "M" for a pool); `dtype` of the computation.
+      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50/101/152 default to
+        `imagenet`, MobileNets to `cifar`; a 6n+2 whose name others give to another network needs `cifar`; MobileNetV2
+        also takes `published`, the CIFAR network of the authors' code); `plan` (VGG: filters per unit, "M" for a pool);
+        `dtype` of the computation.
 
     Raises:
       UserError: unknown name or option, or a value outside its range.
@@ -79,6 +94,11 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
         raise UserError(f"num_classes must be a positive whole number; got {num_classes!r}")
     if gates is not None and not isinstance(gates, GateConfig):
         raise UserError(f"gates must be a GateConfig or None; got {type(gates).__name__}")
+    if name in AMBIGUOUS and arch.get("stem") != "cifar":
+        raise UserError(
+            f"{name} means two networks: set stem='cifar' for that of CIFAR, with 16, 32 and 64 filters; the other, "
+            f"{AMBIGUOUS[name]}, is not here, but resnet50, resnet101 and resnet152 are"
+        )
     if arch.get("stem") == "cifar" and "stem" not in _options(name, build):
         del arch["stem"]  # The only stem that these networks have.
     for option in arch:

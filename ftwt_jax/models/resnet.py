@@ -1,4 +1,4 @@
-"""Residual networks: CIFAR's 6n+2 with parameter-free shortcuts, and ResNet-18/34/50. https://arxiv.org/abs/1512.03385"""
+"""Residual networks: CIFAR's 6n+2 with parameter-free shortcuts, and ResNet-18 to -152. https://arxiv.org/abs/1512.03385"""
 
 import functools
 from typing import Any

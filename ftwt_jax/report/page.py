@@ -83,7 +83,8 @@ def render(sections: Sequence[Section], **others: Any) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"embed": embed, "cost": count, "figure": _figure, "percent": _percent}
-    return environment.get_template("page.html").render(sections=sections, many=MANY, **others)
+    page = environment.get_template("page.html").render(sections=sections, many=MANY, **others)
+    return page.encode(errors="backslashreplace").decode()  # Names of folders may hold bytes that are not UTF-8.
 
 
 def _figure(value: Any, digits: int = 4) -> str:

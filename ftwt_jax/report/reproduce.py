@@ -1,5 +1,6 @@
 """The commands that reproduce a run and its figures."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from ftwt_jax import config as configs
 from ftwt_jax.data.corruptions import APPLIED
 from ftwt_jax.errors import UserError
-from ftwt_jax.files import AnyPath
+from ftwt_jax.files import AnyPath, is_utf8
 from ftwt_jax.report.runs import RecordedRun
 from ftwt_jax.workdir import as_dict
 
@@ -78,5 +79,13 @@ def report_command(runs: Sequence[RecordedRun], out: AnyPath, unit: str | None) 
 
 def in_lines(command: Sequence[str]) -> str:
     """A shell command with one argument per line after its name."""
-    head, rest = shlex.join(command[:4]), [shlex.quote(argument) for argument in command[4:]]
+    head, rest = shlex.join(command[:4]), [_quoted(argument) for argument in command[4:]]
     return " \\\n    ".join([head, *rest])
+
+
+def _quoted(argument: str) -> str:
+    """An argument for a shell; bytes that are not UTF-8 as in $'caf\\xe9'."""
+    if is_utf8(argument):
+        return shlex.quote(argument)
+    escaped = argument.replace("\\", r"\\").replace("'", r"\'")
+    return f"$'{os.fsencode(escaped).decode(errors='backslashreplace')}'"

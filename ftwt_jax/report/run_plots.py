@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ftwt_jax.data.corruptions import CLEAN
+from ftwt_jax.errors import printable
 from ftwt_jax.report.plotting import COLORS, INK, look, new_grid, new_plot
-from ftwt_jax.report.runs import RecordedRun, Row, is_number, printable
+from ftwt_jax.report.runs import RecordedRun, Row, is_number
 from ftwt_jax.training.settings import BASELINE, STAGES
 
 # Inches; as wide as the page on a phone, with text at its normal size.

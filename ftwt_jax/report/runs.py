@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ftwt_jax import workdir
-from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.errors import UserError, printable, unknown_name
 from ftwt_jax.files import AnyPath
 from ftwt_jax.workdir import BUDGETS, CORRUPTIONS, EVALUATION, METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
@@ -128,11 +128,6 @@ def _shorten(paths: Sequence[AnyPath]) -> list[str]:
     while depth < longest and len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [printable("/".join(path.parts[-depth:])) for path in paths]
-
-
-def printable(text: str) -> str:
-    """The text with its unprintable characters escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _read_evaluation(folder: AnyPath) -> Row:

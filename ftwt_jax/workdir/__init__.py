@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 
 from ftwt_jax.config import updated
-from ftwt_jax.errors import UserError, one_line, os_reason, storage_errors
-from ftwt_jax.files import AnyPath, written_whole
+from ftwt_jax.errors import UserError, one_line, os_reason, printable, storage_errors
+from ftwt_jax.files import AnyPath, is_utf8, written_whole
 from ftwt_jax.parallel.processes import barrier, is_first
 from ftwt_jax.workdir.bucket import SCHEME, open_bucket
 
@@ -87,6 +87,8 @@ def absolute(folder: str) -> AnyPath:
 
 def make(path: AnyPath) -> None:
     """Makes the folder, if it is missing; raises `UserError` if it cannot be made, or not be searched."""
+    if not is_utf8(str(path)):  # Only TensorStore would notice, with a traceback.
+        raise UserError(f"the name of the workdir {printable(str(path))} is not UTF-8: choose another --workdir")
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / CONFIG).exists()

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ftwt_jax.errors import UserError, one_line, shortened, storage_errors
-from ftwt_jax.files import AnyPath, in_bucket, list_folder, remove_folder
+from ftwt_jax.files import AnyPath, as_text, in_bucket, list_folder, remove_folder
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
+from ftwt_jax.workdir import CONFIG
 from ftwt_jax.workdir.integrity import LIST, MISSING, damage, write_list
 
 FOLDER = "checkpoints"
@@ -287,12 +288,24 @@ class Checkpoints:
             )
 
     def _check_classes(self, step: int) -> None:
-        """Raises `UserError` if the network was trained on other classes, or on the same in another order."""
-        kept, here = self.kept_dataset(step).get("class_names"), self._dataset["class_names"]
+        """Raises `UserError` if the network was, or may have been, trained on other classes, or in another order."""
+        kept, here = self.kept_dataset(step).get("class_names") or [], self._dataset["class_names"]
+        doubt = self._dataset.get("order_doubt")
+        if not kept and doubt:
+            raise UserError(
+                f"the network in {self.path} has classes without names, and the order of those of the data is not "
+                f"certain: {doubt}; set config.data.class_order to bytes or natural, in {CONFIG} where there is one"
+            )
+        kept = list(map(as_text, kept))
         if kept and here and kept != here:
             pairs = enumerate(zip(kept, here, strict=False))
             differing = [f"class {i} was {old!r} and is now {new!r}" for i, (old, new) in pairs if old != new]
             first = differing[0] if differing else f"{len(kept)} of them, and there are now {len(here)}"
+            if sorted(kept) == sorted(here):
+                raise UserError(
+                    f"the network in {self.path} was trained on these classes in another order: {first}; set "
+                    "config.data.class_order to bytes or natural"
+                )
             raise UserError(
                 f"the network in {self.path} was trained on other classes: {first}; restore the data, or correct "
                 "config.data"

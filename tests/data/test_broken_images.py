@@ -1,7 +1,9 @@
 """Images that cannot be decoded are named once, skipped and counted; too many of them end the run."""
 
 import dataclasses
+import html
 import json
+import os
 import pathlib
 import subprocess
 
@@ -12,7 +14,7 @@ from PIL import Image
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.pipeline import eval_batches, train_batches
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, printable
 from tests.helpers.folders import (
     CLASSES,
     GARBAGE,
@@ -184,7 +186,9 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(program, tmp_path_factory) -> Trained:
-    images, workdir = tmp_path_factory.mktemp("animals"), tmp_path_factory.mktemp("runs") / "run"
+    # A name with a byte that is not UTF-8.
+    images = tmp_path_factory.mktemp("images") / os.fsdecode(b"anim\xe4ls")
+    workdir = tmp_path_factory.mktemp("runs") / "run"
     for split, each in (("train", 52), ("val", 10)):
         write_tree(images / split, each=each)
     broken = images / "train/bee/041.png"
@@ -211,12 +215,21 @@ def trained(program, tmp_path_factory) -> Trained:
 def test_training_on_a_folder_names_the_broken_image_once_and_counts_it(trained):
     lines = [line for line in trained.err.splitlines() if trained.broken.name in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"ftwt: warning: {trained.broken} cannot be decoded")
+    assert lines[0].startswith(f"ftwt: warning: {printable(str(trained.broken))} cannot be decoded")
     assert "103 images to train on, 20 held out, 2 classes" in trained.out
     assert trained.out.count("1 of 124 images cannot be decoded and were skipped") == 1
     result = json.loads((trained.workdir / "evaluation.json").read_text())
-    assert result["skipped"] == [str(trained.broken)]
+    assert result["skipped"] == [printable(str(trained.broken))]
     assert result["samples"] == 20
+
+
+def test_a_report_shows_names_that_are_not_utf8_and_its_commands_find_them(trained, program):
+    program.run("report", trained.workdir)
+    page = (trained.workdir / "report/index.html").read_bytes().decode()
+    (quoted,) = [line for line in map(html.unescape, page.splitlines()) if "--config.data.name=" in line]
+    shell = ["bash", "-c", f"printf %s {quoted.strip().removesuffix(chr(92))}"]
+    given = subprocess.run(shell, capture_output=True, check=True).stdout
+    assert given == b"--config.data.name=folder:" + os.fsencode(trained.images)
 
 
 @pytest.mark.parametrize("stage", ["baseline", "gated"])

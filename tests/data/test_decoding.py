@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ftwt_jax.data.decoding import REDUCTIONS, BrokenImageError, LazyImage
-from ftwt_jax.data.views import random_view
+from ftwt_jax.data.views import central_view, random_view
 from tests.helpers.images import (
     ORIENTATIONS,
     PROPERTIES,
@@ -63,6 +63,12 @@ def lossless_files() -> dict[str, tuple[bytes, np.ndarray]]:
         "png, grey with alpha": (encoded(la, "PNG"), three(shades)),
         "png, 1 bit": (encoded(Image.fromarray(bits), "PNG"), three(bits * 255)),
         "webp": (encoded(colour, "WEBP", lossless=True), colour),
+        "bmp": (encoded(colour, "BMP"), colour),
+        "gif": (encoded(palette, "GIF"), palette_colours),
+        "tiff": (encoded(colour, "TIFF"), colour),
+        "tiff, compressed": (encoded(colour, "TIFF", compression="tiff_lzw"), colour),
+        "tiff, 16-bit grey": (encoded(deep, "TIFF"), three(deep >> 8)),
+        "ppm": (encoded(colour, "PPM"), colour),
         # Otherwise the encoder may change the colours of transparent pixels.
         "webp, with alpha": (encoded(rgba, "WEBP", lossless=True, exact=True), colour),
     }
@@ -199,8 +205,36 @@ def claiming(data: bytes, height: int, width: int) -> bytes:
 def test_a_file_that_claims_a_vast_size_is_refused_before_memory_is_taken(kind):
     data = encoded(smooth(9, 13), kind)
     assert claiming(data, 9, 13) == data
-    with pytest.raises(BrokenImageError, match="exceeds limit"):
+    with pytest.raises(BrokenImageError, match=r"60000x60000 pixels are more than config\.data\.max_pixels=178956970"):
         decoded(claiming(data, 60_000, 60_000))
+    assert Image.MAX_IMAGE_PIXELS is not None, "other code's limit is as it was"
+
+
+def test_the_largest_image_is_counted_at_the_size_at_which_it_is_decoded():
+    pixels = smooth(400, 600)
+    jpeg, png = encoded(pixels, "JPEG", quality=95), encoded(pixels, "PNG")
+    large = LazyImage(jpeg, 3, max_pixels=400 * 600 // 4)
+    assert large.size == (400, 600)
+    assert_close(large.pixels(2), decoded(jpeg, reduction=2), most=0, on_average=0)
+    with pytest.raises(BrokenImageError, match=r"600x400 pixels are more than config\.data\.max_pixels=60000: raise"):
+        large.pixels()
+    with pytest.raises(BrokenImageError, match="600x400 pixels are more"):
+        LazyImage(png, 3, max_pixels=400 * 600 - 1)
+    np.testing.assert_array_equal(LazyImage(png, 3, max_pixels=400 * 600).pixels(), pixels)
+
+
+def test_a_jpeg_beyond_pillows_limit_is_seen_as_one_within_it(monkeypatch):
+    jpeg = encoded(smooth(900, 1200), "JPEG", quality=95)
+    wanted = central_view(LazyImage(jpeg, 3), 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    np.testing.assert_array_equal(central_view(LazyImage(jpeg, 3, max_pixels=900 * 1200 // 4), 64), wanted)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_a_tiff_whose_numbers_have_no_known_white_is_refused(mode):
+    with pytest.raises(BrokenImageError, match="32-bit numbers"):
+        decoded(encoded(Image.new(mode, (5, 4)), "TIFF"))
 
 
 def test_a_png_with_a_broken_part_is_refused():

@@ -320,7 +320,8 @@ print(len(data.train), len(data.test), data.mean)
     [
         ([], "prepare takes one dataset, such as tfds:cifar10; got none"),
         (["cifar10"], "prepare takes tfds:NAME"),
-        (["folder:images"], "prepare takes tfds:NAME"),
+        (["folder:images"], "nothing to sort in"),
+        (["folder:"], "or folder:PATH"),
         (["tfds:"], "prepare takes tfds:NAME"),
         (
             ["tfds:cifar10", "tfds:mnist"],

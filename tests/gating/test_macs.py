@@ -329,6 +329,8 @@ def test_dense_totals_on_cifar_are_the_published_ones(name, width, gates):
         ("resnet18", {}, 1.814e9),
         ("resnet34", {}, 3.664e9),
         ("resnet50", {}, 4.089e9),
+        ("resnet101", {}, 7.801e9),
+        ("resnet152", {}, 11.514e9),
         ("mobilenet_v1", {"stem": "imagenet"}, 569e6),
         ("mobilenet_v1", {"stem": "imagenet", "width": 0.75}, 325e6),
         ("mobilenet_v2", {"stem": "imagenet"}, 301e6),

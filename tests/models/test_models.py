@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
-from ftwt_jax.models import REGISTRY, STEMS
+from ftwt_jax import config as configs
+from ftwt_jax.models import AMBIGUOUS, REGISTRY, STEMS
 from tests.conftest import random_like
 
 KEY = jax.random.key(0)
@@ -43,6 +44,8 @@ def flat_shapes(variables):
         ("resnet18", 1000, {}, 11_689_512),
         ("resnet34", 1000, {}, 21_797_672),
         ("resnet50", 1000, {}, 25_557_032),
+        ("resnet101", 1000, {}, 44_549_160),
+        ("resnet152", 1000, {}, 60_192_808),
         ("mobilenet_v1", 1000, IMAGENET, 4_231_976),
         ("mobilenet_v2", 1000, IMAGENET, 3_504_872),
     ],
@@ -208,6 +211,16 @@ def test_an_unknown_network_names_the_nearest_and_all(name, nearest):
 def test_a_depth_other_than_6n_plus_2_is_unknown(name):
     with pytest.raises(ftwt.UserError, match=f"unknown network '{name}'"):
         ftwt.create_model(name, 10)
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_a_name_that_means_two_networks_is_refused_until_one_is_chosen(name):
+    for arch in ({}, {"stem": "imagenet"}):
+        with pytest.raises(ftwt.UserError, match=rf"{name} means two networks: set stem='cifar'"):
+            ftwt.create_model(name, 10, **arch)
+    model = ftwt.create_model(name, 10, stem="cifar")
+    assert (6 * sum(model.stage_sizes) // 3 + 2, model.bottleneck) == (int(name.removeprefix("resnet")), False)
+    assert configs.updated({"model": {"name": name, "stem": None}})["model"]["stem"] == "cifar"
 
 
 @pytest.mark.parametrize("depth", [8, 14, 20, 32, 44, 110])

@@ -22,6 +22,7 @@ from PIL import Image
 from ftwt_jax.commands.parse import parse
 from ftwt_jax.config import missing_fields
 from ftwt_jax.data import FAMILIES, REGISTRY
+from ftwt_jax.errors import UserError
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.training import optim
@@ -125,6 +126,28 @@ def test_every_config_makes_a_run_for_every_network(path, arch):
         assert config.model.name == arch
     for gates in (None, gate_config(config.gates)):
         create_model(num_classes=10, gates=gates, **arch_options(config.model))
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        (["--config=imagenet:resnet152"], (3, 8, 36, 3)),
+        (["--config=cifar10:resnet56"], (9, 9, 9)),
+        (["--config=cifar10:resnet26"], (4, 4, 4)),
+        (["--config=imagenet:resnet56", "--config.model.stem=cifar"], (9, 9, 9)),
+        (["--config=folder:resnet8", "--config.data.image_size=32"], (1, 1, 1)),
+        (["--config=imagenet:resnet56"], None),
+        (["--config=imagenet:resnet200"], None),
+        (["--config=folder:resnet20"], None),
+    ],
+)
+def test_a_config_of_large_images_never_trains_cifars_network_unasked(flags, stages):
+    if stages is None:
+        with pytest.raises(UserError, match=r"one of CIFAR's networks.*config\.model\.stem=cifar"):
+            config_of(flags)
+    else:
+        options = arch_options(config_of(flags).model)
+        assert create_model(num_classes=10, **options).stage_sizes == stages
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
