@@ -5,6 +5,7 @@ from ftwt_jax.gating.activations import Activations, LayerRecord, residual_add
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, GateOutput
 from ftwt_jax.gating.losses import gate_loss
 from ftwt_jax.gating.macs import dense_macs, layer_macs, macs
+from ftwt_jax.gating.naming import suggest_names
 from ftwt_jax.gating.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv
@@ -43,6 +44,7 @@ __all__ = [
     "macs",
     "residual_add",
     "shift_gates",
+    "suggest_names",
     "summarize_gates",
     "to_torch",
     "topk_mass_mask",
