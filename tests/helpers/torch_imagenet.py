@@ -1,4 +1,4 @@
-"""Networks in PyTorch, dense, under the names of torchvision, timm and kuangliu's pytorch-cifar; to compare with ours."""
+"""Networks in PyTorch, dense, under the names of torchvision, timm and kuangliu; to compare with ours."""
 
 import functools
 import math

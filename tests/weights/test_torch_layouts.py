@@ -48,7 +48,6 @@ NETWORKS = {
     ("huggingface", "resnet34"): (QUARTER, functools.partial(hugging_face, depths=DEEP)),
     ("huggingface", "resnet50"): (QUARTER, functools.partial(hugging_face, "bottleneck", DEEP)),
     ("kuangliu", "resnet18"): (SMALL, kuangliu),
-    ("kuangliu", "resnet50"): (SMALL, functools.partial(kuangliu, DEEP, bottleneck=True)),
     # At this width rounding to multiples of 8 goes both ways.
     ("torchvision", "mobilenet_v2"): (NARROW, functools.partial(imagenet.TorchvisionMobileNetV2, **NARROW)),
     ("timm", "mobilenet_v1"): (QUARTER, functools.partial(imagenet.TimmMobileNetV1, **QUARTER)),
