@@ -38,7 +38,7 @@ def init_from_dense(
       UserError: the two networks are not the same; every missing, unexpected or wrongly shaped array is counted and the
         first ones are named. If other names would do, it suggests them.
     """
-    fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
+    fresh = flatten_dict(jax.eval_shape(model.init, rng, images), sep="/")
     dense = flatten_dict({kind: dict(dense_variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
     dense = renamed(dense, names or {})
     problems = [f"{name} is not in this network" for name in dense if name not in fresh]
@@ -51,7 +51,13 @@ def init_from_dense(
     if problems:
         found = listed(problems, LISTED, "; ")
         raise UserError(f"the dense variables do not fit: {found}{_suggestion(model, dense_variables, images)}")
-    return unflatten_dict({**fresh, **dense}, sep="/")
+
+    def made(rng: Array, images: Array) -> dict[str, Array]:
+        found = flatten_dict(model.init(rng, images), sep="/")
+        return {name: value for name, value in found.items() if name not in dense}
+
+    # Without what the dense network has, there is little left to compile.
+    return unflatten_dict({**fresh, **dense, **jax.jit(made)(rng, images)}, sep="/")
 
 
 def _suggestion(model: nn.Module, dense_variables: Mapping[str, Any], images: Array) -> str:

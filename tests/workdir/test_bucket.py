@@ -123,6 +123,7 @@ def test_a_network_is_converted_into_a_bucket_and_back(storage, capsys, tmp_path
     assert_same(load(storage.folder("converted")["network.safetensors"]), load_file(checkpoint))
     assert storage.folder("converted")["network.stablehlo"]
     before = dict(storage.objects)
+    capsys.readouterr()
     for out, command in (("gs:/bucket/a.safetensors", "export"), ("gs:bucket/a", "convert")):
         given = [f"--workdir={address}"] if command == "export" else [f"--checkpoint={checkpoint}", *TINY]
         assert "for a bucket, write gs://bucket/a" in fails(capsys, command, *given, f"--out={out}")
