@@ -13,6 +13,7 @@ from ftwt_jax.gating.composition import (
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead, GateOutput
 from ftwt_jax.gating.losses import gate_loss
 from ftwt_jax.gating.macs import dense_macs, layer_macs, macs
+from ftwt_jax.gating.naming import suggest_names
 from ftwt_jax.gating.ranking import filter_mass, topk_mass_mask
 from ftwt_jax.gating.summary import GateReport, count_gates, summarize_gates
 from ftwt_jax.gating.units import Classifier, GatedDense, GatedUnit, Outputs, PlainConv
@@ -58,6 +59,7 @@ __all__ = [
     "pixel_unshuffle",
     "residual_add",
     "shift_gates",
+    "suggest_names",
     "summarize_gates",
     "to_torch",
     "topk_mass_mask",

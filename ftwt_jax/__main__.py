@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
-from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
+from ftwt_jax.errors import MissingPackageWarning, RunWarning, SkippedImageWarning, UserError, one_line, storage_errors
 
 INTERRUPTED = 130
 # Seconds after which a Ctrl-C that was dropped is tried again.
@@ -22,7 +22,7 @@ _show_warning = warnings.showwarning
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
-    if issubclass(category, (SkippedImageWarning, MissingPackageWarning)):
+    if issubclass(category, (SkippedImageWarning, MissingPackageWarning, RunWarning)):
         print(f"ftwt: warning: {message}", file=sys.stderr)
     else:
         _show_warning(message, category, *rest, **options)

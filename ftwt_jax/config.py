@@ -23,6 +23,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # What fields mean in a config that was written before there were such fields.
 BEFORE = {
     "accumulate": 1,
+    "fine_tune": False,
     "shard_optimizer": False,
     "steps_per_call": None,
     "data": {"on_device": None, "class_order": None, "max_pixels": None},
@@ -65,6 +66,8 @@ def default_config(arch: str, stem: str) -> ConfigDict:
             "seed": 1,
             # A workdir whose baseline is taken instead of training one.
             "init_from": "",
+            # Trains that baseline, or one that was converted, further: baseline.epochs more.
+            "fine_tune": False,
             "data": {
                 # digits, fashion_mnist, tfds:NAME or folder:PATH.
                 "name": "",

@@ -3,7 +3,7 @@
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -19,6 +19,10 @@ class SkippedImageWarning(UserWarning):
 
 class MissingPackageWarning(UserWarning):
     """Something is left out for want of a package; the message says on one line what and which."""
+
+
+class RunWarning(UserWarning):
+    """A workdir's network is not what it may be taken for; the message says on one line how."""
 
 
 class WeightsWarning(UserWarning):
@@ -83,6 +87,12 @@ def shortened(error: BaseException, most: int = 240) -> str:
     """
     text, half = one_line(error), most // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+def listed(names: Sequence[str], most: int = 10, between: str = ", ") -> str:
+    """Names in a message: of more than `most` the first ones, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

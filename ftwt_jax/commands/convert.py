@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,14 +29,17 @@ from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
 from ftwt_jax.parallel.sharding import data_mesh
 from ftwt_jax.printing import say
+from ftwt_jax.training.run import BACKBONE
 from ftwt_jax.training.settings import BASELINE, GATED, arch_options, check_settings, gate_config
 from ftwt_jax.weights.adapt import RGB, adapt, can_adapt
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.weights.entries import Shapes, parameter_shapes
 from ftwt_jax.weights.files import own_metadata, read_checkpoint
+from ftwt_jax.weights.fitting import width_of
+from ftwt_jax.weights.names import CIFAR as CIFAR_LAYOUTS
 from ftwt_jax.weights.names import CLASSIFIERS
 from ftwt_jax.weights.source import Source, read_state
-from ftwt_jax.weights.state import Imported, Variables, import_state, width_of
+from ftwt_jax.weights.state import Imported, Variables, import_state
 from ftwt_jax.workdir.checkpoints import Checkpoints
 
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -59,6 +63,8 @@ class Wanted:
       config: of the data that the network is for; None: of those that it was most likely trained on.
       fields: flags of single fields, `--config.gates.pool=mean`; nothing in the checkpoint changes these fields.
       statistics: mean and deviation of the images that it was trained on; None: the usual ones of its layout.
+      weights: which network of a checkpoint that holds several; None: the one that was trained.
+      file: what `--config` named; "" if it was left out.
     """
 
     checkpoint: str
@@ -67,6 +73,8 @@ class Wanted:
     config: ConfigDict | None
     fields: tuple[str, ...] = ()
     statistics: Statistics | None = None
+    weights: str | None = None
+    file: str = ""
 
     @property
     def explicit(self) -> frozenset[str]:
@@ -78,6 +86,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("arch", None, "the network, such as resnet34", flag_values=values)
     flags.DEFINE_string("checkpoint", None, "file to read: .safetensors, or what torch.save wrote", flag_values=values)
     flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    flags.DEFINE_string(
+        "weights", None, "which network of a checkpoint with several, such as state_dict_ema", flag_values=values
+    )
     flags.DEFINE_list("mean", None, "mean of the images it was trained on, such as 0.5,0.5,0.5", flag_values=values)
     flags.DEFINE_list("std", None, "their standard deviation", flag_values=values)
 
@@ -94,7 +105,11 @@ def run(arguments: Arguments, console: Console) -> None:
         raise UserError("give --mean and --std together")
     statistics = None if values.mean is None else (_rgb(values.mean, "mean"), _rgb(values.std, "std"))
     fields = tuple(flag for flag in arguments.config_flags if flag.startswith("--config."))
-    convert(Wanted(checkpoint, out, values.arch, config, fields, statistics), console)
+    files = [flag.removeprefix("--config=") for flag in arguments.config_flags if flag not in fields]
+    convert(
+        Wanted(checkpoint, out, values.arch, config, fields, statistics, values.weights, files[-1] if files else ""),
+        console,
+    )
 
 
 COMMAND = Command(_define, run, takes_config=True)
@@ -126,16 +141,18 @@ def convert(wanted: Wanted, console: Console) -> AnyPath:
     state, metadata = read_checkpoint(path)
     try:
         said = _own_words(own_metadata(metadata))
-        source = read_state(state)
+        source = read_state(state, wanted.weights)
         config, dataset = _config(wanted, source)
         imported = _imported(wanted, source, config, dataset, said)
         shapes = _shapes(imported, config, dataset)
     except UserError as error:
-        raise UserError(f"{path.name}: {error}") from None
+        found = getattr(error, "looks_like", "")
+        flag = f": --arch={found}" if not wanted.file else f": --config={wanted.file.partition(':')[0]}:{found}"
+        raise UserError(f"{path.name}: {error}{flag if found else ''}") from None
     with _appearing(folder) as partial:
         statistics = wanted.statistics or said.statistics or _usual_statistics(imported)
         _write(partial, config, imported, dataset, shapes, statistics, console)
-    _report(folder, config, imported, console)
+    _report(wanted, folder, config, imported, console)
     return folder
 
 
@@ -183,16 +200,26 @@ def _shapes(imported: Imported, config: ConfigDict, dataset: Dataset | None) -> 
     return shapes
 
 
-def _report(folder: AnyPath, config: ConfigDict, imported: Imported, console: Console) -> None:
+def _report(wanted: Wanted, folder: AnyPath, config: ConfigDict, imported: Imported, console: Console) -> None:
     """Says what was found, and what can be done with it."""
     name, gates = config.model.name, imported.model.gates
     kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.norm}, r={gates.r:g})"
     classes = _class_count(imported.source)
     say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: written to {folder}")
-    usual = {"stem": None, "width": 1.0}
-    model = "".join(f" --config.model.{key}={config.model[key]}" for key in usual if config.model[key] != usual[key])
-    say(console, f"its data: {config.data.name}; next: evaluate or estimate --workdir={folder}, or")
-    say(console, f"train --config=configs/DATA.py:{name}{model} --config.init_from={folder} --workdir=DIR")
+    if gates is not None:
+        say(console, BACKBONE)
+    elif getattr(imported.model, "projection", True) is False:
+        say(console, "its shortcuts, of which the file tells nothing: 2x2 pixels averaged, and zero channels behind")
+    say(console, f"its data: {config.data.name}; next, to evaluate it, and to train its gates:")
+    if not imported.fresh_classifier:
+        say(console, shlex.join(["ftwt", "evaluate", f"--workdir={folder}"]))
+    asked = [f"--config={wanted.file or f'{USUAL_CONFIGS[classes]}:{name}'}", *wanted.fields]
+    usual = configs.read(asked).model
+    asked += [f"--config.model.{key}={value}" for key, value in config.model.items() if value != usual[key]]
+    say(
+        console,
+        shlex.join(["ftwt", "train", *asked, f"--config.init_from={folder}", f"--workdir={folder}-gated"]),
+    )
 
 
 def _check(config: ConfigDict, arch: str | None) -> None:
@@ -259,7 +286,7 @@ def _set_gates(config: ConfigDict, said: dict[str, Any] | None, explicit: frozen
 
 
 def _usual_statistics(imported: Imported) -> Statistics:
-    if imported.layout.name == "published":
+    if imported.layout.name in CIFAR_LAYOUTS:
         return CIFAR
     if imported.layout.name == "timm" and isinstance(imported.model, MobileNetV1):
         return HALF
@@ -305,7 +332,7 @@ def _write(
     """Writes config, checkpoints, and those parts of the state dict that have no place in the network."""
     variables, notes = imported.variables, list(imported.notes)
     channels = dataset.image_shape[-1] if dataset else RGB
-    finished = not imported.fresh_classifier
+    finished = not (imported.fresh_classifier or config.fine_tune)
     if dataset:
         variables, changes = adapt(variables, shapes)
         notes += changes

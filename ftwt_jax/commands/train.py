@@ -93,11 +93,15 @@ def _starting_baseline(run: Run) -> Adopted | None:
       UserError: the config leaves the run without a trained baseline.
     """
     config, has_own = run.config, run.has(BASELINE)
+    if config.fine_tune and not (has_own or config.init_from):
+        raise UserError("config.fine_tune trains a baseline further: set config.init_from to a workdir with one")
     adopted = run.adopted(workdir.absolute(config.init_from)) if config.init_from and not has_own else None
     if config.baseline.epochs <= 0:
         if not (has_own or adopted):
             raise UserError("config.baseline.epochs=0 leaves no baseline: set config.init_from to a workdir with one")
         if not (adopted.finished if adopted else run.is_finished(BASELINE)):
+            if config.fine_tune:
+                raise UserError("config.fine_tune needs config.baseline.epochs: for how long to train further")
             raise UserError("config.baseline.epochs=0 would leave the baseline's new classifier untrained")
     return adopted
 

@@ -10,16 +10,19 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import UserError, listed
 from ftwt_jax.gating.gates import HEAD_NAME
+from ftwt_jax.gating.naming import COLLECTIONS, LISTED, renamed, suggest_names
 
-# Problems that a message names before it counts the rest.
-LISTED = 5
 _KERNEL, _BIAS = ((HEAD_NAME, "dense", leaf) for leaf in ("kernel", "bias"))
 
 
 def init_from_dense(
-    model: nn.Module, dense_variables: dict[str, Any], images: Float[Array, "N H W C"], rng: Array
+    model: nn.Module,
+    dense_variables: Mapping[str, Any],
+    images: Float[Array, "N H W C"],
+    rng: Array,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Variables of a gated network: the dense network's where it has them, fresh gate heads elsewhere.
 
@@ -28,13 +31,16 @@ def init_from_dense(
       dense_variables: `params` and `batch_stats` of the same network without gates.
       images: any batch of the right shape.
       rng: key from which the heads are made.
+      names: where layers have other names in the dense network: how their paths begin there, and here, such as
+        {"Conv_0": "GatedUnit_0/conv"}. `suggest_names` finds them.
 
     Raises:
       UserError: the two networks are not the same; every missing, unexpected or wrongly shaped array is counted and the
-        first ones are named.
+        first ones are named. If other names would do, it suggests them.
     """
-    fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
-    dense = flatten_dict({k: dense_variables.get(k, {}) for k in ("params", "batch_stats")}, sep="/")
+    fresh = flatten_dict(jax.eval_shape(model.init, rng, images), sep="/")
+    dense = flatten_dict({kind: dict(dense_variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
+    dense = renamed(dense, names or {})
     problems = [f"{name} is not in this network" for name in dense if name not in fresh]
     for name, value in fresh.items():
         if name not in dense:
@@ -43,9 +49,26 @@ def init_from_dense(
         elif dense[name].shape != value.shape:
             problems.append(f"{name} has shape {dense[name].shape}, needs {value.shape}")
     if problems:
-        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise UserError(f"the dense variables do not fit: {'; '.join(problems[:LISTED])}{more}")
-    return unflatten_dict({**fresh, **dense}, sep="/")
+        found = listed(problems, LISTED, "; ")
+        raise UserError(f"the dense variables do not fit: {found}{_suggestion(model, dense_variables, images)}")
+
+    def made(rng: Array, images: Array) -> dict[str, Array]:
+        found = flatten_dict(model.init(rng, images), sep="/")
+        return {name: value for name, value in found.items() if name not in dense}
+
+    # Without what the dense network has, there is little left to compile.
+    return unflatten_dict({**fresh, **dense, **jax.jit(made)(rng, images)}, sep="/")
+
+
+def _suggestion(model: nn.Module, dense_variables: Mapping[str, Any], images: Array) -> str:
+    """What to do about names that do not fit, for the end of a message; empty if other names would not help."""
+    try:
+        pairs = [f"{old!r}: {new!r}" for old, new in suggest_names(model, dense_variables, images).items()]
+    except UserError:
+        return ""
+    rest = ", ..." if len(pairs) > LISTED else ""
+    whole = "; ftwt.suggest_names(model, variables, images) gives them all" if rest else ""
+    return f"; by order and shape, names={{{', '.join(pairs[:LISTED])}{rest}}} would do{whole}"
 
 
 def shift_gates(variables: dict[str, Any], offset: Float[Array, ""] | float) -> dict[str, Any]:

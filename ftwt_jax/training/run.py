@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,11 @@ from ftwt_jax.data.build import for_channels
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.resident import Resident, place
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError
+from ftwt_jax.errors import RunWarning, UserError
 from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.preemption import Preemption
+from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated, split
 from ftwt_jax.training.evaluator import Evaluator
 from ftwt_jax.training.settings import (
@@ -32,12 +34,16 @@ from ftwt_jax.training.settings import (
     arch_options,
     check_settings,
     gate_config,
+    total_steps,
 )
 from ftwt_jax.training.step import Normalize, normalizer
 from ftwt_jax.weights.adapt import adapt, can_adapt, has_fresh_classifier
+from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.workdir import CONFIG, absolute, as_dict, differing_fields, load, read_json
-from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint
+from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint, newest_step
 
+# Said of a workdir that was converted from a gated network.
+BACKBONE = "its dense network is the gated one with every filter on: the file it was converted from held no other"
 # Mean and deviation of each channel, which images are normalised with.
 Statistics = tuple[Sequence[float], Sequence[float]]
 
@@ -48,7 +54,7 @@ class Adopted:
 
     Attributes:
       notes: what was changed to make it fit, a sentence each.
-      finished: whether it is trained; where it is not, its classifier is new.
+      finished: whether it is trained; where it is not, its classifier is new, or it is to be trained further.
     """
 
     variables: dict[str, Any]
@@ -131,7 +137,13 @@ class Run:
                 notes.append(
                     f"its classes have no names; they are taken for those of {self.config.data.name}, in order"
                 )
-            return Adopted(variables, tuple(notes), finished=not (fresh or checkpoints.is_unfinished()))
+            step, unfinished = checkpoints.latest_step() or 0, checkpoints.is_unfinished()
+            if (step or unfinished) and (workdir / CONFIG).exists():
+                _, there = load(str(workdir))
+                notes += filter(None, [cut_short(there, BASELINE, step, checkpoints.kept_dataset().get("train_size"))])
+            if is_gated_backbone(workdir):
+                notes.append(BACKBONE)
+            return Adopted(variables, tuple(notes), finished=not (fresh or unfinished or self.config.fine_tune))
         except UserError as error:
             raise UserError(f"{error}{self._other_model(workdir)}") from None
         finally:
@@ -239,9 +251,39 @@ def open_run(config: ConfigDict, folder: AnyPath) -> Run:
 
 
 def load_run(folder: str) -> Run:
-    """The run of a workdir; raises `UserError` if it holds none."""
+    """The run of a workdir; raises `UserError` if it holds none.
+
+    A `RunWarning` says if training stopped early, or if no dense network of its own is there.
+    """
     path, config = load(folder)
-    return open_run(config, path)
+    run = open_run(config, path)
+    if is_first():
+        for warning in _warnings(run):
+            warnings.warn(f"{path}: {warning}", RunWarning, stacklevel=2)
+    return run
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    for stage in STAGES:
+        step = newest_step(run.workdir, stage)
+        if step or (step == 0 and not run.is_finished(stage)):
+            yield from filter(None, [cut_short(run.config, stage, step, len(run.dataset.train))])
+    if is_gated_backbone(run.workdir):
+        yield BACKBONE
+
+
+def cut_short(config: ConfigDict, stage: str, step: int, images: int | None) -> str:
+    """Says that a network of this step is not trained to the end; empty if it is, or the number of images unknown."""
+    total = total_steps(config, stage, images or 0)
+    return f"the {stage} network is that of step {step:,} of {total:,}" if step < total else ""
+
+
+def is_gated_backbone(workdir: AnyPath) -> bool:
+    """Whether what a workdir has as its dense network is its converted gated one, every filter on."""
+    if newest_step(workdir, BASELINE) != 0 or newest_step(workdir, GATED) != 0:
+        return False
+    conversion = Conversion.load(workdir)
+    return conversion is not None and conversion.holds_heads
 
 
 def trained_statistics(workdir: AnyPath) -> Statistics | None:

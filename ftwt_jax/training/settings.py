@@ -1,6 +1,7 @@
 """What the fields of a config mean, and which of their values cannot work."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,6 +43,11 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
     budget_range(config.gates)
     if config.gates.static and not config.gates.calibrate:
         raise UserError("config.gates.static needs the masks that calibration chooses: leave config.gates.calibrate on")
+
+
+def total_steps(config: ConfigDict, stage: str, images: int) -> int:
+    """Number of steps of a stage on this many training images."""
+    return math.ceil(config[SECTIONS[stage]].epochs * images / config.batch_size)
 
 
 def arch_options(model: ConfigDict) -> dict[str, Any]:

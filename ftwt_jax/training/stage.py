@@ -1,7 +1,6 @@
 """One stage of training, baseline or gated, made for its config and devices; nothing of it has run yet."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.sharding import replicated, split
 from ftwt_jax.training import optim
 from ftwt_jax.training.run import Run
-from ftwt_jax.training.settings import GATED, STAGES
+from ftwt_jax.training.settings import GATED, STAGES, total_steps
 from ftwt_jax.training.step import (
     GateTraining,
     Step,
@@ -62,7 +61,7 @@ def make_stage(run: Run, name: str) -> Stage:
     """Builds a stage of a run for the devices of its mesh."""
     config, settings, mesh, gated = run.config, run.settings(name), run.mesh, name == GATED
     epoch = len(run.dataset.train) / config.batch_size
-    total = math.ceil(settings.epochs * epoch)
+    total = total_steps(config, name, len(run.dataset.train))
     optimizer, rate = optim.make_optimizer(settings, epoch, total)
     seed = config.seed + STAGES.index(name)
 

@@ -54,7 +54,9 @@ def _read_safetensors(path: AnyPath, copy: pathlib.Path) -> tuple[dict[str, np.n
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is not a complete safetensors file: {os_reason(error)}") from None
     except (TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} has a dtype that NumPy does not have: {one_line(error)}") from None
+        raise UserError(
+            f"checkpoint {path} has a dtype that NumPy does not have, {one_line(error)}: save it as float32 or bfloat16"
+        ) from None
 
 
 def _read_torch(path: AnyPath, copy: pathlib.Path) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """The names of our layers in PyTorch networks.
 
 A *layout* is one such set of names. `published` is that of the method's own code, whose gated networks have every
-convolution a second time, or under another index, next to its gate head. The others are torchvision's, Hugging Face's
-and timm's, which have no gate heads: ours are added as children of the convolutions.
+convolution a second time, or under another index, next to its gate head. The others are torchvision's, Hugging Face's,
+timm's and kuangliu's, which have no gate heads: ours are added as children of the convolutions.
 """
 
 import dataclasses
@@ -95,6 +95,11 @@ def _resnet(unit: str, model: nn.Module, gated: bool) -> Place:
 
 def _resnet_torchvision(unit: str, model: nn.Module, gated: bool) -> Place:
     return dataclasses.replace(_resnet(unit, model, gated), copy="")
+
+
+def _resnet_kuangliu(unit: str, model: nn.Module, gated: bool) -> Place:
+    place = _resnet_torchvision(unit, model, gated)
+    return Place(*(name.replace("downsample", "shortcut") for name in (place.conv, place.bn, place.head)))
 
 
 def _resnet_huggingface(unit: str, model: nn.Module, gated: bool) -> Place:
@@ -197,6 +202,7 @@ LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
         "published": Naming("fc", _resnet),
         "torchvision": Naming("fc", _resnet_torchvision),
         "huggingface": Naming("classifier.1", _resnet_huggingface),
+        "kuangliu": Naming("linear", _resnet_kuangliu),
     },
     VGG: {"published": Naming("classifier", _vgg)},
     MobileNetV1: {"published": Naming("fc", _mobilenet_v1), "timm": Naming("classifier", _mobilenet_v1_timm)},
@@ -206,8 +212,10 @@ LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
         "timm": Naming("classifier", _mobilenet_v2_timm),
     },
 }
-# Every name of a classifier.
-CLASSIFIERS = sorted({naming.classifier for layouts in LAYOUTS.values() for naming in layouts.values()})
+# The layouts of networks for small images.
+CIFAR = ("published", "kuangliu")
+# Every name of a classifier; the last of torchvision's VGG tells such a network.
+CLASSIFIERS = sorted({"classifier.6", *(naming.classifier for each in LAYOUTS.values() for naming in each.values())})
 
 
 def is_head(name: str) -> bool:
@@ -226,5 +234,6 @@ def layouts(model: nn.Module) -> list[Layout]:
     """Every layout of a network, the default one first; raises `UserError` if there is none."""
     if type(model) not in LAYOUTS:
         raise UserError(f"no PyTorch names are known for {type(model).__name__}: add them to ftwt_jax/weights/names.py")
-    names = sorted(LAYOUTS[type(model)], key=lambda name: name != default_layout(model))
+    known = [name for name in LAYOUTS[type(model)] if name != "kuangliu" or getattr(model, "projection", True)]
+    names = sorted(known, key=lambda name: name != default_layout(model))
     return [Layout(name, gated, model) for name in names for gated in (False, True)]

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ftwt_jax.errors import UserError, WeightsWarning, unknown_name
+from ftwt_jax.errors import UserError, WeightsWarning, listed, unknown_name
 from ftwt_jax.gating.gates import GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
-from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, adapt, channel_axis, has_fresh_classifier
-from ftwt_jax.weights.entries import Entry, Path, Shapes, entries, parameter_shapes
-from ftwt_jax.weights.names import LAYOUTS, Layout, default_layout, is_head, layouts
+from ftwt_jax.weights.adapt import CLASSIFIER, adapt, channel_axis, has_fresh_classifier
+from ftwt_jax.weights.entries import Entry, Path, entries, parameter_shapes
+from ftwt_jax.weights.fitting import implied_stem, network_of, similar, trained_shapes, width_of
+from ftwt_jax.weights.foreign import Misfit
+from ftwt_jax.weights.names import CIFAR, Layout, default_layout, is_head, layouts
 from ftwt_jax.weights.source import Arrays, Source, read_state
 
 Variables = dict[str, Any]
-
-# Widths of published networks.
-COMMON_WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +43,40 @@ class Imported:
 
 
 def import_state(name: str, source: Source, num_classes: int, gates: GateConfig | None = None, **arch: Any) -> Imported:
-    """`from_torch`, with everything that it learnt about the state dict."""
-    model, layout, asked = _network(name, source, num_classes, gates, arch)
-    wanted = entries(model, layout, _trained_shapes(layout, source, asked))
-    arrays, notes = dict(source.arrays), []
-    implied = "cifar" if layout.name == "published" else "imagenet"
+    """`from_torch`, with everything that it learnt about the state dict.
+
+    Raises:
+      Misfit: as `from_torch`; its `looks_like` is the name of the network that the state dict fits, if there is one.
+    """
+    try:
+        return _imported(name, source, num_classes, gates, arch)
+    except Misfit as misfit:
+        found = recognise(source)
+        if not found or found == name:
+            raise
+        raise Misfit(f"this looks like {found}, not {name}", found) from misfit
+
+
+def recognise(source: Source) -> str | None:
+    """The name of the network that a state dict fits; None if it fits none.
+
+    Raises:
+      Foreign: it is of a network that is known, and that this library does not have.
+    """
+    for name in similar(source):
+        try:
+            _imported(name, source, 1, None, {"width": width_of(name, source)} if "width" in options_of(name) else {})
+        except Misfit:
+            continue
+        return name
+    return None
+
+
+def _imported(name: str, source: Source, num_classes: int, gates: GateConfig | None, arch: dict[str, Any]) -> Imported:
+    model, layout, asked = network_of(name, source, num_classes, gates, arch)
+    wanted = entries(model, layout, trained_shapes(layout, source, asked))
+    arrays, notes = dict(source.arrays), list(source.notes)
+    implied = "cifar" if layout.name in CIFAR else "imagenet"
     if "stem" in options_of(name) and (model.stem == "imagenet") != (implied == "imagenet"):
         notes.append(f"its names are those of the {implied} network, but stem={model.stem!r} is requested")
     fresh: dict[Path, Any] = {}
@@ -65,83 +93,6 @@ def import_state(name: str, source: Source, num_classes: int, gates: GateConfig 
     new_classifier = has_fresh_classifier(flatten_dict(variables), shapes)
     variables, changes = adapt(variables, shapes)
     return Imported(variables, model, layout, source, (*notes, *changes), new_classifier)
-
-
-def width_of(name: str, source: Source) -> float:
-    """The width multiplier of a state dict's network.
-
-    It follows from the number of filters of the first unit, or, where that was rounded, is the common width whose
-    shapes all fit. If none fits, it is the ratio of those numbers.
-    """
-    whole = create_model(name, num_classes=1)
-    shapes = parameter_shapes(whole)
-    layout = _fitting_layout(whole, shapes, source)
-    first = _first_unit(shapes)
-    weight = source.arrays.get(f"{layout.place(first).conv}.weight")
-    ratio = 1.0 if weight is None or weight.ndim != 4 else len(weight) / shapes["params", first, "conv", "kernel"][-1]
-    arch: dict[str, Any] = {} if layout.name == "published" or "stem" not in options_of(name) else {"stem": "imagenet"}
-    for width in (ratio, *COMMON_WIDTHS):
-        model = create_model(name, num_classes=1, width=width, **arch)
-        wanted = entries(model, layout, _trained_shapes(layout, source, parameter_shapes(model)))
-        if all(source.arrays[e.name].shape == e.torch_shape for e in wanted if e.name in source.arrays):
-            return width
-    return ratio
-
-
-def _first_unit(shapes: Shapes) -> str:
-    return next(unit for unit in FIRST_UNITS if ("params", unit, "conv", "kernel") in shapes)
-
-
-def _network(
-    name: str, source: Source, num_classes: int, gates: GateConfig | None, arch: dict[str, Any]
-) -> tuple[nn.Module, Layout, Shapes]:
-    """The network of a state dict, its layout, and its shapes for RGB and `num_classes`.
-
-    A stem that the caller does not choose follows from the names.
-    """
-    model = create_model(name, num_classes, gates, **arch)
-    shapes = parameter_shapes(model)
-    layout = _fitting_layout(model, shapes, source)
-    stem = arch.get("stem")
-    if "stem" in options_of(name) and stem is None and layout.name != "published":
-        stem = "imagenet"
-    elif name == "mobilenet_v2" and layout.name == "published" and stem in (None, "cifar"):
-        stem = "cifar" if any(".shortcut." in key for key in source.arrays) else "published"
-    if stem not in (None, getattr(model, "stem", stem)):
-        model = create_model(name, num_classes, gates, **{**arch, "stem": stem})
-        shapes = parameter_shapes(model)
-    return model, layout, shapes
-
-
-def _fitting_layout(model: nn.Module, shapes: Shapes, source: Source) -> Layout:
-    """The layout that has most names in common with the state dict."""
-    have = set(source.arrays)
-
-    def shared(layout: Layout) -> int:
-        found = entries(model, layout, shapes)
-        return len(have.intersection(e.name for e in found)) + len(have.intersection(e.copy for e in found))
-
-    best = max(layouts(model), key=shared)
-    if not shared(best):
-        raise UserError(
-            f"none of its {len(have)} names, such as {min(have)}, is known for {type(model).__name__} in any layout: "
-            f"{', '.join(LAYOUTS[type(model)])}"
-        )
-    return best
-
-
-def _trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
-    """The shapes with the channels and classes of the state dict, as far as it has them."""
-    kernel = source.arrays.get(f"{layout.place(_first_unit(shapes)).conv}.weight", np.zeros(0))
-    weight = source.arrays.get(f"{layout.place('classifier').conv}.weight", np.zeros(0))
-    found = dict(shapes)
-    for path, shape in shapes.items():
-        axis = channel_axis(path)
-        if axis is not None and kernel.ndim == 4:
-            found[path] = (*shape[:axis], kernel.shape[1], *shape[axis + 1 :])
-        if path[:3] == CLASSIFIER and weight.ndim == 2:
-            found[path] = (*shape[:-1], len(weight))
-    return found
 
 
 def fresh_heads(heads: Iterable[Entry], gates: GateConfig) -> dict[Path, Any]:
@@ -167,7 +118,7 @@ def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[
     """Our arrays from those of the state dict.
 
     Raises:
-      UserError: names every tensor that is missing, unexpected or of the wrong shape, or whose two copies differ.
+      Misfit: names what is missing, unexpected or of the wrong shape, or whose two copies differ.
     """
     found, missing, wrong = {}, [], []
     known = {key for entry in wanted for key in (entry.name, entry.copy)}
@@ -191,12 +142,13 @@ def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[
         if not misfits:
             found[entry.path] = entry.to_ours(arrays[given[0]])
     unexpected = set(arrays) - known
+    wrong.sort(key=lambda text: (".weight is " not in text, text))  # Kernels say more than the statistics behind them.
     lists = {
         kind: sorted(prefix + key for key in keys) for kind, keys in (("missing", missing), ("unexpected", unexpected))
     }
-    problems = [f"{kind}: {', '.join(texts)}" for kind, texts in {**lists, "wrong": wrong}.items() if texts]
+    problems = [f"{kind}: {listed(texts)}" for kind, texts in {**lists, "wrong": wrong}.items() if texts]
     if problems:
-        raise UserError(f"the state_dict does not fit this {name}: {'; '.join(problems)}")
+        raise Misfit(f"the state_dict does not fit this {name}: {'; '.join(problems)}")
     return found
 
 
@@ -209,25 +161,32 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def from_torch(
-    name: str, state_dict: Mapping[str, Any], num_classes: int, gates: GateConfig | None = None, **arch: Any
+    name: str,
+    state_dict: Mapping[str, Any],
+    num_classes: int,
+    gates: GateConfig | None = None,
+    weights: str | None = None,
+    **arch: Any,
 ) -> Variables:
     """Variables of `create_model(name, num_classes, gates, **arch)` from a PyTorch state dict.
 
     Known are the names of the method's published code (dense and gated CIFAR networks) and, for dense networks, those
-    of torchvision (ResNets, MobileNetV2), Hugging Face (ResNets) and timm (ResNets, MobileNetV1 and V2); the names tell
-    which layout it is. A published gate head's kernel is divided by its number of inputs, by which our heads multiply
-    their inputs; published heads pool by the mean: `GateConfig.paper(pool="mean")`.
+    of torchvision (ResNets, MobileNetV2), Hugging Face (ResNets), timm (ResNets, MobileNetV1 and V2) and kuangliu's
+    pytorch-cifar (ResNets); the names tell which layout it is. A published gate head's kernel is divided by its number
+    of inputs, by which our heads multiply their inputs; published heads pool by the mean:
+    `GateConfig.paper(pool="mean")`.
 
     A `WeightsWarning` tells what differs from the state dict: gates are requested and it has no heads (new ones are
     initialised, with every filter on), or the other way round (they are left out), or it has another number of classes
-    (the classifier is re-initialised).
+    (the classifier is re-initialised), or a checkpoint holds more than one network.
 
     Args:
       name: network, as for `create_model`.
-      state_dict: names to arrays (PyTorch's, NumPy's or JAX's), or a checkpoint with one as `state_dict` or `model`;
-        prefixes such as `module.` and second copies of a tensor are allowed.
+      state_dict: names to arrays (PyTorch's, NumPy's or JAX's), or a checkpoint with one as `state_dict`, `model` or
+        under any other key; prefixes such as `module.` and second copies of a tensor are allowed.
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network.
+      weights: which network of a checkpoint, such as `state_dict_ema`; None: the one that was trained, not its mean.
       **arch: as for `create_model`. A `stem` that is left out follows from the names; a `WeightsWarning` says if it
         differs from `create_model`'s default, or if a requested one differs from the names.
 
@@ -235,19 +194,16 @@ def from_torch(
       {"params": ..., "batch_stats": ...}, float32.
 
     Raises:
-      UserError: the tensors do not fit this network; names all that are missing, unexpected or of the wrong shape.
+      UserError: the tensors do not fit this network; names the network that they fit, or those that are missing,
+        unexpected or of the wrong shape.
     """
-    imported = import_state(name, read_state(state_dict), num_classes, gates, **arch)
-    notes = list(imported.notes)
-    if "stem" in options_of(name) and "stem" not in arch and imported.model.stem == "imagenet" != _default_stem(name):
-        notes.append('its names are those of the imagenet network: pass stem="imagenet" to create_model too')
+    imported = import_state(name, read_state(state_dict, weights), num_classes, gates, **arch)
+    notes, implied = list(imported.notes), implied_stem(name, imported.layout)
+    if "stem" not in arch and implied is not None and implied != create_model(name, num_classes).stem:
+        notes.append(f'its names are those of the {implied} network: pass stem="{implied}" to create_model too')
     for note in notes:
         warnings.warn(f"{name} from a state_dict: {note}", WeightsWarning, stacklevel=2)
     return imported.variables
-
-
-def _default_stem(name: str) -> str:
-    return create_model(name, num_classes=1).stem
 
 
 def to_torch(
@@ -264,8 +220,8 @@ def to_torch(
       name, num_classes, gates, **arch: the network of the variables, as for `create_model`; the stem of a MobileNetV2
         may be left out.
       variables: {"params": ..., "batch_stats": ...}.
-      layout: `published`, `torchvision`, `huggingface` or `timm`; None: `published` for CIFAR networks, otherwise
-        torchvision's names, or timm's where torchvision has no such network.
+      layout: `published`, `torchvision`, `huggingface`, `timm` or `kuangliu`; None: `published` for CIFAR networks,
+        otherwise torchvision's names, or timm's where torchvision has no such network.
 
     Raises:
       UserError: the network has no such layout, or the variables do not fit it.
@@ -304,7 +260,7 @@ def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:
     for found in layouts(model):
         if (found.name, found.gated) == (name, gated):
             return found
-    raise unknown_name(f"layout of {type(model).__name__}", name, LAYOUTS[type(model)])
+    raise unknown_name(f"layout of {type(model).__name__}", name, dict.fromkeys(each.name for each in layouts(model)))
 
 
 def export_state(model: nn.Module, variables: Mapping[str, Any], layout: Layout) -> Arrays:

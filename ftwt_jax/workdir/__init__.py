@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -74,6 +75,8 @@ def absolute(folder: str) -> AnyPath:
     """The folder that a flag names, whatever the current directory is later; raises `UserError` if it names none."""
     if folder.startswith(SCHEME):
         return open_bucket(folder)
+    if near := re.match(r"gs:/*", folder, re.IGNORECASE):
+        raise UserError(f"{folder} is not a folder; for a bucket, write {SCHEME}{folder[near.end() :] or 'BUCKET/run'}")
     if "://" in folder:
         raise UserError(
             f"{folder} is neither a folder nor in a bucket of Google Cloud, {SCHEME}BUCKET/run: mount the storage, and "

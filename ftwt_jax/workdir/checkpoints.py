@@ -82,6 +82,12 @@ def has_checkpoint(workdir: AnyPath, stage: str) -> bool:
     return bool(_complete(workdir / FOLDER / stage))
 
 
+def newest_step(workdir: AnyPath, stage: str) -> int | None:
+    """Step of a stage's newest complete checkpoint; None if it has none."""
+    found = _complete(workdir / FOLDER / stage)
+    return int(found[0].name) if found else None
+
+
 def _complete(folder: AnyPath) -> list[AnyPath]:
     """The complete checkpoints of a stage, the newest first."""
     found = [path for path in list_folder(folder) if path.name.isdigit() and _is_complete(path)]

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import pathlib
+import shlex
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file as save_torch
 
 from ftwt_jax.__main__ import main
 from ftwt_jax.data import load_dataset
 from ftwt_jax.training.settings import BASELINE, GATED
-from tests.conftest import TINY, fails, read_metrics
+from tests.conftest import ROOT, TINY, config_of, fails, read_metrics
 from tests.helpers import torch_imagenet as imagenet
 from tests.helpers import torch_networks as theirs
 from tests.helpers.weight_files import assert_same, contents, convert, kept, run, save, steps, tiny, variables
@@ -61,6 +64,83 @@ def test_what_is_asked_for_goes_before_what_the_file_tells(monkeypatch, tmp_path
     config = json.loads((workdir / "config.json").read_text())
     assert (config["gates"]["pool"], config["gates"]["r"]) == ("max", 0.8)
     assert (config["data"]["name"], config["data"]["data_dir"]) == ("tfds:cifar10", str(tmp_path / "there"))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_a_file_of_half_precision_is_read_as_float32(tmp_path, kind):
+    state = tiny().to(kind).state_dict()
+    save_torch(state, tmp_path / "net.safetensors")
+    workdir = convert(tmp_path / "net.safetensors", tmp_path / "run", *TINY)
+    kernel = variables(workdir, BASELINE)["params"]["unit1"]["conv"]["kernel"]
+    assert kernel.dtype == np.float32
+    assert_same(kernel.transpose(3, 2, 0, 1), state["features.4.weight"].float().numpy())
+
+
+def test_a_file_of_a_dtype_that_numpy_lacks_is_refused(capsys, tmp_path):
+    save_torch(tiny().to(torch.float8_e4m3fn).state_dict(), tmp_path / "net.safetensors")
+    error = fails(capsys, "convert", *TINY, f"--checkpoint={tmp_path}/net.safetensors", f"--out={tmp_path}/run")
+    assert "float8_e4m3fn" in error
+    assert "save it as float32 or bfloat16" in error
+
+
+def test_a_flag_takes_the_averaged_weights(capsys, tmp_path):
+    mean = theirs.randomize(theirs.ResNet(), seed=9)
+    states = {"model": theirs.ResNet().state_dict(), "model_ema": mean.state_dict(), "epoch": 3}
+    torch.save(states, tmp_path / "net.pth")
+    asked = "--arch=resnet8", "--weights=model_ema"
+    workdir = convert(tmp_path / "net.pth", tmp_path / "run", *asked)
+    kernel = variables(workdir, BASELINE)["params"]["stem"]["conv"]["kernel"]
+    assert_same(kernel.transpose(3, 2, 0, 1), mean.conv1.weight.detach().numpy())
+    assert "is taken" not in capsys.readouterr().out
+    convert(tmp_path / "net.pth", tmp_path / "other", asked[0])
+    assert "note: it holds model and model_ema: model is taken; weights=NAME takes another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [("--arch=resnet20", "--arch=resnet8"), ("--config=digits:resnet20", "--config=digits:resnet8")],
+)
+def test_another_network_than_was_asked_for_is_named_with_its_flag(capsys, tmp_path, asked, remedy):
+    checkpoint = save(theirs.ResNet(gated=True), tmp_path / "net.safetensors")
+    error = fails(capsys, "convert", asked, f"--checkpoint={checkpoint}", f"--out={tmp_path}/run")
+    assert error == f"ftwt: error: net.safetensors: this looks like resnet8, not resnet20: {remedy}\n"
+
+
+def said_next(capsys) -> list[list[str]]:
+    """The arguments of the commands that `convert` named."""
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("ftwt ")]
+
+
+def test_the_commands_that_it_names_run_as_they_are(capsys, monkeypatch, tmp_path):
+    """In a folder whose name a shell would take apart."""
+    monkeypatch.chdir(tmp_path)
+    config = shutil.copy(ROOT / "configs" / "digits.py", tmp_path / "my config.py")
+    asked = f"--config={pathlib.Path(config).name}:vgg_bn", *TINY[1:], "--config.gates.epochs=0"
+    convert(save(tiny(), tmp_path / "net.pth"), tmp_path / "a run", *asked)
+    evaluate, train = said_next(capsys)
+    assert evaluate == ["evaluate", f"--workdir={tmp_path}/a run"]
+    assert set(asked) <= set(train)
+    for command in (evaluate, train):
+        assert main(command) == 0
+    assert json.loads((tmp_path / "a run-gated" / "config.json").read_text())["init_from"] == str(tmp_path / "a run")
+
+
+def test_the_commands_that_it_names_bring_the_network_that_was_read_from_the_file(capsys, tmp_path):
+    net = imagenet.KuangliuResNet(features=16)
+    convert(save(net, tmp_path / "net.safetensors"), tmp_path / "run", "--arch=resnet18", "--config.gates.r=0.8")
+    _, train = said_next(capsys)
+    assert train[:2] == ["train", "--config=cifar10:resnet18"]
+    config = config_of(train[1:])
+    made = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config.model.width, config.gates.r, config.model.stem) == (0.25, 0.8, "cifar")
+    assert config.model.to_dict() == made["model"]
+
+
+def test_how_shortcuts_without_weights_are_computed_is_said(capsys, tmp_path):
+    convert(save(theirs.ResNet(), tmp_path / "net.safetensors"), tmp_path / "run", "--arch=resnet8")
+    said = capsys.readouterr().out
+    assert "its shortcuts, of which the file tells nothing: 2x2 pixels averaged, and zero channels behind" in said
 
 
 def test_what_is_said_can_be_shown_on_any_terminal(capsys, tmp_path):
@@ -154,6 +234,23 @@ def test_a_converted_baseline_is_what_gates_are_trained_for_in_its_own_folder(tm
     assert 0 not in steps(workdir, GATED)
 
 
+def test_the_dense_network_of_a_gated_file_is_called_what_it_is(capsys, tmp_path):
+    workdir = convert(save(tiny(gated=True), tmp_path / "net.pth"), tmp_path / "run", *TINY)
+    words = "its dense network is the gated one with every filter on"
+    assert words in capsys.readouterr().out
+    run("evaluate", f"--workdir={workdir}")
+    said = capsys.readouterr()
+    assert said.err.startswith(f"ftwt: warning: {workdir}: {words}")
+    assert "all filters on" in said.out
+    assert " dense " not in said.out
+    assert json.loads((workdir / "evaluation.json").read_text())["dense_weights"] == "gated"
+    run("export", f"--workdir={workdir}", f"--out={tmp_path}/dense.safetensors", "--baseline")
+    assert f"note: {words}" in capsys.readouterr().out
+    asked = *TINY, "--config.gates.epochs=0", f"--config.init_from={workdir}", f"--workdir={tmp_path}/other"
+    run("train", *asked)
+    assert words in capsys.readouterr().out
+
+
 def test_a_converted_gated_network_is_only_evaluated(capsys, tmp_path):
     workdir = convert(save(tiny(gated=True), tmp_path / "net.pth"), tmp_path / "run", *TINY)
     before = contents(workdir / "checkpoints")
@@ -184,6 +281,8 @@ def files(tmp_path_factory) -> pathlib.Path:
     ("arguments", "says"),
     [
         (["--arch=resnet8", "--out=run"], "--checkpoint is missing"),
+        ([TEN[0], "--arch=resnet8", "--out=gs:/bucket/run"], "for a bucket, write gs://bucket/run"),
+        ([*TEN, "--arch=resnet8", "--weights=model_ema"], "unknown weights 'model_ema': known: none"),
         (["--arch=resnet8", "--checkpoint={}/ten.safetensors"], "--out is missing"),
         (["--checkpoint={}/ten.safetensors", "--out=run"], "--arch is missing"),
         ([*TEN, "--arch=resnt20"], "did you mean 'resnet20'"),

@@ -96,6 +96,25 @@ def test_a_baseline_that_knows_the_names_of_its_classes_is_taken_for_others(tmp_
     assert_trained_from(tmp_path / "run", kernels(source), arguments)
 
 
+def test_a_converted_baseline_is_trained_further_on_the_same_classes(capsys, tmp_path):
+    flags = "--config=configs/folder.py:vgg_bn", f"--config.model.plan={TINY_PLAN}"
+    arguments = on_folder(tmp_path / "images", CLASSES, *flags)
+    source = convert(save(tiny(num_classes=3), tmp_path / "net.pth"), tmp_path / "source", *arguments)
+    start, asked = kernels(source), [*arguments, f"--config.init_from={source}"]
+    run("train", *asked, f"--workdir={tmp_path / 'taken'}")
+    assert steps(tmp_path / "taken", BASELINE) == {0}
+    assert_same(kernels(tmp_path / "taken"), start)
+    assert_trained_from(tmp_path / "run", start, [*asked, "--config.fine_tune=True"])
+    # Or in its own folder.
+    own = [*arguments, "--config.fine_tune=True"]
+    assert_trained_from(convert(tmp_path / "net.pth", tmp_path / "own", *own), start, own)
+    trained = [*own, f"--workdir={tmp_path / 'none'}"]
+    assert "set config.init_from" in fails(capsys, "train", *trained)
+    refused = fails(capsys, "train", *trained, f"--config.init_from={source}", "--config.baseline.epochs=0")
+    assert "for how long to train further" in refused
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("channels", "arguments"),
     [(1, ["--arch=resnet8"]), (4, ["--arch=resnet8"]), (4, [GREY])],

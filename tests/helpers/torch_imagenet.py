@@ -1,4 +1,4 @@
-"""ImageNet networks in PyTorch, dense, under the names of torchvision and timm; to compare with ours."""
+"""Networks in PyTorch, dense, under the names of torchvision, timm and kuangliu; to compare with ours."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from tests.helpers.torch_networks import (
 
 
 class TorchvisionBlock(Layer):
-    def __init__(self, inputs: int, features: int, stride: int, bottleneck: bool):
+    def __init__(self, inputs: int, features: int, stride: int, bottleneck: bool, shortcut: str = "downsample"):
         super().__init__()
         sizes = [(inputs, features, 3, stride), (features, features, 3, 1)]
         if bottleneck:
@@ -31,13 +31,15 @@ class TorchvisionBlock(Layer):
             named_unit(self, f"conv{i} bn{i}", conv(*size), F.relu) for i, size in enumerate(sizes, start=1)
         )
         filters = sizes[-1][1]
-        self.downsample = nn.Identity()
-        if stride != 1 or inputs != filters:
-            self.downsample = with_norm(conv(inputs, filters, kernel=1, stride=stride))
+        self.shortcut_name = shortcut
+        changes = stride != 1 or inputs != filters
+        self.add_module(
+            shortcut, with_norm(conv(inputs, filters, kernel=1, stride=stride)) if changes else nn.Identity()
+        )
 
     def forward(self, x: Tensor, outputs: Outputs) -> Tensor:
         *first, last = self.units
-        return last(run(first, x, outputs), outputs, residual=self.downsample(x))
+        return last(run(first, x, outputs), outputs, residual=getattr(self, self.shortcut_name)(x))
 
 
 class TorchvisionResNet(Network):
@@ -51,6 +53,19 @@ class TorchvisionResNet(Network):
         layers = residual_stages(self, stage_sizes, features, growth, block)
         self.fc = nn.Linear(growth * features * 2 ** (len(stage_sizes) - 1), num_classes)
         self.stack = (stem, nn.MaxPool2d(3, stride=2, padding=1), *layers, POOL, self.fc)
+
+
+class KuangliuResNet(Network):
+    """The same for small images."""
+
+    def __init__(self, num_classes=10, stage_sizes=(2, 2, 2, 2), bottleneck=False, features=64, channels=3):
+        super().__init__()
+        stem = named_unit(self, "conv1 bn1", conv(channels, features), F.relu)
+        growth = 4 if bottleneck else 1
+        block = functools.partial(TorchvisionBlock, bottleneck=bottleneck, shortcut="shortcut")
+        layers = residual_stages(self, stage_sizes, features, growth, block)
+        self.linear = nn.Linear(growth * features * 2 ** (len(stage_sizes) - 1), num_classes)
+        self.stack = (stem, *layers, POOL, self.linear)
 
 
 def multiple_of_8(filters: float) -> int:

@@ -1,4 +1,4 @@
-"""Weights under the names of torchvision, Hugging Face and timm, and export under every layout."""
+"""Weights under the names of torchvision, Hugging Face, timm and kuangliu, and export under every layout."""
 
 import functools
 import warnings
@@ -37,6 +37,8 @@ def hugging_face(layer_type="basic", depths=BASIC, features=16):
 
 
 torchvision = functools.partial(imagenet.TorchvisionResNet, features=16)
+kuangliu = functools.partial(imagenet.KuangliuResNet, CLASSES, features=16)
+SMALL = QUARTER | {"stem": "cifar"}
 # Whose names it has and ours; our arguments; theirs.
 NETWORKS = {
     ("torchvision", "resnet18"): (QUARTER, torchvision),
@@ -45,6 +47,7 @@ NETWORKS = {
     ("huggingface", "resnet18"): (QUARTER, hugging_face),
     ("huggingface", "resnet34"): (QUARTER, functools.partial(hugging_face, depths=DEEP)),
     ("huggingface", "resnet50"): (QUARTER, functools.partial(hugging_face, "bottleneck", DEEP)),
+    ("kuangliu", "resnet18"): (SMALL, kuangliu),
     # At this width rounding to multiples of 8 goes both ways.
     ("torchvision", "mobilenet_v2"): (NARROW, functools.partial(imagenet.TorchvisionMobileNetV2, **NARROW)),
     ("timm", "mobilenet_v1"): (QUARTER, functools.partial(imagenet.TimmMobileNetV1, **QUARTER)),
@@ -65,8 +68,8 @@ def imported(layout, name):
 
 
 def with_stem(layout, name):
-    """Our arguments, with the stem that is not the default of MobileNets."""
-    return NETWORKS[layout, name][0] | {"stem": "imagenet"}
+    """Our arguments, with the stem, which is not the default of MobileNets."""
+    return {"stem": "imagenet"} | NETWORKS[layout, name][0]
 
 
 @functools.cache
@@ -95,15 +98,19 @@ def test_a_network_computes_the_same(layout, name, side):
     check_logits(ftwt.create_model(name, CLASSES, **with_stem(layout, name)), variables, net, side)
 
 
-@pytest.mark.parametrize(("layout", "name"), [("huggingface", "resnet18"), *list(NETWORKS)[-2:]])
+@pytest.mark.parametrize(
+    ("layout", "name"), [("huggingface", "resnet18"), ("kuangliu", "resnet18"), *list(NETWORKS)[-2:]]
+)
 def test_a_stem_that_is_left_out_follows_from_the_names(layout, name):
     net, variables = imported(layout, name)
+    stem = with_stem(layout, name)["stem"]
+    arch = {key: value for key, value in NETWORKS[layout, name][0].items() if key != "stem"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ftwt.WeightsWarning)
-        check_equal(ftwt.from_torch(name, net.state_dict(), CLASSES, **NETWORKS[layout, name][0]), variables)
+        check_equal(ftwt.from_torch(name, net.state_dict(), CLASSES, **arch), variables)
     # Only if `create_model` builds another network by default.
-    assert len(caught) == ("mobilenet" in name)
-    assert all('pass stem="imagenet" to create_model' in str(warning.message) for warning in caught)
+    assert len(caught) == ("mobilenet" in name or stem == "cifar")
+    assert all(f'pass stem="{stem}" to create_model' in str(warning.message) for warning in caught)
 
 
 def test_a_whole_resnet18_computes_the_same():
@@ -131,6 +138,7 @@ def test_an_imported_network_is_exported_unchanged(layout, name):
         ("torchvision", "resnet34", "huggingface"),
         ("torchvision", "mobilenet_v2", "timm"),
         ("timm", "mobilenet_v1", None),
+        ("kuangliu", "resnet18", "torchvision"),
     ],
 )
 def test_a_network_can_be_exported_under_other_names_and_imported_again(layout, name, other):

@@ -30,6 +30,7 @@ from ftwt_jax.workdir.lock import PATTERN, Holder, RunLock
 from tests.commands.test_train import assert_same
 from tests.conftest import TINY, TINY_STEPS, fails
 from tests.helpers.processes import assert_ends_like, completed, figures, wait_until, went_on
+from tests.helpers.weight_files import convert, save, tiny
 
 gcsfs = pytest.importorskip("gcsfs", reason="needs the extra [gcs]")
 from tests.helpers.gcs_server import storage_server  # noqa: E402
@@ -109,6 +110,24 @@ def test_commands_read_it_and_write_there(storage, trained, tmp_path, capsys, qu
     here, there = load_file(tmp_path / "network.safetensors"), load(storage.folder("exports")["network.safetensors"])
     assert_same(here, there)
     assert "already exists" in fails(capsys, "export", f"--workdir={address}", f"--out={exports[1]}")
+
+
+def test_a_network_is_converted_into_a_bucket_and_back(storage, capsys, tmp_path, quick_compilation):
+    checkpoint = save(tiny(gated=True, channels=1), tmp_path / "net.safetensors")
+    address = "gs://bucket/converted/run"
+    convert(checkpoint, address, *TINY)
+    assert {"config.json", "conversion.safetensors"} <= storage.folder("converted/run").keys()
+    assert "already exists" in fails(capsys, "convert", f"--checkpoint={checkpoint}", f"--out={address}", *TINY)
+    for name in ("network.safetensors", "network.stablehlo"):
+        assert main(["export", f"--workdir={address}", f"--out=gs://bucket/converted/{name}"]) == 0
+    assert_same(load(storage.folder("converted")["network.safetensors"]), load_file(checkpoint))
+    assert storage.folder("converted")["network.stablehlo"]
+    before = dict(storage.objects)
+    capsys.readouterr()
+    for out, command in (("gs:/bucket/a.safetensors", "export"), ("gs:bucket/a", "convert")):
+        given = [f"--workdir={address}"] if command == "export" else [f"--checkpoint={checkpoint}", *TINY]
+        assert "for a bucket, write gs://bucket/a" in fails(capsys, command, *given, f"--out={out}")
+    assert storage.objects == before
 
 
 def test_a_run_on_disk_starts_from_it(trained, tmp_path, quick_compilation):

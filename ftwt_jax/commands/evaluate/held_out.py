@@ -12,7 +12,7 @@ from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.printing import say
 from ftwt_jax.training.evaluator import Evaluation
-from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.run import Run, is_gated_backbone, load_run
 from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir import EVALUATION
 
@@ -40,6 +40,8 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
     result = {
         "accuracy": found.accuracy,
         "dense_accuracy": dense.accuracy,
+        # Whose weights the dense network has: its own, or those of a converted gated network.
+        "dense_weights": GATED if is_gated_backbone(run.workdir) else BASELINE,
         "macs_reduction": found.macs_reduction,
         "macs_reduction_published": found.macs_reduction_published,
         "predicted_macs_reduction": None if gates is None else estimate["macs_reduction"],
@@ -101,7 +103,8 @@ def summary_table(result: dict[str, Any], run: Run) -> Table:
     title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out images{best}"
     table = Table(title=escape(title))
     is_gated = result["gate_accuracy"] is not None
-    for heading in ("", "dense", "gated") if is_gated else ("", "dense"):
+    dense = "all filters on" if result["dense_weights"] == GATED else "dense"
+    for heading in ("", dense, "gated") if is_gated else ("", dense):
         table.add_column(heading, justify="left" if not heading else "right")
     if not is_gated:
         table.add_row("accuracy", f"{result['dense_accuracy']:.4f}")

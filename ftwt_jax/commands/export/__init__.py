@@ -22,7 +22,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("compact", False, "of a program: filters left out, one image at a time", flag_values=values)
     flags.DEFINE_float("budget", None, "of a program: MACs reduction to bring the gates to", flag_values=values)
     flags.DEFINE_string(
-        "layout", None, "names of tensors: published, torchvision, huggingface or timm", flag_values=values
+        "layout", None, "names of tensors: published, torchvision, huggingface, timm or kuangliu", flag_values=values
     )
     flags.DEFINE_bool("baseline", False, "the dense baseline, not the gated network", flag_values=values)
     define_best(values)

@@ -18,6 +18,7 @@ from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.sharding import data_mesh, replicated
 from ftwt_jax.printing import say
+from ftwt_jax.training.run import BACKBONE, cut_short, is_gated_backbone
 from ftwt_jax.training.settings import BASELINE, GATED, arch_options, gate_config
 from ftwt_jax.version import __version__
 from ftwt_jax.weights.adapt import CLASSIFIER
@@ -66,6 +67,11 @@ def export_weights(
     kind = "dense" if gates is None else "gated"
     what = f"{config.model.name}, {kind}, step {step}, {len(arrays)} tensors under {names} names"
     say(console, f"{what}: written to {target}")
+    notes = [cut_short(config, stage, step, kept.get("train_size")) if step else ""]
+    if stage == BASELINE and is_gated_backbone(path):
+        notes.append(BACKBONE)
+    for note in filter(None, notes):
+        say(console, f"note: {note}")
     return target
 
 
