@@ -11,6 +11,7 @@ from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
 from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
+from ftwt_jax.version import __version__
 
 INTERRUPTED = 130
 # Seconds after which a Ctrl-C that was dropped is tried again.
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"ftwt_jax {__version__}")
+        return 0
     # Logs of Orbax, Grain and XLA do not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging as absl_logging

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.errors import unknown_name
 from ftwt_jax.gating.gates import HEAD_NAME
 from ftwt_jax.gating.losses import REDUCTIONS
 
@@ -24,8 +24,6 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
       steps_per_epoch: may be a fraction.
       total_steps: length of the stage.
     """
-    if stage.lr <= 0:
-        raise UserError(f"the learning rate must be positive; got lr={stage.lr}")
     if stage.schedule == "cosine":
         return optax.cosine_decay_schedule(stage.lr, max(total_steps, 1))
     if stage.schedule == "step":
@@ -36,11 +34,6 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
 
 def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
     """First step at which the gate loss no longer counts and the heads are frozen."""
-    if not 0 < gates.cooldown <= 1:
-        raise UserError(
-            "config.gates.cooldown is the share of gate training after which heads freeze, in (0, 1]; got "
-            f"{gates.cooldown}"
-        )
     return round(gates.cooldown * total_steps)
 
 
