@@ -10,10 +10,12 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
+from ftwt_jax.ctrl_c import INTERRUPTED, loaded
 from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
 from ftwt_jax.version import __version__
 
-INTERRUPTED = 130
+# As of a program that the signal of a closed pipe ends.
+_UNREAD = 141
 # Seconds after which a Ctrl-C that was dropped is tried again.
 _AGAIN = 0.05
 # Packages whose name differs from that of their module.
@@ -80,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             keep_compiled()
-            load_command(arguments[0]).run(values, Console())
+            command = load_command(arguments[0])
+            loaded()
+            command.run(values, Console())
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module in ("", "ftwt_jax"):
@@ -89,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         reason = f"this command needs the package {package}, which is not installed: pip install {package}"
         print(f"ftwt: error: {reason}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except storage_errors(UserError) as error:
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -119,6 +125,11 @@ def run() -> None:
         end_when_told()
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `head` after some lines. Nothing more is to be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = _UNREAD
     except Exception:
         # A bug of ours must not keep the other processes waiting for this one.
         traceback.print_exc()

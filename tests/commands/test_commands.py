@@ -194,6 +194,19 @@ def test_evaluate_again_writes_the_same_figures(program, tiny_run):
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(("flags", "file"), [((), "evaluation.json"), (("--budgets=0.5",), "budgets.json")])
+def test_figures_that_cannot_be_written_are_printed_first(capsys, tiny_run, tmp_path, flags, file):
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run[0], workdir)
+    (workdir / file).unlink(missing_ok=True)
+    (workdir / file).mkdir()
+    assert main(["evaluate", f"--workdir={workdir}", *flags]) == 2
+    printed, error = capsys.readouterr()
+    assert "MACs" in printed
+    assert "reduction" in printed
+    assert error == f"ftwt: error: cannot write {workdir / file}: is a directory\n"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -50,8 +50,8 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
         "checkpoint": "best" if best else "newest",
         "rows": rows,
     }
-    workdir.write_json(run.workdir / BUDGETS, result)
     console.print(_table(result, run))
+    workdir.write_json(run.workdir / BUDGETS, result)
     return result
 
 

@@ -118,8 +118,8 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
         "mean": _mean(list(means.values())),
         "mean_by_corruption": means,
     }
-    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
     console.print(table(result, run))
+    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
     return result
 
 

@@ -55,13 +55,14 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "r": estimate["r"] if gates else None,
         "checkpoint": "best" if best else "newest",
     }
-    workdir.write_json(run.workdir / EVALUATION, result)
+    # The figures first: what took long to compute must not be lost to a disk that is full.
     if gated is None:
         say(console, "there is no gated network yet; these are the figures of the baseline")
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if run.dataset.skipped.names:
         say(console, run.dataset.skipped.summary())
+    workdir.write_json(run.workdir / EVALUATION, result)
     return result
 
 
