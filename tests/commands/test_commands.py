@@ -100,6 +100,13 @@ def test_wrong_flags(capsys, monkeypatch, tmp_path, arguments, says):
         (" --config.gates.min_filters=-1", "config.gates.min_filters takes a whole number, at least 0; got -1"),
         (" --config.data.image_size=4", "config.data.image_size must be at least 8"),
         (" --config.batch_size=0", "config.batch_size takes a whole number, at least 1; got 0"),
+        (" --config.batch_size=5000", "config.batch_size=5000 is more than the 1347 images to train on"),
+        # Of 4,608 + 18,432 + 160 MACs these are left: 64 * 9 + 8 * 1 and 16 * 9 + 16 * 8 with their heads, and 10.
+        (
+            " --config.model.plan=(8,'M',16) --config.gates.budget=.97",
+            "can be cut by 0.963 at most, with 1 filter",
+        ),
+        (" --config.gates.budgets=(.1,.999)", "config.gates.budgets asks for a MACs reduction of 0.999, and this net"),
         (" --config.checkpoint_every=0", "config.checkpoint_every"),
     ],
 )

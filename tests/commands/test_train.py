@@ -117,6 +117,10 @@ def test_plain_lines_when_there_is_no_terminal(tiny_run):
     for figure in ("loss", "accuracy", "gate accuracy", "density", "images/s"):
         assert figure in lines[-1]
     assert "\x1b" not in printed
+    for part in ("baseline network's evaluation and training step", "prediction for vgg_bn", "gated network's evalu"):
+        assert printed.count(f"compiling the {part}") == 1
+    # The first rate is one of steps that were timed: the first step compiles.
+    assert " 0 images/s" not in printed
 
 
 def test_bar_on_a_terminal(program, tiny_run, tmp_path):
