@@ -11,13 +11,17 @@ from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
 from ftwt_jax.ctrl_c import INTERRUPTED, loaded
-from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, storage_errors
+from ftwt_jax.errors import MissingPackageWarning, SkippedImageWarning, UserError, one_line, shortened, storage_errors
 from ftwt_jax.version import __version__
 
 # As of a program that the signal of a closed pipe ends.
 _UNREAD = 141
 # Seconds after which a Ctrl-C that was dropped is tried again.
 _AGAIN = 0.05
+_NO_MEMORY = (
+    "the memory of the device is full: if another program uses it, set XLA_PYTHON_CLIENT_PREALLOCATE=false for both "
+    "or wait; else choose a smaller batch, or config.accumulate"
+)
 # Packages whose name differs from that of their module.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
 _show_warning = warnings.showwarning
@@ -108,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         return PREEMPTED
     except (Lost, JaxRuntimeError, ValueError) as error:
         lost = error if isinstance(error, Lost) else lost_process(error)
+        if lost is None and isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"ftwt: error: {_NO_MEMORY} ({shortened(error)})", file=sys.stderr)
+            return 2
         if lost is None:
             raise
         print(f"ftwt: error: {lost}; the same command continues from the newest checkpoint", file=sys.stderr)

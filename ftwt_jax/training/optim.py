@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ftwt_jax.errors import unknown_name
+from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.gates import HEAD_NAME
 from ftwt_jax.gating.losses import REDUCTIONS
 
@@ -39,6 +39,8 @@ def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
 
 def check_stage(stage: ConfigDict) -> None:
     """Raises `UserError` for a setting that `make_optimizer` or the gate loss would refuse."""
+    if not all(isinstance(epoch, (int, float)) and epoch > 0 for epoch in stage.lr_boundaries):
+        raise UserError(f"lr_boundaries takes epochs above 0, such as (81,122,151); got {stage.lr_boundaries}")
     make_optimizer(stage, steps_per_epoch=1, total_steps=1)
     if "loss_reduction" in stage and stage.loss_reduction not in REDUCTIONS:
         raise unknown_name("loss_reduction", stage.loss_reduction, REDUCTIONS)

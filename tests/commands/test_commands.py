@@ -1,10 +1,13 @@
 """The command line used wrongly: one line that names the remedy, exit status 2, nothing written."""
 
+import dataclasses
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
 from ftwt_jax.__main__ import main
+from ftwt_jax.commands.evaluate import COMMAND as EVALUATE
 from ftwt_jax.commands.parse import parse
 from ftwt_jax.version import __version__
 from tests.conftest import ROOT, config_of, fails
@@ -100,6 +103,10 @@ def test_wrong_flags(capsys, monkeypatch, tmp_path, arguments, says):
         (" --config.gates.min_filters=-1", "config.gates.min_filters takes a whole number, at least 0; got -1"),
         (" --config.data.image_size=4", "config.data.image_size must be at least 8"),
         (" --config.batch_size=0", "config.batch_size takes a whole number, at least 1; got 0"),
+        (
+            " --config.baseline.lr_boundaries=('a',)",
+            "lr_boundaries takes epochs above 0, such as (81,122,151); got ('a',)",
+        ),
         (" --config.batch_size=5000", "config.batch_size=5000 is more than the 1347 images to train on"),
         # Of 4,608 + 18,432 + 160 MACs these are left: 64 * 9 + 8 * 1 and 16 * 9 + 16 * 8 with their heads, and 10.
         (
@@ -114,6 +121,16 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_written(capsys,
     config, *more = f"{DIGITS}{override}".split()
     assert says in fails(capsys, "train", config, f"--workdir={tmp_path / 'run'}", *more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_device_without_memory_is_named_with_the_remedies(capsys, monkeypatch, tmp_path):
+    def run(arguments, console):
+        jnp.zeros(2**50).block_until_ready()
+
+    monkeypatch.setattr("ftwt_jax.commands.evaluate.COMMAND", dataclasses.replace(EVALUATE, run=run))
+    error = fails(capsys, "evaluate", f"--workdir={tmp_path}")
+    assert "the memory of the device is full" in error
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in error
 
 
 def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
