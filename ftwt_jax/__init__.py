@@ -1,5 +1,6 @@
 """Dynamic channel pruning for JAX/Flax, after "Fire Together Wire Together" (CVPR 2022, arXiv 2110.08232)."""
 
+import ftwt_jax.ctrl_c  # noqa: F401 (the first import: those below take seconds)
 from ftwt_jax.errors import CompositionWarning, UserError, WeightsWarning
 from ftwt_jax.gating.activations import Activations, LayerRecord
 from ftwt_jax.gating.composition import (

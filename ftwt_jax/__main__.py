@@ -11,11 +11,26 @@ import warnings
 from typing import Any
 
 from ftwt_jax.commands.parse import load_command, parse, usage
-from ftwt_jax.errors import MissingPackageWarning, RunWarning, SkippedImageWarning, UserError, one_line, storage_errors
+from ftwt_jax.ctrl_c import INTERRUPTED, loaded
+from ftwt_jax.errors import (
+    MissingPackageWarning,
+    RunWarning,
+    SkippedImageWarning,
+    UserError,
+    one_line,
+    shortened,
+    storage_errors,
+)
+from ftwt_jax.version import __version__
 
-INTERRUPTED = 130
+# As of a program that the signal of a closed pipe ends.
+_UNREAD = 141
 # Seconds after which a Ctrl-C that was dropped is tried again.
 _AGAIN = 0.05
+_NO_MEMORY = (
+    "the memory of the device is full: if another program uses it, set XLA_PYTHON_CLIENT_PREALLOCATE=false for both "
+    "or wait; else choose a smaller batch, or config.accumulate"
+)
 # Packages whose name differs from that of their module.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
 _show_warning = warnings.showwarning
@@ -57,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"ftwt_jax {__version__}")
+        return 0
     # Logs of Orbax, Grain and XLA do not belong in the output of a command; their errors come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from absl import logging as absl_logging
@@ -77,7 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         values = parse(arguments[0], arguments[1:])
         if values is not None:
             keep_compiled()
-            load_command(arguments[0]).run(values, Console())
+            command = load_command(arguments[0])
+            loaded()
+            command.run(values, Console())
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module in ("", "ftwt_jax"):
@@ -86,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         reason = f"this command needs the package {package}, which is not installed: pip install {package}"
         print(f"ftwt: error: {reason}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except storage_errors(UserError) as error:
         print(f"ftwt: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -99,6 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
         return PREEMPTED
     except (Lost, JaxRuntimeError, ValueError) as error:
         lost = error if isinstance(error, Lost) else lost_process(error)
+        if lost is None and isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            print(f"ftwt: error: {_NO_MEMORY} ({shortened(error)})", file=sys.stderr)
+            return 2
         if lost is None:
             raise
         print(f"ftwt: error: {lost}; the same command continues from the newest checkpoint", file=sys.stderr)
@@ -119,6 +144,11 @@ def run() -> None:
         end_when_told()
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `head` after some lines. Nothing more is to be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = _UNREAD
     except Exception:
         # A bug of ours must not keep the other processes waiting for this one.
         traceback.print_exc()

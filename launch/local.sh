@@ -7,10 +7,17 @@ extra=
 # With an NVIDIA GPU, JAX's build for it.
 if nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
 
+# Prints the head of this file.
+usage() { awk 'NR > 1 { if (!/^# /) exit; print substr($0, 3) }' "${BASH_SOURCE[0]}"; }
+
 # What is not given: the bundled digits, in a folder beside the code.
 config='' workdir='' offline='' arguments=()
 for argument in "$@"; do
     case $argument in
+        --help | -h)
+            usage
+            exit
+            ;;
         --offline=?*)
             # shellcheck disable=SC2034 # read by setup.sh
             offline=${argument#*=}

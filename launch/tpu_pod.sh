@@ -23,11 +23,18 @@ stop() {
     exit "$MISTAKE"
 }
 
+# Prints the head of this file.
+usage() { awk 'NR > 1 { if (!/^# /) exit; print substr($0, 3) }' "${BASH_SOURCE[0]}"; }
+
 zone='' type='' name='' runtime='' source='' folder='' workdir='' spot='' keep='' dry_run=''
 arguments=()
 for argument in "$@"; do
     value=${argument#*=}
     case $argument in
+        --help | -h)
+            usage
+            exit
+            ;;
         --zone=*) zone=$value ;;
         --type=*) type=$value ;;
         --name=*) name=$value ;;

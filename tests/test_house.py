@@ -18,6 +18,7 @@ BASE = {"errors", "files", "printing", "version"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
+    "ctrl_c": set(),
     "files": {"errors"},
     "printing": set(),
     # The method: it never imports anything of the trainer.
@@ -26,7 +27,7 @@ ALLOWED = {
     "models": BASE | {"ops", "gating"},
     "weights": BASE | {"ops", "gating", "models"},
     "inference": BASE | {"ops", "gating"},
-    "__init__": BASE | METHOD,
+    "__init__": BASE | METHOD | {"ctrl_c"},
     # The trainer.
     "config": BASE | METHOD,
     "parallel": BASE | {"ops"},
@@ -41,7 +42,7 @@ ALLOWED = {
     "commands": BASE
     | METHOD
     | {"config", "parallel", "data", "workdir", "training", "budget", "plan", "report", "benchmark"},
-    "__main__": BASE | {"ops", "parallel", "commands"},
+    "__main__": BASE | {"ctrl_c", "ops", "parallel", "commands"},
 }
 # Libraries that the trainer needs and the method does not.
 TRAINER = {
@@ -59,7 +60,7 @@ TRAINER = {
     "tensorboardX": "event files",
     "matplotlib": "plots",
     "jinja2": "the report",
-    **{f"ftwt_jax.{name}": "the trainer" for name in ALLOWED if name not in {*BASE, *METHOD, "__init__"}},
+    **{f"ftwt_jax.{name}": "the trainer" for name in ALLOWED if name not in {*BASE, *METHOD, "__init__", "ctrl_c"}},
 }
 MOST_FILES_AT_THE_TOP = 8
 

@@ -18,7 +18,7 @@ from ftwt_jax.budget.trained import Subject
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.inference.compact import compact, fold
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 
 # Batches that each network runs before the next one's turn: in use, too, it would find its weights in the caches.
 _BLOCK, _ROUNDS = 16, 3
@@ -44,6 +44,7 @@ def benchmark(
         )
     if torch and importlib.util.find_spec("torch") is None:
         raise UserError("--torch needs PyTorch: pip install -e '.[convert]'")
+    say_compiling(console, f"{subject.arch}, dense, masked and compact")
     start = time.perf_counter()
     quick = compact(subject.gated, subject.gated_variables, subject.calibration)
     ready = time.perf_counter() - start

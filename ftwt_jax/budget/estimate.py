@@ -10,16 +10,22 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
-from ftwt_jax.budget.search import BudgetSearch, Measure
+from ftwt_jax.budget.search import TOLERANCE, BudgetSearch, Measure
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath
-from ftwt_jax.gating.gates import check_r
+from ftwt_jax.gating.activations import LayerRecord
+from ftwt_jax.gating.gates import GateOutput, check_r
+from ftwt_jax.gating.macs import dense_macs, layer_macs
 from ftwt_jax.parallel.processes import barrier, broadcast
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.training.evaluator import Evaluation, Evaluator
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import GATED
@@ -73,6 +79,42 @@ class Estimator:
         return self._search.solve(budget)
 
 
+def check_budgets(run: Run) -> None:
+    """Raises `UserError` for a budget that no training can reach: with the fewest filters, more MACs are left.
+
+    It is known from shapes alone: each unit keeps `min_filters` (a target's fewest) of each image or, where budgets are
+    reached by moving gates, none. A depthwise filter may read a channel that is off and is taken to cost nothing.
+    """
+    gates = run.config.gates
+    limits = [("budget", gates.budget, gates.min_filters), ("budgets", gates.budgets and gates.budgets[1], 0)]
+    for name, wanted, filters in limits:
+        if wanted is None:
+            continue
+        model, images = run.models[GATED], run.example_images
+        outputs, _ = jax.eval_shape(model.init_with_output, run.key(GATED), images)
+        left = layer_macs([_least(layer, filters) for layer in outputs.layers])
+        most = 1 - sum(float(np.squeeze(cost)) for cost in left) / dense_macs(outputs)
+        if wanted > most + TOLERANCE:
+            kept = f"{filters} filter{'s' * (filters != 1)} left in every unit" if filters else "every gate closed"
+            raise UserError(
+                f"config.gates.{name} asks for a MACs reduction of {wanted:g}, and this network can be cut by "
+                f"{most:.3f} at most, with {kept}: choose less"
+            )
+
+
+def _least(layer: LayerRecord, filters: int) -> LayerRecord:
+    """A layer with so many filters on, in one image, and as many input channels where its input has masks."""
+
+    def on(channels: int) -> Array:
+        return jnp.arange(channels)[None] < filters
+
+    inputs = None if layer.active_in is None else on(layer.in_features)
+    if layer.gate is None:
+        return layer.replace(active_in=inputs)
+    mask = on(layer.out_features) & (layer.groups == 1 or inputs is None)
+    return layer.replace(active_in=inputs, active_out=mask, gate=GateOutput(None, mask, None))
+
+
 def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[str, float]:
     """The r to train gates for: the config's, or the one that its budget asks for; printed with its prediction.
 
@@ -83,6 +125,7 @@ def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[
     if broadcast(path.exists()):
         entry = read_estimate(run.workdir)
     else:
+        say_compiling(console, f"the prediction for {run.config.model.name}")
         estimator = Estimator.of(calibration, baseline)
         found = (gates.r, estimator.predict(gates.r)) if gates.budget is None else estimator.solve(gates.budget)
         entry = estimate_entry(*found)

@@ -19,7 +19,7 @@ from ftwt_jax.commands.command import (
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath
 from ftwt_jax.parallel.processes import is_first
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.report.plotting import new_plot, save_png
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import load_run
@@ -64,6 +64,7 @@ def estimate(folder: str, rs: list[float] | None, budget: float | None, console:
     """
     run = load_run(folder)
     path, config = run.workdir, run.config
+    say_compiling(console, f"the prediction for {config.model.name}")
     estimator = Estimator.of(Calibration(run), run.trained(BASELINE))
     if rs is None and budget is None:
         budget = config.gates.budget

@@ -2,16 +2,16 @@
 
 import difflib
 import importlib
+from collections.abc import Sequence
 
 from absl import flags
 
 from ftwt_jax import config
 from ftwt_jax.commands import COMMANDS
 from ftwt_jax.commands.command import Arguments, Command
+from ftwt_jax.config.fields import FIELDS, KINDS, describe_fields
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
-# What flags of a type take, for messages.
-_KINDS = {"float": "a number", "int": "a whole number", "bool": "True or False"}
 HELP = ("--help", "-help", "-h", "--helpfull")
 
 
@@ -36,12 +36,13 @@ def parse(name: str, arguments: list[str]) -> Arguments | None:
       UserError: an unknown command or flag, a value that a flag cannot take, or a word too many or too few.
     """
     command = load_command(name)
-    if any(argument in HELP for argument in arguments):
-        print(describe(name, command))
+    asked = [argument for argument in arguments if argument not in HELP]
+    config_flags, others = config.split_flags(asked) if command.takes_config else ([], asked)
+    if len(asked) < len(arguments):
+        print(describe(name, command, config_flags))
         return None
     values = flags.FlagValues()
     command.define(values)
-    config_flags, others = config.split_flags(arguments) if command.takes_config else ([], arguments)
     try:
         words = tuple(values([name, *others])[1:])
     except flags.UnrecognizedFlagError as error:
@@ -50,6 +51,10 @@ def parse(name: str, arguments: list[str]) -> Arguments | None:
         raise _bad_value(error, values) from None
     except flags.Error as error:
         raise UserError(one_line(error)) from None
+    for flag in values:
+        value = values[flag].value
+        if isinstance(value, str) and value.startswith("--"):
+            raise UserError(f"--{flag} lacks its value: --{flag}=VALUE, and not {value}")
     operand = command.operand
     if operand is None and words:
         raise UserError(f"{name} takes flags only; got {words[0]!r}")
@@ -59,17 +64,21 @@ def parse(name: str, arguments: list[str]) -> Arguments | None:
     return Arguments(values, tuple(config_flags), words)
 
 
-def describe(name: str, command: Command) -> str:
-    """What `COMMAND --help` prints."""
+def describe(name: str, command: Command, config_flags: Sequence[str] = ()) -> str:
+    """What `COMMAND --help` prints; with a config, its fields have the values that they have there."""
     values = flags.FlagValues()
     if command.takes_config:
-        what = "NAME, FILE.py or FILE.py:ARCH; its fields by --config.FIELD=VALUE"
+        more = "" if name == "train" else "; `ftwt train --help` lists them"
+        what = f"NAME, FILE.py or FILE.py:ARCH; its fields by --config.FIELD=VALUE{more}"
         flags.DEFINE_string("config", None, what, flag_values=values)
     command.define(values)
     operand = command.operand
     words = "" if operand is None else f" {operand.name.upper()}{' ...' if operand.several else ''}"
-    lines = [f"{name}{words}: {COMMANDS[name]}"]
-    return "\n".join([*lines, *(_help_of(values[flag]) for flag in sorted(values))])
+    lines = [f"{name}{words}: {COMMANDS[name]}", *(_help_of(values[flag]) for flag in sorted(values))]
+    if name == "train" or config_flags:
+        title = f"fields, as in {' '.join(config_flags)}" if config_flags else "fields of a config, and their defaults"
+        lines += [title, describe_fields(config.read(config_flags) if config_flags else None)]
+    return "\n".join(lines)
 
 
 def _help_of(flag: flags.Flag) -> str:
@@ -80,7 +89,7 @@ def _help_of(flag: flags.Flag) -> str:
 
 def _unknown_flag(name: str, values: flags.FlagValues, command: Command) -> UserError:
     known = [*values, *(["config"] if command.takes_config else [])]
-    if command.takes_config and name in _field_names():
+    if command.takes_config and name in {*FIELDS, *(field.partition(".")[0] for field in FIELDS)}:
         return UserError(f"unknown flag --{name}; did you mean --config.{name}?")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean --{near[0]}? " if near else ""
@@ -94,11 +103,5 @@ def _bad_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -> 
         return UserError(one_line(error))
     flag, value = values[name], rest.partition(": ")[0]
     choices = getattr(flag.parser, "enum_values", None)
-    wanted = f"one of {', '.join(choices)}" if choices else _KINDS.get(flag.flag_type())
+    wanted = f"one of {', '.join(choices)}" if choices else KINDS.get(flag.flag_type())
     return UserError(f"--{name} takes {wanted}; got {value!r}" if wanted else one_line(error))
-
-
-def _field_names() -> set[str]:
-    fields = config.default_config("resnet20", "cifar")
-    sections = {f"{section}.{name}" for section, value in fields.items() if hasattr(value, "keys") for name in value}
-    return {*fields, *sections}

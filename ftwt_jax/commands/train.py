@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
-from ftwt_jax.budget.estimate import choose_r
+from ftwt_jax.budget.estimate import check_budgets, choose_r
 from ftwt_jax.budget.keeper import BudgetKeeper
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
@@ -55,6 +55,8 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
             for note in set_damaged_aside(path, kept):
                 say(console, note)
         run = open_run(config, path)
+        if not run.has(BASELINE):
+            _check_start(run)
         adopted = _starting_baseline(run)
         data, name = run.dataset, run.config.data.name
         say(
@@ -84,6 +86,18 @@ def _train_stages(run: Run, console: Console) -> None:
     count_skipped(run)
     if run.dataset.skipped.names:
         say(console, run.dataset.skipped.summary())
+
+
+def _check_start(run: Run) -> None:
+    """Raises `UserError` for what would only be found out in training, or never."""
+    batch, images = run.config.batch_size, len(run.dataset.train)
+    if batch > images:
+        raise UserError(
+            f"config.batch_size={batch} is more than the {images} images to train on: a batch would hold some of them "
+            "several times; choose a smaller one"
+        )
+    if run.config.gates.epochs > 0:
+        check_budgets(run)
 
 
 def _starting_baseline(run: Run) -> Adopted | None:

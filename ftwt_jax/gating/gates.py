@@ -35,7 +35,7 @@ def check_r(r: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-    """How every unit of a network is gated. The defaults are the head that our configs train.
+    """How every unit of a network is gated. The defaults are the head that our configs train, each with its own r.
 
     Attributes:
       r: mass threshold of the targets, in (0, 1]; smaller keeps fewer filters.

@@ -24,8 +24,6 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
       steps_per_epoch: may be a fraction.
       total_steps: length of the stage.
     """
-    if stage.lr <= 0:
-        raise UserError(f"the learning rate must be positive; got lr={stage.lr}")
     if stage.schedule == "cosine":
         return optax.cosine_decay_schedule(stage.lr, max(total_steps, 1))
     if stage.schedule == "step":
@@ -36,16 +34,13 @@ def learning_rate(stage: ConfigDict, steps_per_epoch: float, total_steps: int) -
 
 def cooldown_step(gates: ConfigDict, total_steps: int) -> int:
     """First step at which the gate loss no longer counts and the heads are frozen."""
-    if not 0 < gates.cooldown <= 1:
-        raise UserError(
-            "config.gates.cooldown is the share of gate training after which heads freeze, in (0, 1]; got "
-            f"{gates.cooldown}"
-        )
     return round(gates.cooldown * total_steps)
 
 
 def check_stage(stage: ConfigDict) -> None:
     """Raises `UserError` for a setting that `make_optimizer` or the gate loss would refuse."""
+    if not all(isinstance(epoch, (int, float)) and epoch > 0 for epoch in stage.lr_boundaries):
+        raise UserError(f"lr_boundaries takes epochs above 0, such as (81,122,151); got {stage.lr_boundaries}")
     make_optimizer(stage, steps_per_epoch=1, total_steps=1)
     if "loss_reduction" in stage and stage.loss_reduction not in REDUCTIONS:
         raise unknown_name("loss_reduction", stage.loss_reduction, REDUCTIONS)

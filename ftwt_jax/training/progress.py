@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.workdir.metrics import Scalars
 
 
@@ -47,6 +47,8 @@ class ProgressDisplay:
             self._bar = Progress(*columns, _Figures(), console=console)
             self._task = self._bar.add_task(stage, total=total, completed=start, figures="compiling")
             self._bar.start()
+        else:
+            say_compiling(console, f"the {stage} network's evaluation and training step")
 
     def advance(self, step: int) -> None:
         """Moves the bar; says nothing elsewhere."""
@@ -89,6 +91,8 @@ class Stopwatch:
         self._images += images
 
     def read(self) -> Scalars:
-        """`images_per_second` and `input_wait`, a share in [0, 1], so far."""
+        """`images_per_second`, if there were any, and `input_wait`, a share in [0, 1], so far."""
         passed = max(time.perf_counter() - self._time, 1e-9)
+        if not self._images:
+            return {"input_wait": self._waited / passed}
         return {"images_per_second": self._images / passed, "input_wait": self._waited / passed}

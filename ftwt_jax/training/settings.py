@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftwt_jax.config import missing_fields
+from ftwt_jax.config.fields import check_ranges, missing_fields
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.parallel.sharding import check_batch_size
@@ -18,7 +18,6 @@ BASELINE, GATED = STAGES = "baseline", "gated"
 # The section of the config that each stage follows.
 SECTIONS = {BASELINE: "baseline", GATED: "gates"}
 DTYPES = ("float32", "bfloat16")
-SEED_LIMIT = 2**31
 
 
 def check_settings(config: ConfigDict, mesh: Mesh) -> None:
@@ -26,18 +25,8 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
     missing = missing_fields(config)
     if missing:
         raise UserError(f"the config lacks {', '.join(missing)}: compare it with configs/digits.py")
-    if config.accumulate < 1:
-        raise UserError(f"config.accumulate is the number of parts of a batch, at least 1; got {config.accumulate}")
+    check_ranges(config)
     check_batch_size(config.batch_size, mesh, "config.batch_size", config.accumulate)
-    if config.eval_batch_size < 1:
-        raise UserError(f"config.eval_batch_size is a number of images, at least 1; got {config.eval_batch_size}")
-    if not 0 <= config.seed < SEED_LIMIT:
-        raise UserError(f"config.seed must lie between 0 and {SEED_LIMIT - 1}; got {config.seed}")
-    for field in ("log_every", "checkpoint_every"):
-        if config[field] < 1:
-            raise UserError(f"config.{field} is a number of steps, at least 1; got {config[field]}")
-    if config.steps_per_call is not None and config.steps_per_call < 1:
-        raise UserError(f"config.steps_per_call is a number of steps, at least 1; got {config.steps_per_call}")
     for section in SECTIONS.values():
         optim.check_stage(config[section])
     budget_range(config.gates)
@@ -63,10 +52,8 @@ def arch_options(model: ConfigDict) -> dict[str, Any]:
 
 
 def gate_config(gates: ConfigDict) -> GateConfig:
-    """The gates' settings; r is checked even where a budget takes its place."""
+    """The gates' settings."""
     fields = {field.name for field in dataclasses.fields(GateConfig)}
-    if gates.budget is not None and not 0 < gates.budget < 1:
-        raise UserError(f"config.gates.budget is a MACs reduction between 0 and 1; got {gates.budget}")
     return GateConfig(**{key: value for key, value in gates.items() if key in fields})
 
 

@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -31,6 +32,8 @@ DAMAGED = "damaged-"
 _COMMITTED = "commit_success.txt"
 # Errors of the operating system that tell the user enough by themselves.
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+
+_Read = TypeVar("_Read")
 
 
 class _Manager(ocp.CheckpointManager):
@@ -242,16 +245,21 @@ class Checkpoints:
         Args:
           other_classes: accept a network that was trained on other classes.
         """
-        step = self.step(best)
-        if step is not None:
-            if not other_classes:
-                self._check_classes(step)
-            self._check_shapes(self.network_shapes(best), variables)
-        return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+        def read(step: int | None) -> dict[str, Any]:
+            if step is not None:
+                if not other_classes:
+                    self._check_classes(step)
+                self._check_shapes(self._shapes(step), variables)
+            return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
+
+        return self._read(read, best)
 
     def network_shapes(self, best: bool = False) -> Any:
         """Shapes and dtypes of the newest (or best) network, as it was saved."""
-        step = self.step(best)
+        return self._read(self._shapes, best)
+
+    def _shapes(self, step: int | None) -> Any:
         if step is None:
             raise self._missing()
         self._check_intact(step)
@@ -267,10 +275,26 @@ class Checkpoints:
 
     def kept_dataset(self, step: int | None = None) -> dict[str, Any]:
         """The description of the data saved with a checkpoint (None: the newest); empty if there is none."""
-        step = self.latest_step() if step is None else step
-        if not (self.path / str(step) / DATASET).is_dir():
+        if step is None:
+            return self._read(self.kept_dataset) if self.latest_step() is not None else {}
+        path = self.path / str(step)
+        if path.is_dir() and not (path / DATASET).is_dir():
             return {}
         return self._restore(step, {DATASET: ocp.args.JsonRestore()})[DATASET]
+
+    def _read(self, read: Callable[[Any], _Read], best: bool = False) -> _Read:
+        """What `read` finds at the newest (or best) step; once more if a run that trains here replaced that step."""
+        step = self.step(best)
+        while True:
+            try:
+                return read(step)
+            except UserError:
+                if jax.process_count() > 1:
+                    raise
+                self._manager.reload()
+                step, before = self.step(best), step
+                if step == before:
+                    raise
 
     def _check_intact(self, step: int) -> None:
         """Raises `UserError` if a checkpoint is damaged; each is checked once."""

@@ -87,6 +87,20 @@ def test_local_told_to_stop_stops_the_training_and_waits_for_it(checkout):
     assert printed == "saved\n"
 
 
+@pytest.mark.parametrize("name", ["local.sh", "tpu_pod.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_a_launcher_asked_for_help_prints_its_usage_and_does_nothing(tmp_path, name, flag):
+    """There is nothing but the launchers, so that one that went on to set anything up would fail."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    done = launch("bash", tmp_path / "launch" / name, flag, cwd=tmp_path)
+    head = [line.removeprefix("# ") for line in (ROOT / "launch" / name).read_text().splitlines()[1:]]
+    printed = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, printed) == (0, "", head[: len(printed)])
+    assert printed[1].startswith("usage: ")
+    assert not any(line.startswith("#SBATCH") or line.startswith("set -") for line in printed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["launch"]
+
+
 @pytest.mark.parametrize("missing", ["Python", "packages"])
 def test_the_newest_part_is_skipped_with_a_line_where_it_cannot_run(checkout, missing):
     """A folder stands for the programs that are found; its python3.13 makes no environment."""

@@ -23,6 +23,7 @@ from ftwt_jax.commands.parse import parse
 from ftwt_jax.config import missing_fields
 from ftwt_jax.data import FAMILIES, REGISTRY
 from ftwt_jax.errors import UserError
+from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.models import create_model
 from ftwt_jax.parallel.processes import cpu_count
 from ftwt_jax.training import optim
@@ -124,6 +125,8 @@ def test_every_config_makes_a_run_for_every_network(path, arch):
         assert stage.epochs > 0
     if arch:
         assert config.model.name == arch
+    # `GateConfig()` is the head of the configs: what differs is r alone.
+    assert gate_config(config.gates) == GateConfig(r=config.gates.r)
     for gates in (None, gate_config(config.gates)):
         create_model(num_classes=10, gates=gates, **arch_options(config.model))
 

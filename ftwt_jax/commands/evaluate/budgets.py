@@ -10,6 +10,7 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.errors import UserError
+from ftwt_jax.printing import say_compiling
 from ftwt_jax.training.run import Run, load_run
 from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir import BUDGETS
@@ -25,6 +26,7 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
     if not run.has(GATED):
         raise UserError(f"{run.workdir} holds no gated network yet: train its gates first")
     r = known_estimate(run)["r"]
+    say_compiling(console, f"the evaluation of {run.config.model.name}")
     gated = CalibratedNetwork(Calibration(run), run.trained(GATED, best), r)
     fixed = gated.fixed()
     # All offsets first: a budget out of reach is refused before the long part.
@@ -50,8 +52,8 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
         "checkpoint": "best" if best else "newest",
         "rows": rows,
     }
-    workdir.write_json(run.workdir / BUDGETS, result)
     console.print(_table(result, run))
+    workdir.write_json(run.workdir / BUDGETS, result)
     return result
 
 

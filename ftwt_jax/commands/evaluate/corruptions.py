@@ -18,7 +18,7 @@ from ftwt_jax.data.corrupted_sets import CorruptedSet, open_corrupted
 from ftwt_jax.data.corruptions import ALL, APPLIED, CLEAN, CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import Batch, eval_batches
 from ftwt_jax.data.source import ArraySource
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run, load_run
 from ftwt_jax.training.settings import BASELINE, GATED
@@ -49,6 +49,7 @@ def evaluate_corruptions(folder: str, best: bool, source: str | None, console: C
     """
     run = load_run(folder)
     settings = applied(run) if source is None else prepared(run, source)
+    say_compiling(console, f"the evaluation of {run.config.model.name}")
     evaluate_run(run, console, best)
     return sweep(run, settings, source or APPLIED, console, best)
 
@@ -118,8 +119,8 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
         "mean": _mean(list(means.values())),
         "mean_by_corruption": means,
     }
-    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
     console.print(table(result, run))
+    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
     return result
 
 

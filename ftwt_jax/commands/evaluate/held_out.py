@@ -10,7 +10,7 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.parallel.processes import all_gather
-from ftwt_jax.printing import say
+from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run, is_gated_backbone, load_run
 from ftwt_jax.training.settings import BASELINE, GATED
@@ -19,7 +19,9 @@ from ftwt_jax.workdir import EVALUATION
 
 def evaluate(folder: str, best: bool, console: Console) -> dict[str, Any]:
     """Evaluates the newest (or best) gated network of a workdir beside its baseline, or the baseline alone."""
-    return evaluate_run(load_run(folder), console, best)
+    run = load_run(folder)
+    say_compiling(console, f"the evaluation of {run.config.model.name}")
+    return evaluate_run(run, console, best)
 
 
 def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, Any]:
@@ -57,13 +59,14 @@ def evaluate_run(run: Run, console: Console, best: bool = False) -> dict[str, An
         "r": estimate["r"] if gates else None,
         "checkpoint": "best" if best else "newest",
     }
-    workdir.write_json(run.workdir / EVALUATION, result)
+    # The figures first: what took long to compute must not be lost to a disk that is full.
     if gated is None:
         say(console, "there is no gated network yet; these are the figures of the baseline")
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if run.dataset.skipped.names:
         say(console, run.dataset.skipped.summary())
+    workdir.write_json(run.workdir / EVALUATION, result)
     return result
 
 
