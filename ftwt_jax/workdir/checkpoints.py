@@ -294,8 +294,8 @@ class Checkpoints:
             differing = [f"class {i} was {old!r} and is now {new!r}" for i, (old, new) in pairs if old != new]
             first = differing[0] if differing else f"{len(kept)} of them, and there are now {len(here)}"
             raise UserError(
-                f"the network in {self.path} was trained on other classes: {first}; restore the data, or correct "
-                "config.data"
+                f"the network in {self.path} was trained on other classes: {first}; restore them, or name "
+                "those data (config.data; --data)"
             )
 
     def _check_shapes(self, saved: Any, variables: Any) -> None:
