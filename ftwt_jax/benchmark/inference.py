@@ -54,7 +54,7 @@ def benchmark(
     batches = [subject.held_out[index : index + batch] for index in range(0, whole, batch)]
 
     compared = [_compare(masked(images), *quick.run(images)) for images in batches]
-    times = _in_blocks([dense.logits, masked.logits, quick.logits], batches)
+    times = time_in_turns([dense.logits, masked.logits, quick.logits], batches)
     result = {
         "arch": subject.arch,
         "gates": subject.gates,
@@ -62,6 +62,7 @@ def benchmark(
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "samples": whole,
+        "images": "random" if subject.note or subject.gates == "synthetic" else "held out",
         "macs_reduction": float(np.mean([one["reduction"] for one in compared])),
         **dict(zip(("dense_ms", "masked_ms", "compact_ms"), times, strict=True)),
         "max_abs_diff": max(one["difference"] for one in compared),
@@ -78,6 +79,8 @@ def benchmark(
         result |= time_steps(subject.dense, subject.gated, subject.held_out.shape[1:], torch)
         result |= time_feeds(subject.arch, subject.dense, subject.held_out.shape[1:], result["train_batch"])
     _print(result, console)
+    if subject.note:
+        say(console, f"timed on {subject.note}: masks and MACs reduction are those of other images")
     if out is not None:
         folder = workdir.absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ def _compare(masked: Any, compacted: Any, outside: Any) -> dict[str, Any]:
     }
 
 
-def _in_blocks(
+def time_in_turns(
     functions: Sequence[Callable], batches: Sequence[Any], wait: Callable = jax.block_until_ready
 ) -> list[float]:
     """Median milliseconds of each function over all batches, a block of calls of each after the other."""
@@ -140,8 +143,17 @@ def _against_torch(subject: Subject, quick: Callable, batches: Sequence[Any]) ->
         for _ in range(_ROUNDS):
             for times, function, given in ((theirs, network, inputs), (ours, quick, batches)):
                 time.sleep(0.3)
-                times += _in_blocks([function], given, lambda done: jax.block_until_ready(done))
+                times += time_in_turns([function], given, lambda done: jax.block_until_ready(done))
     return statistics.median(theirs), statistics.median(ours)
+
+
+def _ms(milliseconds: float) -> str:
+    """With so many digits that the quotient of two is the one that is printed."""
+    return f"{milliseconds:#.4g}".rstrip(".")
+
+
+def _times(factor: float) -> str:
+    return f"{factor:#.3g} x".replace(". x", " x")
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
@@ -152,12 +164,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
     dense = result["dense_ms"]
     rows = [("dense", dense), ("masked", result["masked_ms"]), ("compact", result["compact_ms"])]
     for name, milliseconds in rows:
-        table.add_row(name, f"{milliseconds:.2f}", f"{dense / milliseconds:.2f} x")
-    if "torch_ms" in result:
-        table.add_row("PyTorch, dense", f"{result['torch_ms']:.2f}", "")
+        table.add_row(name, _ms(milliseconds), _times(dense / milliseconds))
     console.print(table)
+    possible, slower = 1 / (1 - result["macs_reduction"]), result["speedup"] < 1
     lines = [
-        f"MACs reduction {result['macs_reduction']:.3f}; share of the possible speed-up: {result['realisation']:.2f}",
+        f"MACs reduction {result['macs_reduction']:.3f}: at most {_times(possible)} if time followed MACs; compact: "
+        + (f"{_times(result['speedup'])}, slower than dense" if slower else _times(result["speedup"])),
         f"largest difference of a logit from the masked network {result['max_abs_diff']:.1e}, "
         f"the largest logit {result['max_abs_logit']:.3g}",
         f"images recomputed with all filters: {result['outside']:.3f}",
@@ -165,13 +177,16 @@ def _print(result: dict[str, Any], console: Console) -> None:
     if result["flipped"]:
         lines.append(f"images not compared, as a gate within rounding of zero went either way: {result['flipped']:.3f}")
     if "torch_ms" in result:
-        factor = result["torch_ms"] / result["torch_compact_ms"]
-        lines.append(f"compact against PyTorch's dense, in alternating blocks: {factor:.2f} x")
+        theirs, ours = result["torch_ms"], result["torch_compact_ms"]
+        lines.append(
+            f"in turns with PyTorch: its dense network {_ms(theirs)} ms, compact {_ms(ours)} ms, "
+            f"{_times(theirs / ours)}"
+        )
     if "train_overhead" in result:
         lines.append(
-            f"training at batch {result['train_batch']}: dense {result['train_dense_images_per_second']:.0f}, gated "
-            f"{result['train_gated_images_per_second']:.0f} images/s; a gated step takes "
-            f"{result['train_overhead']:.2f} times as long"
+            f"training at batch {result['train_batch']}: dense {result['train_dense_images_per_second']:.4g}, gated "
+            f"{result['train_gated_images_per_second']:.4g} images/s; a gated step takes "
+            f"{result['train_overhead']:.3g} times as long"
         )
     for place in ("host", "device"):
         if f"train_{place}_share" in result:
@@ -179,8 +194,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
             lines.append(f"dense, images from the {place}: {rate:.0f} images/s; the host takes {share:.0%} of the time")
     if "train_torch_ratio" in result:
         lines.append(
-            f"PyTorch trains the dense network at {result['train_torch_images_per_second']:.0f} images/s; the dense "
-            f"network here is {result['train_torch_ratio']:.2f} times as fast"
+            f"in turns with PyTorch: its dense network trains at {result['train_torch_images_per_second']:.4g} "
+            f"images/s, the dense one here at {result['train_torch_dense_images_per_second']:.4g}, "
+            f"{_times(result['train_torch_ratio'])}"
         )
     for line in lines:
         say(console, line)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from ftwt_jax.budget.trained import CALIBRATION, HELD_OUT, Subject
+from ftwt_jax.budget.trained import CALIBRATION, HELD_OUT, Subject, random_images
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.gates import GateConfig, GateControl, GateHead
 from ftwt_jax.gating.macs import dense_macs, macs
@@ -36,11 +36,8 @@ def synthetic_subject(arch: str, budget: float, size: int | None = None, seed: i
     stem: dict[str, Any] = {"stem": "imagenet"} if size >= 64 and "stem" in options_of(arch) else {}
     dense = create_model(arch, classes, **stem)
     gated = create_model(arch, classes, gates=GateConfig(), **stem)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    # Large blobs of colour, so that images differ by more than their noise.
-    blobs = jax.random.normal(keys[0], (CALIBRATION + HELD_OUT, 4, 4, 3))
-    images = 2 * jax.image.resize(blobs, (len(blobs), size, size, 3), "bilinear")
-    images += 0.3 * jax.random.normal(keys[2], images.shape)
+    keys = jax.random.split(jax.random.key(seed))
+    images = random_images(CALIBRATION + HELD_OUT, (size, size, 3), keys[0])
     variables = jax.jit(gated.init)(keys[1], images[:1])
     seen = images[: _HEAD_IMAGES if size < 64 else _LARGE_HEAD_IMAGES]
     variables, _ = random_gates(gated, variables, seen, budget, seed)

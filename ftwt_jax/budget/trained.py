@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.data.pipeline import eval_batches
+from ftwt_jax.data.source import Source
 from ftwt_jax.errors import UserError
-from ftwt_jax.training.run import load_run
+from ftwt_jax.training.run import Run, load_run
 from ftwt_jax.training.settings import BASELINE, GATED
 
 # Images that compact execution is calibrated with, and images to measure on; never the same.
@@ -27,6 +28,7 @@ class Subject:
       gates: "trained", or "synthetic": random heads on random weights.
       calibration, held_out: images as the networks take them, float32 [S, H, W, channels].
       normalize: turns the data set's images, uint8, into such.
+      note: why the images are random ones, where they should be those of a workdir.
     """
 
     arch: str
@@ -38,39 +40,73 @@ class Subject:
     calibration: jax.Array
     held_out: jax.Array
     normalize: Callable[[jax.Array], jax.Array]
+    note: str = ""
 
 
-def trained_subject(folder: str, best: bool = False, budget: float | None = None) -> Subject:
+def trained_subject(folder: str, best: bool = False, budget: float | None = None, data: str | None = None) -> Subject:
     """The newest (or best) networks of a workdir, with training images to calibrate and held-out images to measure on.
+
+    Where its images are not on this machine, random ones take their place.
 
     Args:
       budget: MACs reduction to bring the gates to; None: as they were trained.
+      data: name of a data set to use in place of the config's.
 
     Raises:
-      UserError: there is no gated network, or no offset to its gates reaches the budget.
+      UserError: there is no gated network, no offset to its gates reaches the budget, or a budget needs images that are
+        not here.
     """
-    run = load_run(folder)
+    run, note = _with_images_or_without(folder, data, must=budget is not None or data is not None)
     if not run.has(GATED):
         raise UserError(
             f"{run.workdir} has no trained gates: train them, or give --arch and --budget for synthetic ones"
         )
-    gated = run.trained(GATED, best)
-    if budget is not None:
-        gated = CalibratedNetwork(Calibration(run), gated, known_estimate(run)["r"]).at(budget)
-
-    def first_images(split: Any, most: int) -> jax.Array:
-        batches = eval_batches(run.dataset, split, run.config.eval_batch_size, limit=most)
-        found = [run.normalize(jnp.asarray(batch["image"][batch["weight"] > 0])) for batch in batches]
-        return jnp.concatenate(found)[:most]
-
+    if note:
+        images = random_images(CALIBRATION + HELD_OUT, run.dataset.image_shape, jax.random.key(0))
+        parts = images[:CALIBRATION], images[CALIBRATION:]
+    else:
+        parts = first_images(run, run.dataset.train, CALIBRATION), first_images(run, run.dataset.test, HELD_OUT)
     return Subject(
         run.config.model.name,
         "trained",
         run.models[BASELINE],
         run.models[GATED],
-        run.trained(BASELINE),
-        gated,
-        first_images(run.dataset.train, CALIBRATION),
-        first_images(run.dataset.test, HELD_OUT),
+        run.trained(BASELINE, best),
+        gated_variables(run, best, budget),
+        *parts,
         run.normalize,
+        note,
     )
+
+
+def _with_images_or_without(folder: str, data: str | None, must: bool) -> tuple[Run, str]:
+    try:
+        return load_run(folder, data), ""
+    except UserError as error:
+        if must:
+            raise
+        # Whatever else is wrong is wrong again.
+        return load_run(folder, images=False), f"random images, since its own cannot be loaded ({error})"
+
+
+def gated_variables(run: Run, best: bool = False, budget: float | None = None) -> Any:
+    """The newest (or best) gated network of a run, brought to a budget if one is given."""
+    gated = run.trained(GATED, best)
+    if budget is None:
+        return gated
+    return CalibratedNetwork(Calibration(run), gated, known_estimate(run)["r"]).at(budget)
+
+
+def first_images(run: Run, split: Source, most: int) -> jax.Array:
+    """The first images of a split as the networks take them, float32 [S, H, W, channels]."""
+    batches = eval_batches(run.dataset, split, run.config.eval_batch_size, limit=most)
+    found = [run.normalize(jnp.asarray(batch["image"][batch["weight"] > 0])) for batch in batches]
+    return jnp.concatenate(found)[:most]
+
+
+def random_images(count: int, shape: tuple[int, int, int], key: jax.Array) -> jax.Array:
+    """Large blobs of colour, so that images differ by more than their noise: float32 [count, *shape], about N(0, 1)."""
+    blobs, noise = jax.random.split(key)
+    images = jax.random.normal(blobs, (count, 4, 4, shape[-1]))
+    images = 2 * jax.image.resize(images, (count, *shape), "bilinear")
+    return images + 0.3 * jax.random.normal(noise, images.shape)

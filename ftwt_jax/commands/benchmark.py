@@ -3,16 +3,26 @@
 from absl import flags
 from rich.console import Console
 
+from ftwt_jax import workdir
 from ftwt_jax.benchmark.inference import benchmark
 from ftwt_jax.benchmark.input import benchmark_input
 from ftwt_jax.benchmark.synthetic import synthetic_subject
 from ftwt_jax.budget.trained import trained_subject
-from ftwt_jax.commands.command import Arguments, Command, define_workdir
+from ftwt_jax.commands.command import WORKDIR, Arguments, Command, define_data, define_workdir
 from ftwt_jax.errors import UserError
+
+# What each kind of benchmark takes.
+INPUT, SYNTHETIC, TRAINED = "--input", "--arch", "a trained network"
+TAKES = {
+    INPUT: {"seconds", "config"},
+    SYNTHETIC: {"arch", "budget", "image_size", "batch", "torch", "train", "workdir"},
+    TRAINED: {"workdir", "data", "budget", "batch", "torch", "train"},
+}
 
 
 def _define(values: flags.FlagValues) -> None:
     define_workdir(values)
+    define_data(values)
     flags.DEFINE_string("arch", None, "a network with synthetic gates, instead of a trained one", flag_values=values)
     flags.DEFINE_float("budget", None, "MACs reduction to bring the gates to; --arch needs one", flag_values=values)
     flags.DEFINE_integer(
@@ -28,24 +38,26 @@ def _define(values: flags.FlagValues) -> None:
 def run(arguments: Arguments, console: Console) -> None:
     """Runs the command."""
     values = arguments.flags
-    if values.input:
-        if values.workdir or values.arch is not None:
-            raise UserError(
-                "--input times how a config's images are read, without a network: drop --workdir and --arch"
-            )
+    kind = INPUT if values.input else SYNTHETIC if values.arch is not None else TRAINED
+    if kind == TRAINED and not values.workdir:
+        raise UserError("benchmark needs a trained network, DIR, or --arch=vgg16_bn --budget=0.73, or --input")
+    given = {name for name in set().union(*TAKES.values()) - {"config"} if values[name].value != values[name].default}
+    for name in sorted((given | ({"config"} if arguments.config_flags else set())) - TAKES[kind]):
+        kinds = " or ".join(one for one, takes in TAKES.items() if name in takes)
+        raise UserError(f"--{name} belongs to {kinds}, and this is a benchmark of {kind}: leave it out")
+    if kind == INPUT:
         benchmark_input(arguments.config("--config=configs/imagenet.py"), values.seconds, console)
         return
-    if values.arch is None and not values.workdir:
-        raise UserError(
-            "benchmark needs a trained network, --workdir=DIR, or --arch=vgg16_bn --budget=0.73, or --input"
-        )
-    if values.arch is None:
-        if values.image_size is not None:
-            raise UserError("--image_size belongs to --arch: a trained network has its own")
-        subject = trained_subject(values.workdir, budget=values.budget)
+    if kind == TRAINED:
+        subject = trained_subject(values.workdir, budget=values.budget, data=values.data)
     else:
+        if values.workdir and (workdir.absolute(values.workdir) / workdir.CONFIG).exists():
+            raise UserError(
+                f"--arch times a network with synthetic gates, and {values.workdir} holds a run of its own: leave out "
+                "--arch to time that, or name another folder"
+            )
         subject = synthetic_subject(values.arch, arguments.need("budget", "--budget=0.73"), values.image_size)
     benchmark(subject, values.batch, console, values.torch, values.train, values.workdir)
 
 
-COMMAND = Command(_define, run, takes_config=True)
+COMMAND = Command(_define, run, WORKDIR, takes_config=True)

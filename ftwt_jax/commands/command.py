@@ -21,11 +21,13 @@ class Operand:
     Attributes:
       name: what `--help` calls it.
       example: stands in the message for one that is missing.
+      flag: the flag that may be given in its place.
     """
 
     name: str
     example: str
     several: bool = False
+    flag: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Command:
     takes_config: bool = False
 
 
+# The folder of a run, which may be named without its flag.
+WORKDIR = Operand("dir", "workdirs/digits", flag="workdir")
+
+
 def define_workdir(values: flags.FlagValues) -> None:
     """Declares `--workdir`."""
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -90,6 +96,16 @@ def define_workdir(values: flags.FlagValues) -> None:
 def define_best(values: flags.FlagValues) -> None:
     """Declares `--best`."""
     flags.DEFINE_bool("best", False, "the checkpoint of highest accuracy, not the newest", flag_values=values)
+
+
+def define_data(values: flags.FlagValues) -> None:
+    """Declares `--data`."""
+    flags.DEFINE_string(
+        "data",
+        None,
+        "images to use, if not those of the run's config: folder:PATH or tfds:NAME, with the same classes",
+        flag_values=values,
+    )
 
 
 def define_distributed(values: flags.FlagValues) -> None:

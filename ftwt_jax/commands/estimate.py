@@ -9,8 +9,10 @@ from rich.table import Table
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.estimate import Estimator, estimate_entry
 from ftwt_jax.commands.command import (
+    WORKDIR,
     Arguments,
     Command,
+    define_data,
     define_distributed,
     define_workdir,
     join_processes,
@@ -39,6 +41,7 @@ def _define(values: flags.FlagValues) -> None:
     define_workdir(values)
     flags.DEFINE_string("r", None, "mass thresholds to predict for, such as 0.8,0.9,1", flag_values=values)
     flags.DEFINE_float("budget", None, "MACs reduction to find r for, such as 0.5", flag_values=values)
+    define_data(values)
     define_distributed(values)
 
 
@@ -50,19 +53,21 @@ def run(arguments: Arguments, console: Console) -> None:
     rs = (
         parse_numbers(values.r, "r", "numbers in (0, 1], such as 0.8,0.9,1", lambda r: 0 < r <= 1) if values.r else None
     )
-    estimate(folder, rs, values.budget, join_processes(arguments, console))
+    estimate(folder, rs, values.budget, join_processes(arguments, console), values.data)
 
 
-COMMAND = Command(_define, run)
+COMMAND = Command(_define, run, WORKDIR)
 
 
-def estimate(folder: str, rs: list[float] | None, budget: float | None, console: Console) -> list[dict[str, float]]:
+def estimate(
+    folder: str, rs: list[float] | None, budget: float | None, console: Console, data: str | None = None
+) -> list[dict[str, float]]:
     """Prints r and predicted reduction for each r, or for the r that a budget asks for, from a trained baseline.
 
     With neither, for what the run's own config says. Then the reduction of every unit at these and other r, as a table
     and, in `estimate.png` of the workdir, as a plot.
     """
-    run = load_run(folder)
+    run = load_run(folder, data)
     path, config = run.workdir, run.config
     say_compiling(console, f"the prediction for {config.model.name}")
     estimator = Estimator.of(Calibration(run), run.trained(BASELINE))

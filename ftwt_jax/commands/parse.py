@@ -8,7 +8,7 @@ from absl import flags
 
 from ftwt_jax import config
 from ftwt_jax.commands import COMMANDS
-from ftwt_jax.commands.command import Arguments, Command
+from ftwt_jax.commands.command import Arguments, Command, Operand
 from ftwt_jax.config.fields import FIELDS, KINDS, describe_fields
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
@@ -55,13 +55,29 @@ def parse(name: str, arguments: list[str]) -> Arguments | None:
         value = values[flag].value
         if isinstance(value, str) and value.startswith("--"):
             raise UserError(f"--{flag} lacks its value: --{flag}=VALUE, and not {value}")
-    operand = command.operand
-    if operand is None and words:
-        raise UserError(f"{name} takes flags only; got {words[0]!r}")
-    if operand is not None and (not words or (len(words) > 1 and not operand.several)):
+    return Arguments(values, tuple(config_flags), _operands(name, command.operand, words, values))
+
+
+def _operands(name: str, operand: Operand | None, words: tuple[str, ...], values: flags.FlagValues) -> tuple[str, ...]:
+    """The words of a command; where a flag says the same, either gives the other its value."""
+    if operand is None:
+        if words:
+            raise UserError(f"{name} takes flags only; got {words[0]!r}")
+        return ()
+    if operand.flag:
+        flag = values[operand.flag]
+        if words and flag.value:
+            raise UserError(f"name the {operand.name} once; got {' '.join(words)} and --{operand.flag}={flag.value}")
+        if flag.value:
+            words = (flag.value,)
+        elif len(words) == 1:
+            flag.value = words[0]
+    # A flag's own command says what it is needed for.
+    too_few = not words and (operand.several or not operand.flag)
+    if too_few or (len(words) > 1 and not operand.several):
         wanted = f"one {operand.name}" + (" or more" if operand.several else "")
         raise UserError(f"{name} takes {wanted}, such as {operand.example}; got {' '.join(words) or 'none'}")
-    return Arguments(values, tuple(config_flags), words)
+    return words
 
 
 def describe(name: str, command: Command, config_flags: Sequence[str] = ()) -> str:

@@ -1,5 +1,6 @@
 """The command `report`: reads workdirs, runs their networks over the held-out split once, and writes the page."""
 
+import dataclasses
 import datetime
 import json
 import tempfile
@@ -7,22 +8,22 @@ import time
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftwt_jax import workdir
-from ftwt_jax.commands.command import Arguments, Command, Operand
+from ftwt_jax.commands.command import WORKDIR, Arguments, Command, define_data, define_workdir
 from ftwt_jax.errors import UserError, os_reason, storage_errors
 from ftwt_jax.files import AnyPath, in_bucket
 from ftwt_jax.printing import say
 from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
+from ftwt_jax.report.classes import class_figures, confusion_plot
 from ftwt_jax.report.co_activation import measure_co_activation
 from ftwt_jax.report.images import find_extremes, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
-from ftwt_jax.training.run import open_run
+from ftwt_jax.training.run import load_run
 from ftwt_jax.training.settings import GATED
 from ftwt_jax.workdir import REPORT, as_dict
 from ftwt_jax.workdir.checkpoints import has_checkpoint
@@ -39,6 +40,8 @@ CLOSE = 0.005
 
 
 def _define(values: flags.FlagValues) -> None:
+    define_workdir(values)
+    define_data(values)
     flags.DEFINE_string("out", None, "folder to write, if not report/ in the first DIR", flag_values=values)
     flags.DEFINE_string(
         "unit",
@@ -50,19 +53,24 @@ def _define(values: flags.FlagValues) -> None:
 
 def run(arguments: Arguments, console: Console) -> None:
     """Runs the command."""
-    report(arguments.words, arguments.flags.out, arguments.flags.unit, console)
+    values = arguments.flags
+    report(arguments.words, values.out, values.unit, console, values.data)
 
 
-COMMAND = Command(_define, run, Operand("dir", "workdirs/digits", several=True))
+COMMAND = Command(_define, run, dataclasses.replace(WORKDIR, several=True))
 
 
-def report(folders: Sequence[str], out: str | None, unit: str | None, console: Console) -> AnyPath:
+def report(
+    folders: Sequence[str], out: str | None, unit: str | None, console: Console, data: str | None = None
+) -> AnyPath:
     """Writes the report of these workdirs; returns the path of its page.
 
     Args:
       out: folder to write; None: `report/` in the first workdir.
       unit: whose filters are shown firing together; None, and for networks without it: the one with most dynamic
         filters.
+
+      data: name of the data set whose images are examined, in place of that of the runs' configs.
 
     Raises:
       UserError: a folder is not a workdir or was not evaluated, no network has such a unit, or `out` cannot be written.
@@ -74,7 +82,7 @@ def report(folders: Sequence[str], out: str | None, unit: str | None, console: C
     sections = []
     for run in runs:
         start = time.perf_counter()
-        seen = _see(run, unit)
+        seen = _see(run, unit, data)
         sections.append(_section(run, seen))
         what = seen.note or f"looked at its held-out images in {time.perf_counter() - start:.0f} s"
         say(console, f"{run.label}: {what}")
@@ -113,13 +121,15 @@ def _section(run: RecordedRun, seen: Seen) -> Section:
         seen=seen,
         training=figures.training_plots(run),
         corruptions=figures.corruption_plot(run) if run.corruptions else None,
+        confusion=confusion_plot(run),
+        classes=class_figures(run),
         train_command=train_command(run),
         evaluate_commands=evaluate_commands(run),
         config=json.dumps(as_dict(run.config), indent=2),
     )
 
 
-def _see(run: RecordedRun, unit: str | None) -> Seen:
+def _see(run: RecordedRun, unit: str | None, data: str | None) -> Seen:
     """Runs the gated network of a run; without one, or where data or checkpoint are not here, a note says so."""
     if not run.gated:
         return Seen(note="there is no gated network yet; these are the figures of the baseline")
@@ -128,9 +138,9 @@ def _see(run: RecordedRun, unit: str | None) -> Seen:
     if not has_checkpoint(run.path, GATED):
         return Seen(note=f"its images were not examined: there is no {GATED} checkpoint in {run.path}")
     try:
-        made = open_run(ConfigDict(run.config), run.path)
+        made = load_run(str(run.path), data)
         samples = measure_images(made, best=run.evaluation.get("checkpoint") == "best")
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as error:
         return Seen(note=f"its images were not examined: {error}")
     note = ""
     reduction = 1 - samples.macs.mean() / samples.dense_macs

@@ -85,6 +85,32 @@ def describe_dataset(name: str, num_classes: int | None = None, **options: Any) 
     return dataset if num_classes is None else dataclasses.replace(dataset, num_classes=num_classes)
 
 
+def other_options(
+    options: Mapping[str, Any], name: str, image_shape: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """The options of a data set for another one, so that its images are prepared in the same way.
+
+    Splits are named anew where the kind differs, and a `data_dir` that is not there is left out.
+
+    Args:
+      options: those of `config.data`.
+      name: the other data set.
+      image_shape: (H, W, channels) that the network was trained with, where `image_size` leaves it to the data set.
+    """
+    rest = {option: value for option, value in options.items() if option != "name"}
+    before, _, given, usual = _find(str(options["name"]), rest)
+    after, _, _, known = _find(name, {})
+    size = {"image_size": image_shape[0]} if image_shape else {}
+    chosen = {"augment": "crop", **usual, **size, **given}
+    if before is not after:
+        chosen = {option: value for option, value in chosen.items() if not option.endswith("_split")}
+    folder = chosen.get("data_dir")
+    if folder and "://" not in folder and not os.path.isdir(folder):
+        del chosen["data_dir"]
+    kept = {option: value for option, value in chosen.items() if option in known}
+    return {**dict.fromkeys(options), ON_DEVICE: options.get(ON_DEVICE), **kept, "name": name}
+
+
 def _find(name: str, options: Mapping[str, Any]) -> tuple[Loader, list[str], dict[str, Any], dict[str, Any]]:
     """The loader of a data set, its place if it is of a family, the options that are set, and the defaults of all."""
     kind, colon, place = name.partition(":")

@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 
 from ftwt_jax.files import AnyPath, written_whole
+from ftwt_jax.printing import shorten_data
+from ftwt_jax.report.classes import ClassFigures
 from ftwt_jax.report.images import Thumbnail
 from ftwt_jax.report.mask_plots import count
 from ftwt_jax.report.plotting import save_png, to_svg
@@ -52,6 +54,8 @@ class Section:
     seen: Seen
     training: Sequence[Plot]
     corruptions: Plot | None
+    confusion: Plot | None
+    classes: Sequence[ClassFigures]
     train_command: str | None
     evaluate_commands: Sequence[str]
     config: str
@@ -64,7 +68,7 @@ class Section:
     @property
     def plots(self) -> list[Plot]:
         """The plots of this run alone."""
-        single = [plot for plot in (self.seen.macs, self.corruptions) if plot is not None]
+        single = [plot for plot in (self.seen.macs, self.corruptions, self.confusion) if plot is not None]
         return [*single, *self.seen.co_activation, *self.training]
 
 
@@ -82,7 +86,10 @@ def render(sections: Sequence[Section], **others: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"embed": embed, "cost": count, "figure": _figure, "percent": _percent}
+    environment.filters |= {
+        **{"embed": embed, "cost": count, "figure": _figure, "percent": _percent},
+        **{"digits": _digits, "shorten": shorten_data},
+    }
     page = environment.get_template("page.html").render(sections=sections, many=MANY, **others)
     return page.encode(errors="backslashreplace").decode()  # Names of folders may hold bytes that are not UTF-8.
 
@@ -90,6 +97,11 @@ def render(sections: Sequence[Section], **others: Any) -> str:
 def _figure(value: Any, digits: int = 4) -> str:
     """A number in a table; a dash if it is missing."""
     return f"{value:.{digits}f}" if is_number(value) else "-"
+
+
+def _digits(value: Any) -> str:
+    """A number with four significant digits; a dash if it is missing."""
+    return f"{value:#.4g}".rstrip(".") if is_number(value) else "-"
 
 
 def _percent(value: float) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 
 from ftwt_jax.data.corruptions import CLEAN
 from ftwt_jax.errors import printable
@@ -22,6 +23,10 @@ LEGEND_ROW = 0.21
 # A curve with more points is averaged down to this many.
 MOST_POINTS = 240
 LONGEST_LABEL = 34
+# Times the usual distance from the highest accuracy: what is further away is cut off. And that plot's least height.
+FAR, LEAST_REACH = 4, 0.02
+# Numbers of one colour at arrows closer than this would cover each other.
+NEAR = 0.1
 MARKERS = "osD^vPX"
 
 
@@ -65,6 +70,18 @@ def plain(text: str, longest: int = LONGEST_LABEL) -> str:
     return short.replace("$", r"\$")
 
 
+def distinct(names: Sequence[str], longest: int = LONGEST_LABEL) -> list[str]:
+    """Names as text of a plot, shortened only as far as names that differ still do."""
+    most = max(map(len, names), default=longest)
+    lengths = (length for length in range(longest, most + 1) if _differ(names, length))
+    length = next(lengths, most)
+    return [plain(name, length) for name in names]
+
+
+def _differ(names: Sequence[str], longest: int) -> bool:
+    return len({plain(name, longest) for name in names}) == len(set(names))
+
+
 def legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
     """Adds a legend below the plot."""
     rows = -(-len(handles) // columns)
@@ -102,6 +119,7 @@ def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
     if any("static_accuracy" in row for run in runs for row in run.budgets):
         kinds.append(_mark("fixed masks", color=INK, linestyle="--", linewidth=1))
     axes.set_xlim(left=-0.02)
+    _cut_off_low(axes)
     legend(figure, [*handles, *kinds], columns=2)
     points = "; ".join(
         f"{run.name}: dense {run.evaluation['dense_accuracy']:.4f}"
@@ -112,11 +130,42 @@ def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
         "Held-out accuracy against the share of MACs saved. Open squares: dense networks. Filled markers: gated "
         "networks trained from them."
     )
+    if axes.texts:
+        caption += " Arrows at the lower edge, with the highest value: networks and curves far below the others."
     if any(run.budgets for run in runs):
         caption += " Solid lines: the same network at other budgets, without more training."
     if len(kinds) > 2:
         caption += " Dashed lines: one fixed mask for all images, at the same MACs."
     return Plot("accuracy", figure, f"Accuracy against MACs reduction. {points}.", caption)
+
+
+def _cut_off_low(axes: Axes) -> None:
+    """Keeps a bad curve from squeezing the others: the axis ends below most points, and arrows stand for lower ones.
+
+    It reaches down to at most `FAR` times the distance from the highest point that half of networks and curves have,
+    unless twice that shows all.
+    """
+    drawn = ((line, np.asarray(line.get_ydata(), float)) for line in axes.get_lines() if line.get_linestyle() != ":")
+    lines, values = zip(*((line, ys) for line, ys in drawn if ys.size), strict=True)
+    top = max(map(np.max, values))
+    distances, usual = top - np.concatenate(values), np.median([top - np.median(ys) for ys in values])
+    reach = max(FAR * float(usual), LEAST_REACH)
+    if distances.max() <= 2 * reach:
+        return
+    height = max(1.15 * distances[distances <= reach].max(), LEAST_REACH)
+    bottom = top - height
+    axes.set_ylim(bottom, top + 0.05 * height)
+    labels: list[Annotation] = []
+    for line, ys in zip(lines, values, strict=True):
+        if ys.min() >= bottom:
+            continue
+        line.set_clip_on(True)
+        if ys.max() < bottom:
+            x, color = float(np.mean(np.asarray(line.get_xdata(), float))), line.get_color()
+            axes.plot(x, bottom, "v", color=color, markersize=6, clip_on=False, zorder=5)
+            place: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            if not any(text.get_color() == color and abs(text.xy[0] - x) < NEAR for text in labels):
+                labels.append(axes.annotate(f"{ys.max():.2f}", (x, bottom), **place, fontsize=8, color=color))
 
 
 def _curve(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -164,7 +213,7 @@ def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
     many = len(names) > 6 or max(map(len, names)) > 8
     axes.set_xticks(
         range(len(names)),
-        [plain(name) for name in names],
+        distinct(names),
         rotation=90 if many else 0,
         fontsize=8 if many else 10,
     )

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ftwt_jax import workdir
 from ftwt_jax.errors import UserError, printable, unknown_name
 from ftwt_jax.files import AnyPath
-from ftwt_jax.workdir import BUDGETS, CORRUPTIONS, EVALUATION, METRICS
+from ftwt_jax.workdir import BENCHMARK, BUDGETS, CORRUPTIONS, EVALUATION, METRICS
 from ftwt_jax.workdir.environment import Environment, recorded_environments
 
 Row = dict[str, Any]
@@ -20,6 +20,7 @@ Row = dict[str, Any]
 FIGURES = ("accuracy", "dense_accuracy", "macs_reduction", "macs_reduction_published", "samples")
 GATE_FIGURES = ("gate_accuracy", "static_gate_accuracy", "dynamic_filters")
 CURVE_FIGURES = ("accuracy", "macs_reduction")
+TIMES = ("batch", "macs_reduction", "dense_ms", "masked_ms", "compact_ms")
 CORRUPTION_FIGURES = ("severity", "dense_accuracy")
 
 
@@ -33,6 +34,7 @@ class RecordedRun:
       evaluation: `evaluation.json`; reductions and accuracies are fractions.
       curve: `budgets.json`; empty if it does not exist.
       sweep: `corruptions.json`; empty if it does not exist.
+      timing: `benchmark.json`; empty if it does not exist.
       metrics: the lines of `metrics.jsonl`; empty for an imported network.
       environments: the environments that it was trained in, in order; empty if they were not recorded.
     """
@@ -44,6 +46,7 @@ class RecordedRun:
     evaluation: Row
     curve: Row
     sweep: Row
+    timing: Row
     metrics: tuple[Row, ...]
     environments: Sequence[Environment]
 
@@ -116,6 +119,7 @@ def _read(number: int, name: str, path: AnyPath) -> RecordedRun:
         evaluation=_read_evaluation(path),
         curve=_read_table(path / BUDGETS, CURVE_FIGURES, "evaluate --budgets=0.3,0.5,0.7"),
         sweep=_read_table(path / CORRUPTIONS, CORRUPTION_FIGURES, "evaluate --corruptions"),
+        timing=_read_timing(path / BENCHMARK),
         metrics=read_metrics(path / METRICS),
         environments=recorded_environments(path),
     )
@@ -139,11 +143,37 @@ def _read_evaluation(folder: AnyPath) -> Row:
     lists = isinstance(units, list) and isinstance(density, list) and len(units) == len(density)
     if not (lists and all(isinstance(unit, str) for unit in units) and all(map(is_number, density))):
         missing.append("units and density")
+    if not _are_classes(found):
+        missing.append("figures of the same classes")
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(missing)}, perhaps because an older version wrote it; run "
             f"`python -m ftwt_jax evaluate --workdir={folder}` again"
         )
+    return found
+
+
+def _are_classes(found: Any) -> bool:
+    """Whether the figures of classes, which older versions do not write, are as many everywhere."""
+    if _get(found, "class_accuracy") is None:
+        return True
+    accuracies = [_get(found, name) for name in ("class_accuracy", "dense_class_accuracy")]
+    if not all(isinstance(row, list) and all(x is None or is_number(x) for x in row) for row in accuracies):
+        return False
+    number, matrix = len(accuracies[0]), _get(found, "confusion") or []
+    if not (isinstance(matrix, list) and all(isinstance(row, list) and all(map(is_number, row)) for row in matrix)):
+        return False
+    rows = [accuracies[1], _get(found, "class_names") or accuracies[0], matrix or accuracies[0], *matrix]
+    return all(isinstance(row, list) and len(row) == number for row in rows)
+
+
+def _read_timing(path: AnyPath) -> Row:
+    if not path.exists():
+        return {}
+    found = workdir.read_json(path, "times")
+    missing = [name for name in TIMES if not is_number(_get(found, name))]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: write it again with `benchmark`, or delete it")
     return found
 
 

@@ -20,6 +20,8 @@ from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, put_whole,
 from ftwt_jax.training.step import Normalize
 
 Sums = dict[str, Any]
+# Of more classes, the matrix of what is taken for what is not kept.
+MOST_CONFUSED = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Evaluation:
       gates: None for a dense network.
       layers: the work of every layer.
       samples: number of images.
+      class_accuracy: of each class, by label; None without images of it.
+      confusion: of up to `MOST_CONFUSED` classes, the number of images of a class (first) classified as another
+        (second); None of more.
     """
 
     samples: int
@@ -49,6 +54,8 @@ class Evaluation:
     gates: GateReport | None
     gate_names: tuple[str, ...]
     layers: tuple[LayerWork, ...]
+    class_accuracy: tuple[float | None, ...] = ()
+    confusion: list[list[int]] | None = None
 
 
 class Evaluator:
@@ -73,7 +80,11 @@ class Evaluator:
             control = GateControl(r=r, masks=masks, offset=offset)
             outputs: Any = model.apply(variables, normalize(batch["image"]), train=False, control=control)
             weight = batch["weight"]
-            hits = jnp.argmax(outputs.logits, axis=-1) == batch["label"]
+            classes, predicted = outputs.logits.shape[-1], jnp.argmax(outputs.logits, axis=-1)
+            hits = predicted == batch["label"]
+            # Matrix products of zeros and ones are exact, and a batch may be divided over devices.
+            true = jax.nn.one_hot(batch["label"], classes) * weight[:, None]
+            confusion = true.T @ jax.nn.one_hot(predicted, classes) if classes <= MOST_CONFUSED else None
 
             def work(convention: Convention) -> list[Array]:
                 # As shares of the dense total: sums of numbers below 1 stay exact enough in float32.
@@ -84,6 +95,8 @@ class Evaluator:
             return {
                 "samples": jnp.sum(weight),
                 "correct": jnp.sum(hits * weight),
+                "classes": (jnp.sum(true, axis=0), hits.astype(true.dtype) @ true),
+                "confusion": confusion,
                 "exact": work("exact"),
                 "published": work("published"),
                 "gates": count_gates(outputs.gates, weight),
@@ -129,6 +142,7 @@ class Evaluator:
         gate_names = tuple(layer.name for layer in layers if layer.gate is not None)
         dense = [layer_dense_macs(layer) for layer in layers]
         gated = bool(gate_names)
+        confusion = sums["confusion"]
         return Evaluation(
             samples=samples,
             accuracy=float(sums["correct"] / samples),
@@ -140,6 +154,10 @@ class Evaluator:
                 LayerWork(layer, float(before), float(part * sum(dense)))
                 for layer, before, part in zip(layers, dense, exact, strict=True)
             ),
+            class_accuracy=tuple(
+                float(right / count) if count else None for count, right in zip(*sums["classes"], strict=True)
+            ),
+            confusion=None if confusion is None else np.rint(confusion).astype(int).tolist(),
         )
 
 

@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftwt_jax.data import absolute_paths, load_dataset
+from ftwt_jax.data import absolute_paths, describe_dataset, load_dataset, other_options
 from ftwt_jax.data.build import for_channels
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.resident import Resident, place
-from ftwt_jax.data.source import Dataset
+from ftwt_jax.data.source import Dataset, NoImages
 from ftwt_jax.errors import RunWarning, UserError
 from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
@@ -37,7 +37,7 @@ from ftwt_jax.training.settings import (
     total_steps,
 )
 from ftwt_jax.training.step import Normalize, normalizer
-from ftwt_jax.weights.adapt import adapt, can_adapt, has_fresh_classifier
+from ftwt_jax.weights.adapt import CLASSIFIER, adapt, can_adapt, has_fresh_classifier
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.workdir import CONFIG, absolute, as_dict, differing_fields, load, read_json
 from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint, newest_step
@@ -215,6 +215,7 @@ def make_run(
     mesh: Mesh | None = None,
     dataset: Dataset | None = None,
     statistics: Statistics | None = None,
+    hint: str = "",
 ) -> Run:
     """Builds the parts of a run; raises `UserError` for whatever in the config cannot work.
 
@@ -223,6 +224,7 @@ def make_run(
       mesh: the devices; None: all there are.
       dataset: in place of the one that the config names.
       statistics: mean and deviation to normalise images with, in place of the data set's.
+      hint: what to add to the message where the data cannot be loaded.
     """
     config = config.copy_and_resolve_references()
     mesh = data_mesh() if mesh is None else mesh
@@ -230,7 +232,11 @@ def make_run(
     config.data.update(absolute_paths(config.data))
     if config.init_from:
         config.init_from = str(absolute(config.init_from))
-    dataset = load_dataset(**config.data) if dataset is None else dataset
+    if dataset is None:
+        try:
+            dataset = load_dataset(**config.data)
+        except UserError as error:
+            raise UserError(f"{error}{hint}") from None
     if statistics is not None:
         mean, std = (for_channels(values, dataset.image_shape[-1]) for values in statistics)
         dataset = dataclasses.replace(dataset, mean=mean, std=std)
@@ -243,31 +249,70 @@ def make_run(
     return run
 
 
-def open_run(config: ConfigDict, folder: AnyPath) -> Run:
+def open_run(config: ConfigDict, folder: AnyPath, dataset: Dataset | None = None, hint: str = "") -> Run:
     """The run of a config in a workdir; images are normalised as its baseline, or the one it starts from, was given."""
     places = [folder, *([absolute(config.init_from)] if config.get("init_from") else [])]
     found = (trained_statistics(place) for place in places if has_checkpoint(place, BASELINE))
-    return make_run(config, folder, statistics=next(filter(None, found), None))
+    return make_run(config, folder, dataset=dataset, statistics=next(filter(None, found), None), hint=hint)
 
 
-def load_run(folder: str) -> Run:
+def load_run(folder: str, data: str | None = None, images: bool = True) -> Run:
     """The run of a workdir; raises `UserError` if it holds none.
 
     A `RunWarning` says if training stopped early, or if no dense network of its own is there.
+
+    Args:
+      data: name of a data set to use in place of the config's, prepared as that was.
+      images: whether images are needed. If not, the data set is described as the checkpoints record it, and it need not
+        be on this machine; only where a workdir of an older version does not record enough is it loaded.
     """
     path, config = load(folder)
-    run = open_run(config, path)
+    if data is not None:
+        config.data.update(other_options(config.data, data, _kept_dataset(path).get("image_shape")))
+    dataset = None if images else _recorded_dataset(path, config)
+    hint = "; if its data are elsewhere now, name them with --data=folder:PATH or --data=tfds:NAME"
+    run = open_run(config, path, dataset, "" if data else hint)
     if is_first():
-        for warning in _warnings(run):
+        # Of other images, there may be more or fewer than the network was trained on.
+        for warning in _warnings(run, _kept_dataset(path).get("train_size") or len(run.dataset.train)):
             warnings.warn(f"{path}: {warning}", RunWarning, stacklevel=2)
     return run
 
 
-def _warnings(run: Run) -> Iterator[str]:
+def _recorded_dataset(workdir: AnyPath, config: ConfigDict) -> Dataset | None:
+    """A workdir's data set without images, as its checkpoints record it; None where they do not say enough."""
+    with contextlib.closing(Checkpoints(workdir, _first_stage(workdir), {})) as checkpoints:
+        kept, saved = checkpoints.kept_dataset(), flatten_dict(checkpoints.network_shapes())
+    if not kept.get("mean"):
+        return None
+    classes, shape = saved[(*CLASSIFIER, "kernel")].shape[1], kept.get("image_shape")
+    if shape is None:
+        side = config.data.get("image_size")
+        try:
+            side = side or describe_dataset(**{**config.data, "num_classes": classes}).image_shape[0]
+        except (UserError, ImportError):
+            return None
+        shape = [side, side, len(kept["mean"])]
+    nothing = NoImages(kept.get("train_size", 0))
+    names = tuple(kept.get("class_names", ()))
+    return Dataset(nothing, nothing, classes, tuple(shape), kept["mean"], kept["std"], class_names=names)
+
+
+def _first_stage(workdir: AnyPath) -> str:
+    """The first stage of a workdir with a network; the baseline if there is none."""
+    return next((stage for stage in STAGES if has_checkpoint(workdir, stage)), BASELINE)
+
+
+def _kept_dataset(workdir: AnyPath) -> dict[str, Any]:
+    with contextlib.closing(Checkpoints(workdir, _first_stage(workdir), {})) as checkpoints:
+        return checkpoints.kept_dataset()
+
+
+def _warnings(run: Run, images: int) -> Iterator[str]:
     for stage in STAGES:
         step = newest_step(run.workdir, stage)
         if step or (step == 0 and not run.is_finished(stage)):
-            yield from filter(None, [cut_short(run.config, stage, step, len(run.dataset.train))])
+            yield from filter(None, [cut_short(run.config, stage, step, images)])
     if is_gated_backbone(run.workdir):
         yield BACKBONE
 

@@ -337,8 +337,8 @@ class Checkpoints:
                     "config.data.class_order to bytes or natural"
                 )
             raise UserError(
-                f"the network in {self.path} was trained on other classes: {first}; restore the data, or correct "
-                "config.data"
+                f"the network in {self.path} was trained on other classes: {first}; restore them, or name "
+                "those data (config.data; --data)"
             )
 
     def _check_shapes(self, saved: Any, variables: Any) -> None:

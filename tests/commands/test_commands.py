@@ -1,16 +1,25 @@
 """The command line used wrongly: one line that names the remedy, exit status 2, nothing written."""
 
 import dataclasses
+import io
+import json
 import shutil
+import types
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from ftwt_jax.__main__ import main
 from ftwt_jax.commands.evaluate import COMMAND as EVALUATE
+from ftwt_jax.commands.evaluate.held_out import unit_table
 from ftwt_jax.commands.parse import parse
+from ftwt_jax.printing import shorten_data
+from ftwt_jax.training.evaluator import Evaluation, LayerWork
+from ftwt_jax.training.optim import cooldown_step
 from ftwt_jax.version import __version__
-from tests.conftest import ROOT, config_of, fails
+from ftwt_jax.workdir import load
+from tests.conftest import ROOT, TINY_STEPS, config_of, fails, read_metrics
 
 pytestmark = pytest.mark.long
 
@@ -301,3 +310,58 @@ def test_what_get_config_returns_must_be_a_config(capsys, tmp_path):
     (tmp_path / "mine.py").write_text("def get_config():\n    return {}\n")
     error = fails(capsys, "train", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
     assert "get_config must return a ConfigDict, not dict" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evaluate", "a", "b"], "evaluate takes one dir, such as workdirs/digits; got a b"),
+        (["evaluate", "a", "--workdir=b"], "name the dir once; got a and --workdir=b"),
+        (["evaluate", "missing"], "there is no workdir"),
+        (["report", "--workdir=missing"], "there is no workdir"),
+        (["estimate", "missing", "--budget=0.5"], "there is no workdir"),
+        (["export", "missing", "--out=x.stablehlo"], "there is no workdir"),
+        (["export", "w", "--out=x.onnx"], ".safetensors (weights for PyTorch) or .stablehlo (a program that needs JAX"),
+        (
+            ["export", "w", "--out=x.pt", "--format=stablehlo"],
+            "ends in .stablehlo (a program that needs JAX alone)",
+        ),
+        (["export", "w", "--out=x.safetensors", "--data=digits"], "--data belongs to a program"),
+    ],
+)
+def test_a_workdir_is_named_with_or_without_its_flag(capsys, monkeypatch, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, *arguments)
+
+
+def test_the_best_checkpoint_is_that_of_the_log_or_the_reason_is_said(program, tiny_run, tmp_path):
+    workdir = shutil.copytree(tiny_run[0], tmp_path / "run")
+    printed = program.run("evaluate", str(workdir), "--best")
+    result = json.loads((workdir / "evaluation.json").read_text())
+    frozen = cooldown_step(load(str(workdir))[1].gates, TINY_STEPS)
+    for stage, accuracy, first in (("baseline", "dense_accuracy", 0), ("gated", "accuracy", frozen)):
+        rows = [row for row in read_metrics(workdir) if row["stage"] == stage and "eval_accuracy" in row]
+        best = max(row["eval_accuracy"] for row in rows if row["step"] >= first)
+        step = result["steps"][stage]
+        assert result[accuracy] == pytest.approx(best, abs=1e-6)
+        assert f"best {stage} checkpoint: step {step}, accuracy {best:.4f}" in printed
+    earlier = max(row["eval_accuracy"] for row in rows)
+    assert (f"the log's {earlier:.4f} is of step" in printed) == (earlier > best)
+
+
+def test_units_are_told_apart_in_a_narrow_table():
+    names = [f"features_of_the_encoder/block{index}/{conv}" for index in range(12) for conv in ("conv1", "conv2")]
+    works = tuple(LayerWork(types.SimpleNamespace(name=name, out_features=64), 2e6, 1e6) for name in names)
+    console = Console(width=80, file=io.StringIO())
+    console.print(unit_table(Evaluation(1, 0.5, 0.5, 0.5, None, (), works)))
+    cells = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(cells) == "".join([*names, "all"])
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
+
+
+def test_long_data_paths_are_shortened_from_the_front():
+    name = "folder:/mnt/shared/projects/2026/animals/images/cats_and_dogs"
+    assert shorten_data(name) == "folder:…/images/cats_and_dogs"
+    assert shorten_data(f"folder:/{'x' * 50}") == f"folder:…/{'x' * 50}"
+    assert shorten_data("folder:/data/pets") == "folder:/data/pets"
+    assert shorten_data("tfds:imagenet_resized/64x64:0.1.0") == "tfds:imagenet_resized/64x64:0.1.0"

@@ -73,7 +73,13 @@ def test_a_masked_program_runs_any_number_of_images_elsewhere(program, tiny_run,
 def test_a_compact_program_runs_one_image_elsewhere(program, tiny_run, tmp_path, expected):
     images, logits = expected
     file = tmp_path / "network.stablehlo"
-    program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--compact", "--format=stablehlo")
+    said = program.run("export", f"--workdir={tiny_run[0]}", f"--out={file}", "--compact", "--format=stablehlo")
+    told = re.search(r"one image takes (\S+) ms, and (\S+) ms in the masked program \((\S+) and (\S+) MB\)", said)
+    assert told is not None, said
+    quick, plain, size, _ = map(float, told.groups())
+    assert size == pytest.approx(file.stat().st_size / 1e6, rel=0.01)
+    if quick != plain:
+        assert ("leave out --compact" in said) == (quick > plain)
     # Random images are nothing that calibration has seen: the way back to the masked network is in the file too.
     for index in range(2):
         assert close(run_elsewhere(tmp_path, str(file), images[index : index + 1])[1], logits[index : index + 1])

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from ftwt_jax.__main__ import run
 from ftwt_jax.budget import batch_statistics, keeper
-from ftwt_jax.commands import train
-from ftwt_jax.commands.evaluate import held_out
+from ftwt_jax.commands import evaluate, train
 from ftwt_jax.training import evaluator, loop
 
 WENT_ON = 3
@@ -32,7 +31,7 @@ PHASES = {
     "calibration": (keeper.BudgetKeeper, "after", evaluator),
     "statistics": (keeper.BudgetKeeper, "after", batch_statistics),
     "final evaluation": (train, "evaluate_run", evaluator),
-    "evaluate": (held_out, "evaluate_run", evaluator),
+    "evaluate": (evaluate, "evaluate_run", evaluator),
 }
 COMPILATION = "compilation"
 

@@ -15,9 +15,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ftwt_jax import workdir
+from ftwt_jax.printing import shorten_data
 from ftwt_jax.report.co_activation import average_blocks, measure_co_activation
 from ftwt_jax.report.images import measure_images
 from ftwt_jax.report.reproduce import train_command
+from ftwt_jax.report.run_plots import Plot, accuracy_plot, distinct
 from ftwt_jax.report.runs import read_runs
 from ftwt_jax.training.run import open_run
 from tests.conftest import config_of, fails
@@ -82,6 +84,65 @@ def test_the_page_has_the_figures_of_every_evaluation(report):
     assert "decoupled" in page.text
     assert "0.8765" not in page.text  # Only drawn.
     assert "fog" in page.text
+
+
+def test_the_page_has_the_times_of_a_benchmark(report):
+    _, out, _, _ = report
+    section = (out / "index.html").read_text().partition('<h2 id="time">')[2].partition("</section>")[0]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
+    assert cells == ["vgg_bn", "&lt;cpu&gt;", "1", "0.600", "8.642", "9.500", "4.321", "2.00", "2.50"]
+
+
+def test_the_page_has_the_figures_of_each_class(report):
+    runs, out, _, _ = report
+    found = json.loads((runs[0] / "evaluation.json").read_text())
+    section = (out / "index.html").read_text().partition('<h2 id="classes">')[2]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>', section)[:10]
+    assert [row[0] for row in rows] == found["class_names"]
+    assert [int(row[1]) for row in rows] == [sum(row) for row in found["confusion"]]
+    assert [row[3] for row in rows] == [f"{accuracy:.3f}" for accuracy in found["class_accuracy"]]
+    assert (out / "run1_confusion.png").exists()
+
+
+def test_a_long_path_of_data_is_shortened_in_the_table(report):
+    runs, _, page, _ = report
+    name = json.loads((runs[3] / "config.json").read_text())["data"]["name"]
+    assert len(name) > 34
+    assert [cell for cell in page.attributes("td") if cell.get("title") == name]
+    assert f" {shorten_data(name)}" in page.text
+
+
+def accuracies(tmp_path, tiny_run, **networks) -> Plot:
+    """The main plot of runs with these accuracies: of the dense network, the gated one, and at other budgets."""
+    for name, (dense, gated, curve) in networks.items():
+        run = shutil.copytree(tiny_run[0], tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        change_json(run / "evaluation.json", dense_accuracy=dense, accuracy=gated)
+        rows = [{"accuracy": accuracy, "macs_reduction": 0.3 + 0.1 * place} for place, accuracy in enumerate(curve)]
+        (run / "budgets.json").write_text(json.dumps({"rows": rows}))
+    return accuracy_plot(read_runs([str(tmp_path / name) for name in networks]))
+
+
+def test_one_bad_curve_does_not_squeeze_the_main_plot(tiny_run, tmp_path):
+    good = {"a": (0.94, 0.938, (0.939, 0.937, 0.93)), "b": (0.945, 0.93, (0.94, 0.935, 0.92))}
+    plot = accuracies(tmp_path, tiny_run, **good, bad=(0.12, 0.1, (0.1, 0.1, 0.1)))
+    bottom, top = plot.figure.axes[0].get_ylim()
+    assert 0.85 < bottom < 0.92
+    assert 0.945 <= top < 1
+    assert {text.get_text() for text in plot.figure.axes[0].texts} == {"0.12", "0.10"}
+    assert "Arrows at the lower edge" in plot.caption
+
+
+def test_a_curve_that_falls_is_shown_whole(tiny_run, tmp_path):
+    plot = accuracies(tmp_path, tiny_run, a=(0.94, 0.92, (0.93, 0.88, 0.8)))
+    assert plot.figure.axes[0].get_ylim()[0] <= 0.8
+    assert not plot.figure.axes[0].texts
+    assert "Arrows" not in plot.caption
+
+
+def test_names_in_plots_stay_distinct():
+    names = [f"encoder_of_the_left_side/block{index}/convolution_of_the_branch" for index in range(12)]
+    assert len(set(distinct(names))) == len(names)
+    assert distinct(["unit0", "unit1"]) == ["unit0", "unit1"]
 
 
 def test_the_page_is_self_contained(report):
@@ -166,6 +227,12 @@ def test_macs_and_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
     assert len(measured.macs) == found["samples"] == 450
     assert 1 - measured.macs.mean() / measured.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)
     assert np.mean(measured.labels == measured.predicted) == pytest.approx(found["accuracy"])
+    counted = np.zeros((10, 10), int)
+    np.add.at(counted, (measured.labels, measured.predicted), 1)
+    assert found["confusion"] == counted.tolist()
+    np.testing.assert_allclose(found["class_accuracy"], counted.diagonal() / counted.sum(axis=1))
+    shares = np.array(found["dense_class_accuracy"]) * np.sum(found["dense_confusion"], axis=1)
+    assert shares.sum() / 450 == pytest.approx(found["dense_accuracy"])
     densities = [measured.masks(unit).mean() for unit in found["units"]]
     np.testing.assert_allclose(densities, found["density"], atol=1e-6)
     dynamic, filters = (sum(xs) for xs in (map(measured.dynamic, measured.units), measured.widths))
@@ -223,6 +290,8 @@ def test_runs_with_the_same_name_get_longer_names(tiny_run, tmp_path):
         ((lambda run: (run / "budgets.json").write_text('{"rows": [{"budget": 1}]}')), "write it again with `evaluate"),
         ((lambda run: (run / "corruptions.json").write_text("x")), "cannot read the table in"),
         ((lambda run: (run / "config.json").unlink()), "holds no run"),
+        ((lambda run: (run / "benchmark.json").write_text('{"batch": 1}')), "lacks macs_reduction, dense_ms"),
+        ((lambda run: change_json(run / "evaluation.json", class_accuracy=[0.5])), "figures of the same classes"),
     ],
 )
 def test_a_broken_workdir_is_named(capsys, tiny_run, tmp_path, change, says):

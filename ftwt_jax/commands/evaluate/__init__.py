@@ -4,9 +4,11 @@ from absl import flags
 from rich.console import Console
 
 from ftwt_jax.commands.command import (
+    WORKDIR,
     Arguments,
     Command,
     define_best,
+    define_data,
     define_distributed,
     define_workdir,
     join_processes,
@@ -14,8 +16,11 @@ from ftwt_jax.commands.command import (
 )
 from ftwt_jax.commands.evaluate.budgets import evaluate_budgets
 from ftwt_jax.commands.evaluate.corruptions import evaluate_corruptions
-from ftwt_jax.commands.evaluate.held_out import evaluate
+from ftwt_jax.commands.evaluate.held_out import evaluate_run
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import in_bucket
+from ftwt_jax.training.run import load_run
+from ftwt_jax.workdir import absolute
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -34,6 +39,13 @@ def _define(values: flags.FlagValues) -> None:
         "with --corruptions: images that are already corrupted, tfds:cifar10_corrupted",
         flag_values=values,
     )
+    define_data(values)
+    flags.DEFINE_string(
+        "out",
+        None,
+        "file to write, if not evaluation.json, budgets.json or corruptions.json in the workdir; of other data, none",
+        flag_values=values,
+    )
     define_distributed(values)
 
 
@@ -48,13 +60,17 @@ def run(arguments: Arguments, console: Console) -> None:
     if values.budgets is not None:
         wanted = "MACs reductions between 0 and 1, such as 0.3,0.5,0.7"
         budgets = parse_numbers(values.budgets, "budgets", wanted, lambda budget: 0 < budget < 1)
+    out = absolute(values.out) if values.out else None
+    if out is not None and not (in_bucket(out) or out.parent.is_dir()):
+        raise UserError(f"--out={values.out} cannot be written: there is no folder {out.parent}")
     console = join_processes(arguments, console)
+    made = load_run(folder, values.data)
     if values.corruptions:
-        evaluate_corruptions(folder, values.best, values.corruptions_from, console)
+        evaluate_corruptions(made, values.best, values.corruptions_from, console, out)
     elif budgets is not None:
-        evaluate_budgets(folder, budgets, values.best, console)
+        evaluate_budgets(made, budgets, values.best, console, out)
     else:
-        evaluate(folder, values.best, console)
+        evaluate_run(made, console, values.best, out)
 
 
-COMMAND = Command(_define, run)
+COMMAND = Command(_define, run, WORKDIR)

@@ -6,23 +6,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.budget.estimate import known_estimate
+from ftwt_jax.commands.evaluate.held_out import save_figures
 from ftwt_jax.errors import UserError
-from ftwt_jax.printing import say_compiling
-from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.files import AnyPath
+from ftwt_jax.printing import say_compiling, shorten_data
+from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED
 from ftwt_jax.workdir import BUDGETS
 
 
-def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Console) -> dict[str, Any]:
-    """Evaluates the gated network of a workdir at each budget; prints a table and writes `budgets.json`.
+def evaluate_budgets(
+    run: Run, budgets: list[float], best: bool, console: Console, out: AnyPath | None = None
+) -> dict[str, Any]:
+    """Evaluates the gated network of a run at each budget; prints a table and writes `budgets.json`, or `out`.
 
     Raises:
       UserError: there is no gated network, or no offset to its gates reaches one of the budgets.
     """
-    run = load_run(folder)
     if not run.has(GATED):
         raise UserError(f"{run.workdir} holds no gated network yet: train its gates first")
     r = known_estimate(run)["r"]
@@ -31,7 +33,7 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
     fixed = gated.fixed()
     # All offsets first: a budget out of reach is refused before the long part.
     offsets = [gated.offset(budget) for budget in budgets]
-    dense = run.evaluator(BASELINE).run(run.trained(BASELINE), run.test_batches(), r)
+    dense = run.evaluator(BASELINE).run(run.trained(BASELINE, best), run.test_batches(), r)
     rows = []
     for budget, offset in zip(budgets, offsets, strict=True):
         found, static = gated.evaluate(budget), fixed.evaluate(budget)
@@ -53,12 +55,12 @@ def evaluate_budgets(folder: str, budgets: list[float], best: bool, console: Con
         "rows": rows,
     }
     console.print(_table(result, run))
-    workdir.write_json(run.workdir / BUDGETS, result)
+    save_figures(result, run, BUDGETS, out, console)
     return result
 
 
 def _table(result: dict[str, Any], run: Run) -> Table:
-    title = f"{run.config.model.name} on {run.config.data.name}, {result['samples']} held-out images; "
+    title = f"{run.config.model.name} on {shorten_data(run.config.data.name)}, {result['samples']} held-out images; "
     table = Table(title=escape(f"{title}dense accuracy {result['dense_accuracy']:.4f}"))
     for heading in ("budget", "accuracy", "MACs reduction", "published", "fixed masks", "MACs reduction", "offset"):
         table.add_column(heading, justify="right")

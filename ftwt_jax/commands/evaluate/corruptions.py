@@ -13,14 +13,15 @@ from rich.table import Table
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.estimate import known_estimate
-from ftwt_jax.commands.evaluate.held_out import evaluate_run
+from ftwt_jax.commands.evaluate.held_out import evaluate_run, save_figures
 from ftwt_jax.data.corrupted_sets import CorruptedSet, open_corrupted
 from ftwt_jax.data.corruptions import ALL, APPLIED, CLEAN, CORRUPTIONS, SEVERITIES, corrupt_batch
 from ftwt_jax.data.pipeline import Batch, eval_batches
 from ftwt_jax.data.source import ArraySource
-from ftwt_jax.printing import say, say_compiling
+from ftwt_jax.files import AnyPath
+from ftwt_jax.printing import say, shorten_data
 from ftwt_jax.training.evaluator import Evaluation
-from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED
 
 FIGURES = ("dense_accuracy", "accuracy", "density", "macs_reduction", "macs_reduction_published")
@@ -36,22 +37,23 @@ class Setting(NamedTuple):
     batches: Callable[[], Iterable[Batch]]
 
 
-def evaluate_corruptions(folder: str, best: bool, source: str | None, console: Console) -> dict[str, Any]:
-    """The ordinary evaluation of a workdir, then that on corrupted images.
+def evaluate_corruptions(
+    run: Run, best: bool, source: str | None, console: Console, out: AnyPath | None = None
+) -> dict[str, Any]:
+    """The ordinary evaluation of a run, then that on corrupted images.
 
     Args:
       best: the checkpoint of highest accuracy, not the newest.
       source: None: the held-out split is corrupted here; else a set of TFDS's that is, such as
         `tfds:cifar10_corrupted`.
+      out: file for the figures on corrupted images; the ordinary ones are then only printed.
 
     Raises:
       UserError: `source` is no such set, or its images or classes are not the network's.
     """
-    run = load_run(folder)
     settings = applied(run) if source is None else prepared(run, source)
-    say_compiling(console, f"the evaluation of {run.config.model.name}")
-    evaluate_run(run, console, best)
-    return sweep(run, settings, source or APPLIED, console, best)
+    evaluate_run(run, console, best, write=out is None)
+    return sweep(run, settings, source or APPLIED, console, best, out)
 
 
 def applied(run: Run) -> list[Setting]:
@@ -83,15 +85,22 @@ def corrupted_batches(run: Run, corruption: str, severity: int) -> Iterator[Batc
         yield batch | {"image": corrupt_batch(batch["image"], corruption, severity, run.config.seed, places)}
 
 
-def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, best: bool = False) -> dict[str, Any]:
+def sweep(
+    run: Run,
+    settings: Sequence[Setting],
+    source: str,
+    console: Console,
+    best: bool = False,
+    out: AnyPath | None = None,
+) -> dict[str, Any]:
     """Evaluates the dense and the gated network on clean images and in every setting.
 
-    Prints a table and writes `corruptions.json`. Without a gated network, `accuracy` is the baseline's and `density`
-    null, as in `evaluation.json`. In a mean, every corruption counts the same.
+    Prints a table and writes `corruptions.json`, or `out`. Without a gated network, `accuracy` is the baseline's and
+    `density` null, as in `evaluation.json`. In a mean, every corruption counts the same.
     """
     r = known_estimate(run)["r"]
     gated = run.trained(GATED, best) if run.has(GATED) else None
-    baseline = run.trained(BASELINE, best and gated is None)
+    baseline = run.trained(BASELINE, best)
     in_memory = source != APPLIED or isinstance(run.dataset.test, ArraySource)
 
     def row(setting: Setting) -> Row:
@@ -120,7 +129,7 @@ def sweep(run: Run, settings: Sequence[Setting], source: str, console: Console, 
         "mean_by_corruption": means,
     }
     console.print(table(result, run))
-    workdir.write_json(run.workdir / workdir.CORRUPTIONS, result)
+    save_figures(result, run, workdir.CORRUPTIONS, out, console)
     return result
 
 
@@ -152,13 +161,13 @@ def _told(row: Row) -> str:
 
 def table(result: dict[str, Any], run: Run) -> Table:
     """A row per corruption and severity, and their means."""
-    what = run.config.data.name if result["source"] == APPLIED else result["source"]
+    what = shorten_data(run.config.data.name) if result["source"] == APPLIED else result["source"]
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
     title = f"{run.config.model.name} on corrupted images, {what}, {result['samples']} held-out images{best}"
     found = Table(title=escape(title))
     is_gated = result["rows"][0]["density"] is not None
     gates = ("accuracy\ngated", "density", "MACs\nreduction") if is_gated else ()
-    found.add_column("corruption")
+    found.add_column("corruption", overflow="fold")
     for heading in ("severity", "accuracy\ndense", *gates):
         found.add_column(heading, justify="right")
 

@@ -3,10 +3,14 @@
 from absl import flags
 from rich.console import Console
 
-from ftwt_jax.commands.command import Arguments, Command, define_best, define_workdir
+from ftwt_jax.commands.command import WORKDIR, Arguments, Command, define_best, define_data, define_workdir
 from ftwt_jax.commands.export.program import SUFFIX, export_program
 from ftwt_jax.commands.export.weights import export_weights
 from ftwt_jax.errors import UserError
+from ftwt_jax.weights.files import SAFETENSORS
+
+FORMATS = {"safetensors": SAFETENSORS, "stablehlo": SUFFIX}
+FORMAT_MEANING = {"safetensors": "weights for PyTorch", "stablehlo": "a program that needs JAX alone"}
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -15,7 +19,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "format",
         None,
-        ["safetensors", "stablehlo"],
+        list(FORMATS),
         "weights for PyTorch, or a program that runs without this package; by default as the ending of --out says",
         flag_values=values,
     )
@@ -25,23 +29,28 @@ def _define(values: flags.FlagValues) -> None:
         "layout", None, "names of tensors: published, torchvision, huggingface, timm or kuangliu", flag_values=values
     )
     flags.DEFINE_bool("baseline", False, "the dense baseline, not the gated network", flag_values=values)
+    define_data(values)
     define_best(values)
 
 
 def run(arguments: Arguments, console: Console) -> None:
     """Runs the command."""
     values = arguments.flags
-    out = arguments.need("out", "--out=resnet34.safetensors")
-    if values.format == "stablehlo" or (values.format is None and out.endswith(SUFFIX)):
+    folder, out = arguments.workdir(), arguments.need("out", "--out=resnet34.safetensors")
+    kind = values.format or next((name for name, suffix in FORMATS.items() if out.endswith(suffix)), None)
+    if kind is None or not out.endswith(FORMATS[kind]):
+        known = [f"{suffix} ({FORMAT_MEANING[name]})" for name, suffix in FORMATS.items() if kind in (None, name)]
+        raise UserError(f"--out takes a file that ends in {' or '.join(known)}; got {out}")
+    if kind == "stablehlo":
         if values.layout is not None:
             raise UserError("--layout names tensors, and a program shows none: leave it out")
-        options = values.compact, values.baseline, values.best, values.budget
-        export_program(arguments.workdir(), out, console, *options)
+        options = values.compact, values.baseline, values.best, values.budget, values.data
+        export_program(folder, out, console, *options)
         return
-    for flag, given in (("budget", values.budget is not None), ("compact", values.compact)):
-        if given:
+    for flag in ("budget", "compact", "data"):
+        if values[flag].value:
             raise UserError(f"--{flag} belongs to a program: name one with --out=FILE{SUFFIX}")
-    export_weights(arguments.workdir(), out, console, values.layout, values.baseline, values.best)
+    export_weights(folder, out, console, values.layout, values.baseline, values.best)
 
 
-COMMAND = Command(_define, run)
+COMMAND = Command(_define, run, WORKDIR)
