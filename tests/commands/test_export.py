@@ -101,7 +101,8 @@ def test_a_trained_network_comes_in_again_with_its_evaluation(tiny_run, tmp_path
     if "--baseline" in flags:
         assert after["accuracy"] == after["dense_accuracy"] == before["dense_accuracy"]
         return
-    for name in before.keys() - {"dense_accuracy", "predicted_macs_reduction", "checkpoint"}:
+    assert (before["dense_weights"], after["dense_weights"]) == (BASELINE, GATED)
+    for name in before.keys() - {"dense_accuracy", "dense_weights", "predicted_macs_reduction", "checkpoint"}:
         assert after[name] == pytest.approx(before[name]) if name == "density" else after[name] == before[name], name
 
 
