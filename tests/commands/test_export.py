@@ -101,6 +101,7 @@ def test_a_trained_network_comes_in_again_with_its_evaluation(tiny_run, tmp_path
     if "--baseline" in flags:
         assert after["accuracy"] == after["dense_accuracy"] == before["dense_accuracy"]
         return
+    assert (before["dense_weights"], after["dense_weights"]) == (BASELINE, GATED)
     for name in before.keys() - {"predicted_macs_reduction", "checkpoint", "steps"}:
         if name.startswith("dense_"):
             continue
