@@ -318,9 +318,9 @@ def gate_logits(
     """
     channels = normalized(jnp.pad(pooled(maps, gates.pool), ((0, 0), (0, left_out))), gates.norm)
     here, kernel = channels[:, : maps.shape[-1]], jnp.asarray(weights["head_kernel"])
-    rest = jnp.broadcast_to(weights["head_bias"], (maps.shape[0], weights["head_bias"].shape[-1]))
+    rest = jnp.broadcast_to(jnp.asarray(weights["head_bias"])[None], (maps.shape[0], weights["head_bias"].shape[-1]))
     if left_out and gates.norm != "none":
         zero = channels[:, -1:]
-        here, rest = here - zero, rest + zero * weights["head_sum"]
+        here, rest = here - zero, rest + zero * jnp.asarray(weights["head_sum"])[None]
     place = jnp.asarray(weights["head_place"])
-    return rest.at[:, place].add(here * kernel[:, 0]) if place.size else here @ kernel + rest
+    return rest.at[:, place].add(here * kernel[None, :, 0]) if place.size else here @ kernel + rest

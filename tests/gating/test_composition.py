@@ -41,6 +41,11 @@ def shared(net, images, wrap=lambda module: module):
     return ftwt.residual_add(both(x), both(x.map(lambda v: v[:, ::-1])))
 
 
+def with_shortcut(images, fn):
+    x = unit()(images)
+    return unit()(x, shortcut=x.map(fn))
+
+
 def inception(net, images):
     x = unit()(images)
     pool = x.map(lambda v: nn.max_pool(v, (3, 3), padding="SAME"))
@@ -77,6 +82,14 @@ KEEPING = {
     "one channel added to eight": lambda net, images: unit()(ftwt.residual_add(unit()(images), unit(1)(images))),
     "positions added": lambda net, images: unit()(
         ftwt.residual_add(unit()(images), net.param("positions", nn.initializers.normal(), (1, 8, 8, 8)))
+    ),
+    "a shortcut for all pixels": lambda net, images: with_shortcut(images, lambda v: v.mean((1, 2), keepdims=True)),
+    "a shortcut for each row": lambda net, images: with_shortcut(images, lambda v: v[:, :, :1]),
+    "a shortcut of one channel": lambda net, images: unit()(
+        x := unit()(images), shortcut=ftwt.permute_channels(x, [3])
+    ),
+    "a shortcut for all images": lambda net, images: unit()(
+        unit()(images), shortcut=net.param("added", nn.initializers.normal(), (1, 8, 8, 8))
     ),
     "a module as function": lambda net, images: unit()(unit()(images).map(nn.PReLU())),
     "tokens": lambda net, images: ftwt.GatedDense(12, act=nn.gelu, gates=GATES)(

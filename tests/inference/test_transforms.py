@@ -74,9 +74,9 @@ def test_an_ensemble_under_vmap_is_each_of_its_networks():
 def test_tabulate_prints_a_line_for_layers_not_a_page():
     model = ftwt.create_model("resnet20", 10, gates=GATES)
     table = model.tabulate(KEY, np.zeros((1, 32, 32, 3), np.float32), depth=1, console_kwargs={"width": 200})
-    assert len(table.splitlines()) < 250
+    assert len(table.splitlines()) < 150
     assert "Total Parameters" in table
-    assert "2 layers" in table
+    assert "20 layers" in table
 
 
 def test_a_network_is_an_nnx_module_that_optax_trains():
