@@ -91,7 +91,7 @@ def benchmark(
 
 def _dense_part(variables: Any) -> Any:
     """Variables for a dense network; heads of a gated one do no harm."""
-    return {kind: variables[kind] for kind in ("params", "batch_stats")}
+    return {kind: variables.get(kind, {}) for kind in ("params", "batch_stats")}
 
 
 def _compare(masked: Any, compacted: Any, outside: Any) -> dict[str, Any]:

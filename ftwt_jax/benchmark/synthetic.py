@@ -98,7 +98,7 @@ def random_gates(
         with nn.intercept_methods(draw):
             outputs, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
         reduction = jnp.mean(1 - macs(outputs) / dense_macs(outputs))
-        return reduction, {"heads": heads, "batch_stats": updates["batch_stats"]}
+        return reduction, {"heads": heads, "batch_stats": updates.get("batch_stats", {})}
 
     if not jax.eval_shape(forward, variables, images, jnp.float32(0))[1]["heads"]:
         raise UserError("this network has no gates to set: create it with gates=GateConfig()")
@@ -114,5 +114,5 @@ def random_gates(
     params = flatten_dict(variables["params"], sep="/")
     for name, leaves in made["heads"].items():
         params |= {f"{name}/{leaf}": value for leaf, value in leaves.items()}
-    batch_stats = of_batch_alone(variables["batch_stats"], made["batch_stats"])
+    batch_stats = of_batch_alone(variables.get("batch_stats", {}), made["batch_stats"])
     return {"params": unflatten_dict(params, sep="/"), "batch_stats": batch_stats}, float(reduction)

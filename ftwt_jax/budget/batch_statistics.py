@@ -29,7 +29,7 @@ class BatchStatistics:
             control = GateControl(targets=False)
             images = normalize(images)
             _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
-            return of_batch_alone(variables["batch_stats"], updates["batch_stats"])
+            return of_batch_alone(variables.get("batch_stats", {}), updates.get("batch_stats", {}))
 
         whole = replicated(mesh)
         self._mesh, self._preemption = mesh, preemption or Preemption()

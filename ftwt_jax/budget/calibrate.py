@@ -126,7 +126,7 @@ class CalibratedNetwork:
 
         def measure(offset: float) -> Evaluation:
             variables = settled(offset, calibration.batches)
-            statistics[offset] = variables["batch_stats"]
+            statistics[offset] = variables.get("batch_stats", {})
             return self._measured(variables, calibration.batches)
 
         def on(part: Batches) -> Measure:

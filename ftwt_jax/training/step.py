@@ -42,7 +42,7 @@ Step = Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[Train
 
 def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step: a copy, since steps donate it and `variables` may be used again."""
-    params, batch_stats = (jax.tree.map(jnp.copy, variables[kind]) for kind in ("params", "batch_stats"))
+    params, batch_stats = (jax.tree.map(jnp.copy, variables.get(kind, {})) for kind in ("params", "batch_stats"))
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
@@ -152,7 +152,7 @@ def step_function(
                 head_loss = gate_loss(outputs.gates, gates.reduction)
                 loss = loss + gates.weight(state.step) * head_loss
                 metrics |= {"gate_loss": head_loss, **gate_metrics(outputs.gates)}
-            return loss, (updates["batch_stats"], metrics)
+            return loss, (updates.get("batch_stats", {}), metrics)
 
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
         return grads, batch_stats, metrics

@@ -233,7 +233,7 @@ class Checkpoints:
         return state.replace(
             step=optimizer["step"],
             params=network["params"],
-            batch_stats=network["batch_stats"],
+            batch_stats=network.get("batch_stats", {}),
             opt_state=optimizer["state"],
         )
 
