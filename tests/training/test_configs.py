@@ -222,7 +222,7 @@ def test_benchmark_tells_images_a_second_and_per_core(program, folder, small):
         (["--input", "--seconds=-1", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=nan", "--config=configs/digits.py"], "--seconds is how long to measure"),
         (["--input", "--seconds=x", "--config=configs/digits.py"], "--seconds takes a number; got 'x'"),
-        (["--input", "--config=configs/digits.py", "--workdir=w"], "drop --workdir and --arch"),
+        (["--input", "--config=configs/digits.py", "--workdir=w"], "--workdir belongs to --arch or a trained network"),
         (["--input", "--config=configs/folder.py"], "config.data.name=folder:PATH must name a folder"),
         (["--input", "--config=configs/folder.py", "--config.data.name=folder:missing"], "'missing' is not a folder"),
         (
