@@ -12,9 +12,14 @@ import numpy as np
 
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.gates import GateConfig
+from ftwt_jax.models.convnext import ConvNeXt
+from ftwt_jax.models.densenet import DenseNet
+from ftwt_jax.models.efficientnet import EfficientNet
+from ftwt_jax.models.inception import InceptionV3, InceptionV4
 from ftwt_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from ftwt_jax.models.resnet import ResNet
 from ftwt_jax.models.vgg import PLANS, POOL, VGG
+from ftwt_jax.models.vit import ViT
 
 STEMS = ("cifar", "imagenet")
 
@@ -28,6 +33,12 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet152": functools.partial(ResNet, stage_sizes=(3, 8, 36, 3), bottleneck=True),
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v2": MobileNetV2,
+    "densenet121": DenseNet,
+    "inception_v3": InceptionV3,
+    "inception_v4": InceptionV4,
+    "efficientnet_b0": EfficientNet,
+    "convnext_tiny": ConvNeXt,
+    "vit_small_patch16": ViT,
 }
 # Names of 6n+2 layers that mean another network to others; these networks are not here.
 AMBIGUOUS = {
@@ -73,16 +84,17 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
     with `train=True` add `mutable=["batch_stats"]`, as for any Linen module with batch norm.
 
     Args:
-      name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`,
-        `resnet101`, `resnet152`, any other `resnet(6n+2)`, those of CIFAR, such as `resnet56`, `mobilenet_v1`,
-        `mobilenet_v2`.
+      name: `vgg11_bn` to `vgg19_bn`, `vgg_bn` (needs `plan`), `resnet18`, `resnet34`, `resnet50`, `resnet101`,
+        `resnet152`, any other `resnet(6n+2)`, those of CIFAR, such as `resnet56`, `mobilenet_v1`, `mobilenet_v2`; for
+        images as large as ImageNet's alone `densenet121`, `inception_v3`, `inception_v4`, `efficientnet_b0`,
+        `convnext_tiny`, `vit_small_patch16`.
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network. Parameters have the same names in both; the gated network
         only adds its heads.
-      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18/34/50/101/152 default to
-        `imagenet`, MobileNets to `cifar`; a 6n+2 whose name others give to another network needs `cifar`; MobileNetV2
-        also takes `published`, the CIFAR network of the authors' code); `plan` (VGG: filters per unit, "M" for a pool);
-        `dtype` of the computation.
+      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18 to -152 default to `imagenet`,
+        MobileNets to `cifar`; a 6n+2 whose name others give to another network needs `cifar`; MobileNetV2 also takes
+        `published`, the CIFAR network of the authors' code); `plan` (VGG: filters per unit, "M" for a pool); `dtype` of
+        the computation.
 
     Raises:
       UserError: unknown name or option, or a value outside its range.
@@ -99,7 +111,7 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
             f"{name} means two networks: set stem='cifar' for that of CIFAR, with 16, 32 and 64 filters; the other, "
             f"{AMBIGUOUS[name]}, is not here, but resnet50, resnet101 and resnet152 are"
         )
-    if arch.get("stem") == "cifar" and "stem" not in _options(name, build):
+    if arch.get("stem") == "cifar" and (name in ("vgg_bn", *PLANS) or (_cifar_resnet(name) and name not in REGISTRY)):
         del arch["stem"]  # The only stem that these networks have.
     for option in arch:
         if option not in _options(name, build):

@@ -45,7 +45,7 @@ class MobileNetV1(nn.Module):
     def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
         imagenet = self.stem == "imagenet"
-        x = start(images, control, shrinks=32 if imagenet else 16)
+        x = start(images, control, smallest=32 if imagenet else 16)
         act = nn.relu6 if imagenet else nn.relu
         unit = functools.partial(GatedUnit, act=act, gates=self.gates, dtype=self.dtype)
         x = unit(scaled(32, self.width), strides=2 if imagenet else 1, name="stem")(x, train)
@@ -114,7 +114,7 @@ class MobileNetV2(nn.Module):
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
         imagenet = self.stem == "imagenet"
         projection = self.stem == "cifar" and self._has_projections()
-        x = start(images, control, shrinks=32 if imagenet else 8 if projection else 4)
+        x = start(images, control, smallest=32 if imagenet else 8 if projection else 4)
         unit = functools.partial(GatedUnit, act=nn.relu6, gates=self.gates, dtype=self.dtype)
 
         def filters(features: int) -> int:

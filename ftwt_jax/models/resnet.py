@@ -1,4 +1,4 @@
-"""Residual networks: CIFAR's 6n+2 with parameter-free shortcuts, and ResNet-18 to -152. https://arxiv.org/abs/1512.03385"""
+"""Residual networks: CIFAR's 6n+2 with parameter-free shortcuts, and ImageNet's. https://arxiv.org/abs/1512.03385"""
 
 import functools
 from typing import Any
@@ -88,7 +88,7 @@ class ResNet(nn.Module):
     def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
         imagenet = self.stem == "imagenet"
-        x = start(images, control, shrinks=2 ** (len(self.stage_sizes) - 1) * (4 if imagenet else 1))
+        x = start(images, control, smallest=2 ** (len(self.stage_sizes) - 1) * (4 if imagenet else 1))
         unit = functools.partial(GatedUnit, gates=self.gates, dtype=self.dtype, name="stem")
         features = scaled(self.features, self.width)
         if imagenet:

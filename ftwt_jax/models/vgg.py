@@ -36,7 +36,7 @@ class VGG(nn.Module):
     @nn.compact
     def __call__(self, images: Array, train: bool = False, control: GateControl | None = None) -> Outputs:
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`."""
-        x = start(images, control, shrinks=2 ** self.plan.count(POOL))
+        x = start(images, control, smallest=2 ** self.plan.count(POOL))
         index = 0
         for features in self.plan:
             if features == POOL:
