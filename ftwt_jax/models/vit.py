@@ -60,6 +60,17 @@ class TransformerBlock(nn.Module):
         return residual_add(linear(features, name="project")(y, train), x)
 
 
+def resized_positions(positions: Float[Array, "1 T C"], grid: tuple[int, ...]) -> Float[Array, "1 t C"]:
+    """Embeddings of the positions of another grid, bicubically, from those of a square one; the class token's is first."""
+    _, tokens, features = positions.shape
+    side = math.isqrt(tokens - 1)
+    if grid == (side, side):
+        return positions
+    maps = positions[:, 1:].reshape(1, side, side, features)
+    resized = jax.image.resize(maps, (1, *grid, features), "cubic")
+    return jnp.concatenate([positions[:, :1], resized.reshape(1, -1, features)], axis=1)
+
+
 class ViT(nn.Module):
     """A vision transformer on patches of 16x16 pixels.
 
@@ -114,9 +125,4 @@ class ViT(nn.Module):
             raise UserError(f"variables of this network are made for square images; got {grid[0]}x{grid[1]} patches")
         tokens = held["positions"].shape[1] if held else 1 + math.prod(grid)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, tokens, features))
-        side = math.isqrt(tokens - 1)
-        if grid == (side, side):
-            return positions
-        maps = positions[:, 1:].reshape(1, side, side, features)
-        resized = jax.image.resize(maps, (1, *grid, features), "cubic")
-        return jnp.concatenate([positions[:, :1], resized.reshape(1, -1, features)], axis=1)
+        return resized_positions(positions, grid)

@@ -1,5 +1,6 @@
-"""Adapts a trained network to images with other channels, or to other classes."""
+"""Adapts a trained network to images of other channels or another size, or to other classes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ftwt_jax.gating.gates import HEAD_NAME
 from ftwt_jax.gating.units import Classifier
+from ftwt_jax.models.vit import resized_positions
 from ftwt_jax.weights.entries import Path, Shape, Shapes
 
 CLASSIFIER = ("params", "classifier", "dense")
+# The embedding of positions of a transformer, whose second axis follows from the size of the images.
+POSITIONS = ("params", "positions")
 # The two names of the unit that takes the images.
 FIRST_UNITS = ("stem", "unit0")
 RGB = 3
@@ -21,6 +25,8 @@ def can_adapt(path: Path, have: Shape, need: Shape) -> bool:
     """Whether `adapt` can turn an array of shape `have` into one of shape `need`."""
     if path[:3] == CLASSIFIER:
         return have[:-1] == need[:-1]
+    if path == POSITIONS:
+        return have[2] == need[2]
     axis = channel_axis(path)
     if axis is None or len(have) != len(need):
         return False
@@ -35,9 +41,9 @@ def channel_axis(path: Path) -> int | None:
 
 
 def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
-    """Adapts variables to the same network with other classes, or for grey images instead of RGB.
+    """Adapts variables to the same network with other classes, for grey images instead of RGB, or of another size.
 
-    A classifier of another size is re-initialised. From RGB to grey, kernels are summed over the channels, which equals
+    A classifier of another size is re-initialised. Embeddings of the positions in images of another size are resized. From RGB to grey, kernels are summed over the channels, which equals
     showing the old network the grey image in all three, up to the channels' different means and deviations.
 
     Args:
@@ -61,6 +67,10 @@ def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any],
         notes.append(
             "it was trained on RGB and the images are grey: the kernels of its first unit are summed over the channels"
         )
+    if POSITIONS in shapes and arrays[POSITIONS].shape != shapes[POSITIONS]:
+        side = math.isqrt(shapes[POSITIONS][1] - 1)
+        arrays[POSITIONS] = resized_positions(jnp.asarray(arrays[POSITIONS]), (side, side))
+        notes.append("it was trained on images of another size: its embeddings of positions are resized")
     return unflatten_dict(arrays), notes
 
 

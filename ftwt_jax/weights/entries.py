@@ -32,6 +32,7 @@ class Entry:
       name: of the tensor.
       copy: the name under which a published gated network has the tensor once more, or "".
       factor: our array is the tensor divided by it.
+      ones: axes of size 1 that the tensor has behind ours.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Entry:
     name: str
     copy: str = ""
     factor: int = 1
+    ones: int = 0
 
     @property
     def is_head(self) -> bool:
@@ -52,7 +54,7 @@ class Entry:
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Converts the tensor to our array."""
         if self.path[-1] != "kernel":
-            return tensor
+            return tensor[(..., *(0,) * self.ones)]
         tensor = tensor[:, :, 0, 0] if self.is_head else tensor
         return (tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T) / np.float32(self.factor)
 
@@ -64,13 +66,15 @@ class Entry:
     def _transposed(self, array: np.ndarray) -> np.ndarray:
         """Our array in PyTorch's order of axes."""
         if self.path[-1] != "kernel":
-            return array
+            return array[(..., *(None,) * self.ones)]
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         return array[:, :, None, None] if self.is_head else array
 
 
-_BATCH_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LINEAR = {"kernel": "weight", "bias": "bias"}
+# The two parts of a layer. Any other module with a scale is a norm that stands alone.
+_LINEAR_MODULES, _NORM_MODULES = ("conv", "dense"), ("bn", "norm", "layer_norm")
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,8 +97,11 @@ def _entry(path: Path, shape: tuple[int, ...], layout: Layout, scaled: bool) -> 
         head = layout.place("/".join(path[1 : path.index(HEAD_NAME)])).head
         factor = shape[0] if scaled and leaf == "kernel" else 1
         return Entry(path, shape, f"{head}.{_LINEAR[leaf]}", factor=factor)
-    unit, module = "/".join(path[1:-2]), path[-2]
-    place = layout.place(unit)
-    owner, names = (place.bn, _BATCH_NORM) if module == "bn" else (place.conv, _LINEAR)
+    module = path[-2]
+    if leaf not in {*_LINEAR, *_NORM}:
+        place = layout.place("/".join(path[1:]))
+        return Entry(path, shape, place.conv, ones=place.ones)
+    place = layout.place("/".join(path[1:-2] if module in (*_LINEAR_MODULES, *_NORM_MODULES) else path[1:-1]))
+    owner, names = (place.conv, _LINEAR) if module in _LINEAR_MODULES else (place.bn, _NORM)
     copy = f"{place.copy}.{module}.{names[leaf]}" if place.copy else ""
     return Entry(path, shape, f"{owner}.{names[leaf]}", copy)

@@ -11,7 +11,7 @@ from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.models import REGISTRY, create_model, options_of
 from ftwt_jax.models.resnet import ResNet
 from ftwt_jax.models.vgg import VGG
-from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, channel_axis
+from ftwt_jax.weights.adapt import CLASSIFIER, FIRST_UNITS, POSITIONS, channel_axis
 from ftwt_jax.weights.entries import Shapes, entries, parameter_shapes
 from ftwt_jax.weights.foreign import Misfit, refuse_foreign
 from ftwt_jax.weights.names import CIFAR, LAYOUTS, Layout, is_head, layouts
@@ -105,6 +105,9 @@ def trained_shapes(layout: Layout, source: Source, shapes: Shapes) -> Shapes:
             found[path] = (*shape[:axis], kernel.shape[1], *shape[axis + 1 :])
         if path[:3] == CLASSIFIER and weight.ndim == 2:
             found[path] = (*shape[:-1], len(weight))
+        if path == POSITIONS:
+            positions = source.arrays.get(layout.place("positions").conv, np.zeros(shape))
+            found[path] = (*shape[:1], *positions.shape[1:2], *shape[2:])
     return found
 
 
@@ -124,7 +127,8 @@ def similar(source: Source) -> Iterator[str]:
         if any(f"{layout.place(first).conv}.weight" in source.arrays for layout in layouts(model)):
             model, layout, shapes = network_of(name, source, 1, None, {})
             wanted = {key for entry in entries(model, layout, shapes) for key in (entry.name, entry.copy)}
-            if {key for key in source.arrays if not is_head(key)} <= wanted:
+            aside = tuple(layout.naming.left_out)
+            if {key for key in source.arrays if not is_head(key) and not key.startswith(aside)} <= wanted:
                 yield name
 
 

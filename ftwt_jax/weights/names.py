@@ -6,9 +6,6 @@ timm's and kuangliu's, which have no gate heads: ours are added as children of t
 """
 
 import dataclasses
-import re
-from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 
@@ -16,29 +13,12 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from ftwt_jax.models.resnet import ResNet
 from ftwt_jax.models.vgg import POOL, VGG
+from ftwt_jax.weights.imagenet_names import IMAGENET_LAYOUTS
+from ftwt_jax.weights.places import HEAD, Naming, Place, beside, numbers, staged
 
-# The only module of a gate head in the published code.
-HEAD = "mask.model.1Conv2dMask"
 # Number of depthwise-pointwise pairs (V1) or blocks (V2) in each of timm's stages.
 TIMM_V1_STAGES = (1, 2, 2, 6, 2)
 TIMM_V2_STAGES = (1, 2, 3, 4, 3, 3, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The PyTorch modules of one layer.
-
-    Attributes:
-      conv: the convolution, or the linear layer of the classifier.
-      bn: its batch norm.
-      head: its gate head.
-      copy: a module with the same convolution and batch norm once more, in the published gated networks.
-    """
-
-    conv: str
-    bn: str = ""
-    head: str = ""
-    copy: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +36,13 @@ class Layout:
 
     def place(self, unit: str) -> Place:
         """The place of a layer, named by its path in our parameters, such as `stage1_block0/conv1`."""
-        naming = LAYOUTS[type(self.model)][self.name]
+        naming = self.naming
         return Place(naming.classifier) if unit == "classifier" else naming.place(unit, self.model, self.gated)
 
-
-def _beside(conv: str, bn: str) -> Place:
-    return Place(conv, bn, head=f"{conv}.{HEAD}")
+    @property
+    def naming(self) -> Naming:
+        """How its names are made."""
+        return LAYOUTS[type(self.model)][self.name]
 
 
 def _masked(prefix: str, conv: str, bn: str, masked: str, gated: bool) -> Place:
@@ -70,23 +51,10 @@ def _masked(prefix: str, conv: str, bn: str, masked: str, gated: bool) -> Place:
     return Place(prefix + conv, prefix + bn, head=f"{prefix}{masked}.{HEAD}", copy=copy)
 
 
-def _numbers(unit: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d+", unit)]
-
-
-def _staged(index: int, stages: tuple[int, ...]) -> str:
-    """timm's `STAGE.BLOCK` of the block at `index`."""
-    stage = 0
-    while index >= stages[stage]:
-        index -= stages[stage]
-        stage += 1
-    return f"{stage}.{index}"
-
-
 def _resnet(unit: str, model: nn.Module, gated: bool) -> Place:
     if unit == "stem":
         return _masked("", "conv1", "bn1", "masked_conv", gated)
-    stage, block, *number = _numbers(unit)
+    stage, block, *number = numbers(unit)
     prefix = f"layer{stage}.{block}."
     if unit.endswith("shortcut"):
         return Place(f"{prefix}downsample.0", f"{prefix}downsample.1")
@@ -106,16 +74,16 @@ def _resnet_huggingface(unit: str, model: nn.Module, gated: bool) -> Place:
     if unit == "stem":
         layer = "resnet.embedder.embedder"
     else:
-        stage, block, *number = _numbers(unit)
+        stage, block, *number = numbers(unit)
         layer = f"resnet.encoder.stages.{stage - 1}.layers.{block}."
         layer += f"layer.{number[0] - 1}" if number else "shortcut"
-    return _beside(f"{layer}.convolution", f"{layer}.normalization")
+    return beside(f"{layer}.convolution", f"{layer}.normalization")
 
 
 def _vgg(unit: str, model: nn.Module, gated: bool) -> Place:
     assert isinstance(model, VGG)
     widths = [1 if gated or step == POOL else 3 for step in model.plan]
-    step = [index for index, step in enumerate(model.plan) if step != POOL][_numbers(unit)[0]]
+    step = [index for index, step in enumerate(model.plan) if step != POOL][numbers(unit)[0]]
     start = sum(widths[:step])
     if gated:
         return Place(f"features.{start}.conv", f"features.{start}.bn", f"features.{start}.{HEAD}")
@@ -123,7 +91,7 @@ def _vgg(unit: str, model: nn.Module, gated: bool) -> Place:
 
 
 def _mobilenet_v1(unit: str, model: nn.Module, gated: bool) -> Place:
-    pair = 0 if unit == "stem" else _numbers(unit)[0] + 1
+    pair = 0 if unit == "stem" else numbers(unit)[0] + 1
     second = unit.endswith("pointwise")
     if gated:
         layer = f"model.{2 * pair - (unit != 'stem') + second}"
@@ -133,11 +101,11 @@ def _mobilenet_v1(unit: str, model: nn.Module, gated: bool) -> Place:
 
 def _mobilenet_v1_timm(unit: str, model: nn.Module, gated: bool) -> Place:
     if unit == "stem":
-        return _beside("conv_stem", "bn1")
-    block = f"blocks.{_staged(_numbers(unit)[0], TIMM_V1_STAGES)}"
+        return beside("conv_stem", "bn1")
+    block = f"blocks.{staged(numbers(unit)[0], TIMM_V1_STAGES)}"
     if unit.endswith("depthwise"):
-        return _beside(f"{block}.conv_dw", f"{block}.bn1")
-    return _beside(f"{block}.conv_pw", f"{block}.bn2")
+        return beside(f"{block}.conv_dw", f"{block}.bn1")
+    return beside(f"{block}.conv_pw", f"{block}.bn2")
 
 
 V2_PARTS = ("expand", "depthwise", "project")
@@ -146,7 +114,7 @@ V2_PARTS = ("expand", "depthwise", "project")
 def _v2_part(unit: str) -> tuple[int, str]:
     """Index of a unit's block and its part in it; outside the blocks, 0 and the unit's name."""
     block, _, part = unit.rpartition("/")
-    return (_numbers(block)[0] if block else 0), part
+    return (numbers(block)[0] if block else 0), part
 
 
 def _mobilenet_v2(unit: str, model: nn.Module, gated: bool) -> Place:
@@ -167,13 +135,13 @@ def _mobilenet_v2_torchvision(unit: str, model: nn.Module, gated: bool) -> Place
         return _mobilenet_v2(unit, model, gated)  # Only the CIFAR network has it, and only these names.
     if part in ("stem", "last"):
         number = 0 if part == "stem" else 18
-        return _beside(f"features.{number}.0", f"features.{number}.1")
+        return beside(f"features.{number}.0", f"features.{number}.1")
     # The first block has no expansion, so its other parts come one position earlier.
     position = V2_PARTS.index(part) - (block == 0)
     layer = f"features.{block + 1}.conv.{position}"
     if part == "project":
-        return _beside(layer, f"features.{block + 1}.conv.{position + 1}")
-    return _beside(f"{layer}.0", f"{layer}.1")
+        return beside(layer, f"features.{block + 1}.conv.{position + 1}")
+    return beside(f"{layer}.0", f"{layer}.1")
 
 
 def _mobilenet_v2_timm(unit: str, model: nn.Module, gated: bool) -> Place:
@@ -181,19 +149,12 @@ def _mobilenet_v2_timm(unit: str, model: nn.Module, gated: bool) -> Place:
     if part == "shortcut":
         return _mobilenet_v2(unit, model, gated)
     if part in ("stem", "last"):
-        return _beside("conv_stem", "bn1") if part == "stem" else _beside("conv_head", "bn2")
-    layer = f"blocks.{_staged(block, TIMM_V2_STAGES)}"
+        return beside("conv_stem", "bn1") if part == "stem" else beside("conv_head", "bn2")
+    layer = f"blocks.{staged(block, TIMM_V2_STAGES)}"
     # The first block has no expansion: its projection has the name of an expansion elsewhere.
     names = ("conv_pw", "conv_dw", "conv_pwl") if block else ("conv_expand", "conv_dw", "conv_pw")
     position = V2_PARTS.index(part)
-    return _beside(f"{layer}.{names[position]}", f"{layer}.bn{position + (block != 0)}")
-
-
-class Naming(NamedTuple):
-    """Name of the classifier in a layout, and the place of any other layer from (its path, network, whether gated)."""
-
-    classifier: str
-    place: Callable[[str, nn.Module, bool], Place]
+    return beside(f"{layer}.{names[position]}", f"{layer}.bn{position + (block != 0)}")
 
 
 # The layouts of each architecture.
@@ -211,6 +172,7 @@ LAYOUTS: dict[type[nn.Module], dict[str, Naming]] = {
         "torchvision": Naming("classifier.1", _mobilenet_v2_torchvision),
         "timm": Naming("classifier", _mobilenet_v2_timm),
     },
+    **IMAGENET_LAYOUTS,
 }
 # The layouts of networks for small images.
 CIFAR = ("published", "kuangliu")
@@ -225,9 +187,10 @@ def is_head(name: str) -> bool:
 
 def default_layout(model: nn.Module) -> str:
     """The layout in which a network is exported by default: that of its best-known PyTorch counterpart."""
-    if getattr(model, "stem", "cifar") != "imagenet":
+    known = LAYOUTS[type(model)]
+    if "published" in known and getattr(model, "stem", "cifar") != "imagenet":
         return "published"
-    return next(name for name in LAYOUTS[type(model)] if name != "published")
+    return next(name for name in known if name != "published")
 
 
 def layouts(model: nn.Module) -> list[Layout]:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ftwt_jax.errors import UserError, WeightsWarning, listed, unknown_name
 from ftwt_jax.gating.gates import GateConfig, GateHead
 from ftwt_jax.models import create_model, options_of
-from ftwt_jax.weights.adapt import CLASSIFIER, adapt, channel_axis, has_fresh_classifier
+from ftwt_jax.weights.adapt import CLASSIFIER, POSITIONS, adapt, channel_axis, has_fresh_classifier
 from ftwt_jax.weights.entries import Entry, Path, entries, parameter_shapes
 from ftwt_jax.weights.fitting import implied_stem, network_of, similar, trained_shapes, width_of
 from ftwt_jax.weights.foreign import Misfit
@@ -79,6 +79,10 @@ def _imported(name: str, source: Source, num_classes: int, gates: GateConfig | N
     implied = "cifar" if layout.name in CIFAR else "imagenet"
     if "stem" in options_of(name) and (model.stem == "imagenet") != (implied == "imagenet"):
         notes.append(f"its names are those of the {implied} network, but stem={model.stem!r} is requested")
+    for start, part in layout.naming.left_out.items():
+        if any(key.startswith(start) for key in arrays):
+            arrays = {key: value for key, value in arrays.items() if not key.startswith(start)}
+            notes.append(f"its {part}, {start.rstrip('.')}, is left out: this network has none")
     fresh: dict[Path, Any] = {}
     if gates is None and source.is_gated:
         arrays = {key: value for key, value in arrays.items() if not is_head(key)}
@@ -191,7 +195,7 @@ def from_torch(
         differs from `create_model`'s default, or if a requested one differs from the names.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, float32.
+      {"params": ..., "batch_stats": ...}, float32; no "batch_stats" for a network without batch norm.
 
     Raises:
       UserError: the tensors do not fit this network; names the network that they fit, or those that are missing,
@@ -251,7 +255,7 @@ def _fitting_model(
 def _misfits(model: nn.Module, ours: dict[Path, Any]) -> list[Path]:
     needed = parameter_shapes(model)
     odd = [path for path in {**needed, **ours} if (path in needed) != (path in ours)]
-    shared = [path for path in needed if path in ours and channel_axis(path) is None]
+    shared = [path for path in needed if path in ours and path != POSITIONS and channel_axis(path) is None]
     return odd + [path for path in shared if np.shape(ours[path]) != needed[path]]
 
 
@@ -265,7 +269,7 @@ def layout_called(model: nn.Module, name: str, gated: bool) -> Layout:
 
 def export_state(model: nn.Module, variables: Mapping[str, Any], layout: Layout) -> Arrays:
     """A network's variables under the names of a layout, with the copies of published gated networks."""
-    ours = flatten_dict({key: variables[key] for key in ("params", "batch_stats")})
+    ours = flatten_dict({key: variables.get(key, {}) for key in ("params", "batch_stats")})
     arrays: Arrays = {}
     for entry in entries(model, layout, {path: np.shape(value) for path, value in ours.items()}):
         array = entry.to_torch(np.asarray(ours[entry.path], np.float32))
