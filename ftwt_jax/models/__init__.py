@@ -91,10 +91,10 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
       num_classes: number of logits.
       gates: settings of the gates; None: the dense network. Parameters have the same names in both; the gated network
         only adds its heads.
-      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18 to -152 default to `imagenet`,
-        MobileNets to `cifar`; a 6n+2 whose name others give to another network needs `cifar`; MobileNetV2 also takes
-        `published`, the CIFAR network of the authors' code); `plan` (VGG: filters per unit, "M" for a pool); `dtype` of
-        the computation.
+      **arch: `width` (multiplier of all filters); `stem` (`cifar` or `imagenet`; ResNet-18 to -152 default to
+        `imagenet`, MobileNets to `cifar`; a 6n+2 whose name others give to another network needs `cifar`; MobileNetV2
+        also takes `published`, the CIFAR network of the authors' code); `plan` (VGG: filters per unit, "M" for a pool);
+        `dtype` of the computation.
 
     Raises:
       UserError: unknown name or option, or a value outside its range.

@@ -1,7 +1,8 @@
 """Inception-v3 (https://arxiv.org/abs/1512.00567) and v4 (https://arxiv.org/abs/1602.07261), for images of 299x299."""
 
 import dataclasses
-from typing import Any, Union
+import functools
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array
@@ -28,7 +29,7 @@ class Conv:
 
 
 # One after the other: units, pools by name, and units side by side, whose outputs are concatenated.
-Branch = tuple[Union[Conv, str, tuple[Conv, ...]], ...]
+Branch = tuple[Conv | str | tuple[Conv, ...], ...]
 Branches = tuple[Branch, ...]
 
 
@@ -53,19 +54,19 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations, train: bool = False) -> Activations:
-        return concatenate([_run(self, branch, x, train) for branch in self.branches])
+        return concatenate([_run(self, branch, x, train, self.pads_count) for branch in self.branches])
 
 
-def _run(module: Any, branch: Branch, x: Activations, train: bool) -> Activations:
+def _run(module: Any, branch: Branch, x: Activations, train: bool, pads_count: bool = True) -> Activations:
     """A branch of a module, with its gates, width and dtype; call it inside a method with `nn.compact`."""
     for step in branch:
         if isinstance(step, tuple):
-            x = concatenate([_run(module, (each,), x, train) for each in step])
+            x = concatenate([_run(module, (each,), x, train, pads_count) for each in step])
         elif step == MAX:
             x = x.map(lambda v: nn.max_pool(v, (3, 3), strides=(2, 2)))
         elif step == AVERAGE:
-            pads, count = ((1, 1), (1, 1)), module.pads_count
-            x = x.map(lambda v: nn.avg_pool(v, (3, 3), padding=pads, count_include_pad=count))
+            pads = ((1, 1), (1, 1))
+            x = x.map(functools.partial(nn.avg_pool, window_shape=(3, 3), padding=pads, count_include_pad=pads_count))
         elif isinstance(step, Conv):
             x = GatedUnit(
                 scaled(step.features, module.width),

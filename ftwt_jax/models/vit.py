@@ -61,7 +61,7 @@ class TransformerBlock(nn.Module):
 
 
 def resized_positions(positions: Float[Array, "1 T C"], grid: tuple[int, ...]) -> Float[Array, "1 t C"]:
-    """Embeddings of the positions of another grid, bicubically, from those of a square one; the class token's is first."""
+    """Embeddings for another grid of patches, bicubically, from those of a square one; the class token's is first."""
     _, tokens, features = positions.shape
     side = math.isqrt(tokens - 1)
     if grid == (side, side):

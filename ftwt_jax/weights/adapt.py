@@ -43,12 +43,13 @@ def channel_axis(path: Path) -> int | None:
 def adapt(variables: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
     """Adapts variables to the same network with other classes, for grey images instead of RGB, or of another size.
 
-    A classifier of another size is re-initialised. Embeddings of the positions in images of another size are resized. From RGB to grey, kernels are summed over the channels, which equals
-    showing the old network the grey image in all three, up to the channels' different means and deviations.
+    A classifier of another size is re-initialised. Embeddings of positions are resized for images of another size. From
+    RGB to grey, kernels are summed over the channels, which equals showing the old network the grey image in all three,
+    up to the channels' different means and deviations.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
-      shapes: the wanted shapes, by path; other differences than these two are left as they are.
+      shapes: the wanted shapes, by path; other differences than these are left as they are.
 
     Returns:
       The variables, and a sentence for each change.

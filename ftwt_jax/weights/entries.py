@@ -54,7 +54,7 @@ class Entry:
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Converts the tensor to our array."""
         if self.path[-1] != "kernel":
-            return tensor[(..., *(0,) * self.ones)]
+            return tensor.reshape(tensor.shape[: tensor.ndim - self.ones])
         tensor = tensor[:, :, 0, 0] if self.is_head else tensor
         return (tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T) / np.float32(self.factor)
 
@@ -66,7 +66,7 @@ class Entry:
     def _transposed(self, array: np.ndarray) -> np.ndarray:
         """Our array in PyTorch's order of axes."""
         if self.path[-1] != "kernel":
-            return array[(..., *(None,) * self.ones)]
+            return array.reshape(*array.shape, *(1,) * self.ones)
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         return array[:, :, None, None] if self.is_head else array
 

@@ -175,9 +175,9 @@ def from_torch(
     """Variables of `create_model(name, num_classes, gates, **arch)` from a PyTorch state dict.
 
     Known are the names of the method's published code (dense and gated CIFAR networks) and, for dense networks, those
-    of torchvision (ResNets, MobileNetV2), Hugging Face (ResNets), timm (ResNets, MobileNetV1 and V2) and kuangliu's
-    pytorch-cifar (ResNets); the names tell which layout it is. A published gate head's kernel is divided by its number
-    of inputs, by which our heads multiply their inputs; published heads pool by the mean:
+    of torchvision, Hugging Face (ResNets), timm and kuangliu's pytorch-cifar (ResNets); the names tell which layout it
+    is. A published gate head's kernel is divided by its number of inputs, by which our heads multiply their inputs;
+    published heads pool by the mean:
     `GateConfig.paper(pool="mean")`.
 
     A `WeightsWarning` tells what differs from the state dict: gates are requested and it has no heads (new ones are

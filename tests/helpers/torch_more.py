@@ -501,9 +501,7 @@ class TorchvisionConvNeXt(nn.Module):
                 features *= 2
             layers.append(nn.Sequential(*[TorchvisionConvNeXtBlock(features) for _ in range(blocks)]))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            ChannelNorm(features, eps=1e-6), nn.Flatten(1), linear(features, num_classes)
-        )
+        self.classifier = nn.Sequential(ChannelNorm(features, eps=1e-6), nn.Flatten(1), linear(features, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))

@@ -10,12 +10,17 @@ import pytest
 
 import ftwt_jax as ftwt
 from ftwt_jax import config as configs
+from ftwt_jax.gating.macs import layer_dense_macs
 from ftwt_jax.models import AMBIGUOUS, REGISTRY, STEMS
 from tests.conftest import random_like
 
 KEY = jax.random.key(0)
 GATES = ftwt.GateConfig.paper(r=0.7)
+# Sides of images below which nothing is left of them.
+SMALLEST = {"inception_v3": 75, "inception_v4": 75}
 IMAGENET = {"stem": "imagenet"}
+# Of images that these networks are made for, where their variables depend on it or smaller ones are too small.
+PUBLISHED_SIDES = {"inception_v3": 299, "inception_v4": 299, "vit_small_patch16": 224}
 
 
 @functools.cache
@@ -48,10 +53,45 @@ def flat_shapes(variables):
         ("resnet152", 1000, {}, 60_192_808),
         ("mobilenet_v1", 1000, IMAGENET, 4_231_976),
         ("mobilenet_v2", 1000, IMAGENET, 3_504_872),
+        ("densenet121", 1000, {}, 7_978_856),
+        # torchvision's 27,161,264 without those of the auxiliary classifier.
+        ("inception_v3", 1000, {}, 23_834_568),
+        ("inception_v4", 1000, {}, 42_679_816),
+        ("efficientnet_b0", 1000, {}, 5_288_548),
+        ("convnext_tiny", 1000, {}, 28_589_128),
+        ("vit_small_patch16", 1000, {}, 22_050_664),
     ],
 )
 def test_dense_networks_have_the_published_number_of_parameters(name, classes, arch, count):
-    assert parameters(ftwt.create_model(name, classes, **arch)) == count
+    assert parameters(ftwt.create_model(name, classes, **arch), PUBLISHED_SIDES.get(name, 32)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("resnet101", 7.80, 7.81),
+        ("resnet152", 11.51, 11.52),
+        ("densenet121", 2.83, 2.87),
+        ("inception_v3", 5.71, 5.73),
+        # timm says 12.28, and 5.73 for v3: a little more than convolutions and classifier.
+        ("inception_v4", 12.25, 12.30),
+        ("efficientnet_b0", 0.385, 0.390),
+        ("convnext_tiny", 4.45, 4.46),
+        ("vit_small_patch16", 4.59, 4.61),
+    ],
+)
+def test_dense_networks_have_the_published_macs(name, least, most):
+    outputs, _ = shapes_of(ftwt.create_model(name, 1000), PUBLISHED_SIDES.get(name, 224))
+    assert least <= ftwt.dense_macs(outputs) / 1e9 <= most
+
+
+def test_attention_counts_its_two_products():
+    outputs, _ = shapes_of(ftwt.create_model("vit_small_patch16", 1000), 224)
+    products = [layer for layer in outputs.layers if "attention" in layer.name]
+    tokens, features = 14 * 14 + 1, 6 * 64
+    assert sum(map(layer_dense_macs, products)) == 12 * 2 * tokens * tokens * features
+    linear = 12 * 12 * tokens * features**2 + 14 * 14 * 16 * 16 * 3 * features + 1000 * features
+    assert ftwt.dense_macs(outputs) == linear + sum(map(layer_dense_macs, products))
 
 
 @pytest.mark.parametrize(
@@ -69,10 +109,18 @@ def test_dense_networks_have_the_published_number_of_parameters(name, classes, a
         ("mobilenet_v1", {}, 27),
         ("mobilenet_v2", {}, 53),
         ("mobilenet_v2", IMAGENET, 52),
+        # Every convolution: the first, two in each of 58 layers, three transitions.
+        ("densenet121", {}, 120),
+        ("inception_v3", {}, 94),
+        ("inception_v4", {}, 149),
+        ("efficientnet_b0", {}, 49),
+        # The hidden neurons of each block.
+        ("convnext_tiny", {}, 18),
+        ("vit_small_patch16", {}, 12),
     ],
 )
 def test_gates_sit_at_as_many_units_as_the_design_says(name, arch, count):
-    outputs, _ = shapes_of(ftwt.create_model(name, 10, GATES, **arch))
+    outputs, _ = shapes_of(ftwt.create_model(name, 10, GATES, **arch), SMALLEST.get(name, 32))
     assert len(outputs.gates) == len(set(outputs.gate_names)) == count
     assert count == sum(layer.unit for layer in outputs.layers)
 
@@ -133,8 +181,9 @@ BUILDS = [
 
 @pytest.mark.parametrize(("name", "arch"), BUILDS)
 def test_every_network_builds_dense_and_gated_and_the_gated_one_only_adds_heads(name, arch):
-    dense, dense_variables = shapes_of(ftwt.create_model(name, 7, **arch))
-    gated, gated_variables = shapes_of(ftwt.create_model(name, 7, GATES, **arch))
+    side = SMALLEST.get(name, 32)
+    dense, dense_variables = shapes_of(ftwt.create_model(name, 7, **arch), side)
+    gated, gated_variables = shapes_of(ftwt.create_model(name, 7, GATES, **arch), side)
     assert dense.logits.shape == gated.logits.shape == (2, 7)
     assert dense.gates == dense.gate_names == ()
     for gate in gated.gates:
@@ -237,6 +286,7 @@ def test_a_cifar_resnet_has_the_depth_of_its_name(depth):
         ("vgg16_bn", "stem", "known: width, plan, dtype"),
         ("mobilenet_v1", "plan", "known: width, stem, dtype"),
         ("resnet18", "stage_sizes", "known: width, stem, dtype"),
+        ("densenet121", "stem", "known: width, dtype"),
     ],
 )
 def test_an_unknown_option_names_the_network_and_its_options(name, option, hint):
@@ -305,6 +355,11 @@ def test_a_vgg_of_ones_own_needs_a_plan_and_shows_one():
         ("mobilenet_v1", IMAGENET, 32),
         ("mobilenet_v2", {}, 8),
         ("mobilenet_v2", IMAGENET, 32),
+        ("densenet121", {}, 32),
+        ("inception_v3", {}, 75),
+        ("inception_v4", {}, 75),
+        ("efficientnet_b0", {}, 32),
+        ("convnext_tiny", {}, 32),
     ],
 )
 def test_images_too_small_are_refused_with_the_size_to_scale_them_to(name, arch, smallest):

@@ -23,7 +23,7 @@ from tests.helpers import torch_more as theirs
 from tests.helpers.compact import assert_close, assert_same, every_way, masked, random_images, random_variables
 from tests.helpers.torch_networks import to_nchw
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 CLASSES = 7
 STAGES = ((1, 3, 16, 1, 1), (6, 5, 24, 2, 2), (4, 3, 24, 1, 1))
 
@@ -75,7 +75,10 @@ SMALL = {
     ),
     # Made for images of 48x48.
     "vit_small_patch16": Small(
-        functools.partial(ViT, depth=2), 1 / 3, {"timm": functools.partial(theirs.ViT, depth=2, heads=2, side=48)}, (48, 80, 32)
+        functools.partial(ViT, depth=2),
+        1 / 3,
+        {"timm": functools.partial(theirs.ViT, depth=2, heads=2, side=48)},
+        (48, 80, 32),
     ),
 }
 PAIRS = [(name, layout) for name, small in SMALL.items() for layout in small.twins]
@@ -181,20 +184,16 @@ def test_a_vit_takes_oblong_images_and_says_which_it_does_not():
         jax.eval_shape(model.init, jax.random.key(0), oblong)
 
 
-GATES = {"heads that read the maximum": ftwt.GateConfig(), "the paper's": ftwt.GateConfig.paper()}
-
-
-@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("name", SMALL)
-def test_compact_execution_is_that_with_masks(name, gates):
-    model = ftwt.create_model(name, CLASSES, GATES[gates], width=SMALL[name].width)
+def test_compact_execution_is_that_with_masks(name):
+    model = ftwt.create_model(name, CLASSES, ftwt.GateConfig(), width=SMALL[name].width)
     images = random_images(3, SMALL[name].sides[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error", ftwt.CompositionWarning)
         variables = random_variables(model, images, never=0.3)
         expected = masked(model, variables, images)
-        names = [layer.name for layer in expected.layers]
-        assert len(names) == len(set(names))
+        calls = [layer.name for layer in expected.layers]
+        assert len(calls) == len(set(calls))
         on = np.concatenate([gate.mask for gate in expected.gates], axis=1)
         assert 0.1 < on.mean() < 0.9
         for network in every_way(model, variables, images[:2]):

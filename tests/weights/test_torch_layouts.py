@@ -177,7 +177,8 @@ def test_a_mobilenet_v2_is_exported_without_naming_its_stem():
 
 
 def every_network():
-    for name in (*REGISTRY, "resnet8", "resnet14"):
+    # The deepest have the names of resnet50.
+    for name in (*sorted(REGISTRY.keys() - {"resnet101", "resnet152"}), "resnet8", "resnet14"):
         arch = {"width": 0.125} | ({"plan": (24, "M", 40)} if name == "vgg_bn" else {})
         stems = (*STEMS, "published") if name == "mobilenet_v2" else STEMS
         yield from ((name, arch | {"stem": stem}) for stem in stems if "stem" in options_of(name))
