@@ -103,7 +103,9 @@ class Run:
 
     def abstract_variables(self, stage: str) -> Any:
         """Shapes and dtypes of a network's variables."""
-        return jax.eval_shape(self.models[stage].init, self.key(stage), self.example_images)
+        variables = jax.eval_shape(self.models[stage].init, self.key(stage), self.example_images)
+        # As a training state holds them: networks without batch norm have no statistics.
+        return {"batch_stats": {}, **variables}
 
     def replicated(self, tree: Any) -> Any:
         """Arrays put whole on every device, as all programs of the run are given theirs, so that none recompiles."""
@@ -131,7 +133,9 @@ class Run:
             }
             shapes = {path: leaf.shape for path, leaf in wanted.items()}
             fresh = has_fresh_classifier(saved, shapes)
-            found = checkpoints.restore_network(unflatten_dict(read), replicated(self.mesh), other_classes=fresh)
+            # Flat, an empty collection is lost.
+            abstract = {"batch_stats": {}, **unflatten_dict(read)}
+            found = checkpoints.restore_network(abstract, replicated(self.mesh), other_classes=fresh)
             variables, notes = adapt(found, shapes)
             if not fresh and not checkpoints.kept_dataset().get("class_names"):
                 notes.append(

@@ -42,6 +42,7 @@ Step = Callable[[TrainState, dict[str, Array], GateControl | Array], tuple[Train
 
 def create_state(variables: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step: a copy, since steps donate it and `variables` may be used again."""
+    # Networks without batch norm have no statistics.
     params, batch_stats = (jax.tree.map(jnp.copy, variables.get(kind, {})) for kind in ("params", "batch_stats"))
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
