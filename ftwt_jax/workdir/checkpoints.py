@@ -184,7 +184,8 @@ class Checkpoints:
 
     def save_network(self, variables: Any, finished: bool = True) -> None:
         """Saves an imported network as step 0; unless it is `finished`, training starts from it."""
-        items = {NETWORK: ocp.args.StandardSave(variables)}
+        # As training states hold them: networks without batch norm have no statistics.
+        items = {NETWORK: ocp.args.StandardSave({"batch_stats": {}, **variables})}
         self._save(0, items, None, None if finished else {UNFINISHED: True})
 
     def is_unfinished(self) -> bool:

@@ -1,20 +1,28 @@
 """The training step, its optimizers and schedules."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 import ftwt_jax as ftwt
 from ftwt_jax.data.source import ArraySource, Dataset
+from ftwt_jax.models.vit import ViT
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, replicated
 from ftwt_jax.training import optim
+from ftwt_jax.training.settings import BASELINE
 from ftwt_jax.training.step import GateTraining, create_state, make_train_step, normalizer
+from ftwt_jax.weights.adapt import adapt
+from ftwt_jax.workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 EPOCHS, PER_EPOCH = 200, 10
+CLASSES = {"class_names": ["a", "b", "c", "d"]}
 TOTAL = EPOCHS * PER_EPOCH
 
 
@@ -122,6 +130,33 @@ def test_steps_lower_both_losses(job):
         seen.append(jax.device_get(metrics))
     assert seen[-1]["loss"] < 0.8 * seen[0]["loss"]
     assert seen[4]["gate_loss"] < seen[0]["gate_loss"]
+
+
+def test_a_network_without_batch_norm_is_trained_kept_and_adapted_to_images_of_another_size(tmp_path):
+    model = ViT(4, depth=1, width=1 / 6, gates=ftwt.GateConfig())
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    assert "batch_stats" not in variables
+    stage = settings(lr=0.02)
+    optimizer, _ = optim.make_optimizer(stage, 2, 10)
+    mesh, weight = data_mesh(), GateTraining(optim.gate_weight(stage, 10))
+    step = make_train_step(model, optimizer, lambda batch: batch["image"] / 255 - 0.5, mesh, weight, accumulate=2)
+    batch = put_batch({"image": images, "label": np.arange(8, dtype=np.int32) % 4}, mesh)
+    state, seen = jax.device_put(create_state(variables, optimizer), replicated(mesh)), []
+    for _ in range(5):
+        state, metrics = step(state, batch, jnp.float32(0.9))
+        seen.append(jax.device_get(metrics["loss"]))
+    assert seen[-1] < seen[0]
+    with contextlib.closing(Checkpoints(tmp_path, BASELINE, CLASSES, create=True)) as checkpoints:
+        checkpoints.save_network({"params": jax.device_get(state.params)}, finished=True)
+    with contextlib.closing(Checkpoints(tmp_path, BASELINE, CLASSES)) as checkpoints:
+        kept = checkpoints.restore_network(jax.tree.map(np.asarray, state.variables), replicated(mesh))
+    jax.tree.map(np.testing.assert_array_equal, kept, state.variables)
+    larger = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    adapted, _ = adapt(kept, {path: leaf.shape for path, leaf in larger.items()})
+    assert {path: leaf.shape for path, leaf in flatten_dict(adapted).items()} == {
+        path: leaf.shape for path, leaf in larger.items()
+    }
 
 
 def test_state_is_donated(job):
