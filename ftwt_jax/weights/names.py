@@ -67,7 +67,8 @@ def _resnet_torchvision(unit: str, model: nn.Module, gated: bool) -> Place:
 
 def _resnet_kuangliu(unit: str, model: nn.Module, gated: bool) -> Place:
     place = _resnet_torchvision(unit, model, gated)
-    return Place(*(name.replace("downsample", "shortcut") for name in (place.conv, place.bn, place.head)))
+    conv, bn, head = (name.replace("downsample", "shortcut") for name in (place.conv, place.bn, place.head))
+    return Place(conv, bn, head)
 
 
 def _resnet_huggingface(unit: str, model: nn.Module, gated: bool) -> Place:

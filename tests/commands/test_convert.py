@@ -289,7 +289,7 @@ def files(tmp_path_factory) -> pathlib.Path:
         ([*TEN, "--arch=resnet20", *RESNET8], "--arch=resnet20 differs from the config's network"),
         ([*TEN, "--arch=vgg_bn"], "plan"),
         ([*TEN, "--arch=resnet8", "--config.gats.r=0.8"], "did you mean 'gates'"),
-        ([*TEN, "--arch=resnet8", "--config.gates.r=8."], "must lie in (0, 1]"),
+        ([*TEN, "--arch=resnet8", "--config.gates.r=8."], "in (0, 1]"),
         ([*TEN, "--arch=resnet8", "--mean=1,1,1"], "--mean and --std together"),
         ([*TEN, "--arch=resnet8", "--std=1,1,1"], "--mean and --std together"),
         ([*TEN, "--arch=resnet8", "--mean=1,1", "--std=1,1,1"], "--mean takes three numbers"),
