@@ -264,7 +264,7 @@ def test_the_position_in_data_that_have_changed_is_refused(program, tiny_run, tm
 
 def test_a_run_does_not_go_on_with_other_classes(program, tiny_run, tmp_path):
     error = refused_to_go_on(program, tiny_run[0], tmp_path / "run", '["0", "1"', '["1", "0"')
-    assert "trained on other classes: class 0 was '1' and is now '0'" in error
+    assert "trained on these classes in another order: class 0 was '1' and is now '0'" in error
 
 
 def test_a_network_is_given_images_normalised_as_in_training(tiny_run, tmp_path):
