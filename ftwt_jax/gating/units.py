@@ -28,6 +28,8 @@ from ftwt_jax.ops.batch_norm import BatchNorm
 from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
 
 NORMS = ("batch", "layer", "group")
+# Name of what a function makes.
+OWN_NORM = "own_norm"
 # Group norm has as many groups as the paper of it, or the largest divisor of that which divides the filters.
 _GROUPS = 32
 Act = Callable[[Array], Array]
@@ -69,7 +71,7 @@ def normalized_maps(norm: Norm, y: Array, train: bool, dtype: Any) -> Array:
         return nn.GroupNorm(math.gcd(_GROUPS, y.shape[-1]), dtype=dtype, name="group_norm")(y)
     if isinstance(norm, str) or not callable(norm):
         raise unknown_name("norm", str(norm), (*NORMS, "None, a Flax module, or a function that makes one"))
-    module = norm if isinstance(norm, nn.Module) else norm(name="own_norm")
+    module = norm if isinstance(norm, nn.Module) else norm(name=OWN_NORM)
     # Flax's own norms and users' modules call the same switch by different names.
     switches = {"use_running_average": not train, "train": train, "deterministic": not train}
     taken = inspect.signature(type(module).__call__).parameters
@@ -138,7 +140,8 @@ class GatedUnit(nn.Module):
       gates: settings of the gate, or None for a dense unit.
       dtype: of the computation; parameters, statistics, ranking and gate remain float32.
       norm: "batch"; "layer", "group" (Flax's, over the channels); None: none; a Flax module or a function that makes
-        one. One that mixes channels needs all filters computed, so that gates save only what follows.
+        one. One that mixes channels needs all filters computed, so that gates save only what follows. A module that is
+        made within a network, and given to several units, is one norm for all of them, as everywhere in Flax.
       transpose: a transposed convolution, as `nn.ConvTranspose`.
       feature_group_count: the same as `groups`, as `nn.Conv` calls it.
     """
@@ -214,7 +217,7 @@ class GatedUnit(nn.Module):
 
     def folds(self) -> bool:
         """Whether the norm is one number and one more for each filter in inference, or there is none."""
-        return self.norm is None or self.norm == "batch" or _is_batch_norm(self.norm)
+        return self.norm is None or self.norm == "batch" or batch_norm_of(self.norm) is not None
 
     def computes_all(self, y: Array | jax.ShapeDtypeStruct) -> bool:
         """Whether every filter has to be computed, since norm or activation (of maps like `y`) mix them."""
@@ -279,8 +282,14 @@ def check_shortcut(values: Array, shape: tuple[int, ...]) -> Array:
     return values
 
 
-def _is_batch_norm(norm: Norm) -> bool:
-    return isinstance(norm, nn.BatchNorm) and norm.axis in (-1, (-1,)) and norm.axis_name is None
+def batch_norm_of(norm: Norm) -> nn.BatchNorm | None:
+    """Flax's batch norm over the last axis, if that is what a norm is, or what a function makes."""
+    if norm is None or isinstance(norm, str):
+        return None
+    made = norm if isinstance(norm, nn.Module) else norm(parent=None)
+    if not isinstance(made, nn.BatchNorm) or made.axis not in (-1, (-1,)) or made.axis_name is not None:
+        return None
+    return made
 
 
 class GatedDense(GatedUnit):
@@ -343,7 +352,7 @@ class PlainConv(nn.Module):
 
     def folds(self) -> bool:
         """As of `GatedUnit`."""
-        return self.norm is None or self.norm == "batch" or _is_batch_norm(self.norm)
+        return self.norm is None or self.norm == "batch" or batch_norm_of(self.norm) is not None
 
     def record(self, x: Activations, y: Array) -> LayerRecord:
         """The record of a call that turned `x` into maps like `y`."""

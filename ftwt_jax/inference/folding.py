@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.convolutions import Convolution
 from ftwt_jax.gating.gates import HEAD_NAME
-from ftwt_jax.gating.units import GatedUnit, PlainConv
+from ftwt_jax.gating.units import OWN_NORM, GatedUnit, PlainConv, batch_norm_of
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.inference.packed import Channels
 from ftwt_jax.ops.batch_norm import EPSILON
@@ -61,14 +61,17 @@ class Folded:
         if self._has(name, f"{convolution.name}/bias"):
             shift = self._array(name, f"{convolution.name}/bias")
         if norm is not None:
-            place, epsilon = ("norm", norm.epsilon) if isinstance(norm, nn.BatchNorm) else ("bn", EPSILON)
-            mean, var = (self._array(name, f"{place}/{leaf}", "batch_stats") for leaf in ("mean", "var"))
-            factor = factor / np.sqrt(var + np.float32(epsilon))
-            if self._has(name, f"{place}/scale"):
-                factor = factor * self._array(name, f"{place}/scale")
+            flaxs = batch_norm_of(norm)
+            # A module may belong to the network that made it.
+            place = "/".join(norm.path) if isinstance(norm, nn.Module) else f"{name}/{OWN_NORM if flaxs else 'bn'}"
+            place = place.lstrip("/")
+            mean, var = (self._array(place, leaf, "batch_stats") for leaf in ("mean", "var"))
+            factor = factor / np.sqrt(var + np.float32(flaxs.epsilon if flaxs else EPSILON))
+            if self._has(place, "scale"):
+                factor = factor * self._array(place, "scale")
             shift = (shift - mean) * factor
-            if self._has(name, f"{place}/bias"):
-                shift = shift + self._array(name, f"{place}/bias")
+            if self._has(place, "bias"):
+                shift = shift + self._array(place, "bias")
         rows = list(inputs) if convolution.groups == 1 else slice(None)
         return {"kernel": (kernel * factor)[..., rows, :][..., list(kept)], "bias": shift[list(kept)]}
 

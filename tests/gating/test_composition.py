@@ -1,5 +1,6 @@
 """What networks do between units: joins, rearrangements, functions; and what is said where masks are lost."""
 
+import functools
 import re
 import warnings
 
@@ -90,6 +91,9 @@ KEEPING = {
     ),
     "a shortcut for all images": lambda net, images: unit()(
         unit()(images), shortcut=net.param("added", nn.initializers.normal(), (1, 8, 8, 8))
+    ),
+    "norms made within": lambda net, images: unit(norm=nn.BatchNorm(epsilon=0.3))(
+        unit(norm=functools.partial(nn.BatchNorm, epsilon=0.2))(images)
     ),
     "a module as function": lambda net, images: unit()(unit()(images).map(nn.PReLU())),
     "tokens": lambda net, images: ftwt.GatedDense(12, act=nn.gelu, gates=GATES)(

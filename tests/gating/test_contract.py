@@ -124,5 +124,5 @@ def test_nothing_is_known_of_a_function_that_fails_or_loops():
     def fails(v):
         raise RuntimeError
 
-    for fn in (fails, lambda v: jax.lax.fori_loop(0, 2, lambda _, v: v, v), lambda v: (v, v)):
+    for fn in (fails, lambda v: jax.lax.fori_loop(0, 2, lambda _, v: v * 2, v), lambda v: (v, v)):
         assert not effect(fn, maps()).in_place
