@@ -276,9 +276,12 @@ def load_run(folder: str, data: str | None = None, images: bool = True) -> Run:
     dataset = None if images else _recorded_dataset(path, config)
     hint = "; if its data are elsewhere now, name them with --data=folder:PATH or --data=tfds:NAME"
     run = open_run(config, path, dataset, "" if data else hint)
+    # Of other images, there may be more or fewer than the network was trained on.
+    kept = {} if data is None else _kept_dataset(path)
+    # All processes open checkpoints together; one alone would wait for the others.
+    found = list(_warnings(run, kept.get("train_size") or len(run.dataset.train)))
     if is_first():
-        # Of other images, there may be more or fewer than the network was trained on.
-        for warning in _warnings(run, _kept_dataset(path).get("train_size") or len(run.dataset.train)):
+        for warning in found:
             warnings.warn(f"{path}: {warning}", RunWarning, stacklevel=2)
     return run
 
