@@ -10,7 +10,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
-SECTIONS = ("summary", "accuracy", "density", "images", "filters", "training", "corruptions", "reproduce")
+SECTIONS = (
+    "summary", "accuracy", "density", "time", "classes", "images", "filters", "training", "corruptions", "reproduce",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
