@@ -1,8 +1,7 @@
 """The gated unit, and the two layers that carry no gate but whose work counts: plain convolution and classifier."""
 
-import inspect
-import math
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.errors import UserError
 from ftwt_jax.gating.activations import (
     Activations,
     LayerRecord,
@@ -23,17 +22,9 @@ from ftwt_jax.gating.activations import (
 from ftwt_jax.gating.contract import effect
 from ftwt_jax.gating.convolutions import Convolution, Padding, Sizes
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, GateHead, GateOutput
+from ftwt_jax.gating.norms import Act, Norm, activated, folds, normalized_maps
 from ftwt_jax.gating.ranking import topk_mass_mask
-from ftwt_jax.ops.batch_norm import BatchNorm
 from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
-
-NORMS = ("batch", "layer", "group")
-# Name of what a function makes.
-OWN_NORM = "own_norm"
-# Group norm has as many groups as the paper of it, or the largest divisor of that which divides the filters.
-_GROUPS = 32
-Act = Callable[[Array], Array]
-Norm = str | Callable[..., Any] | None
 
 
 @struct.dataclass
@@ -59,44 +50,6 @@ class Outputs:
         return tuple(layer.name for layer in self.layers if layer.gate is not None)
 
 
-def normalized_maps(norm: Norm, y: Array, train: bool, dtype: Any) -> Array:
-    """Maps after the norm of a unit; call it inside a method with `nn.compact`."""
-    if norm is None:
-        return y
-    if norm == "batch":
-        return BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(y)
-    if norm == "layer":
-        return nn.LayerNorm(dtype=dtype, name="layer_norm")(y)
-    if norm == "group":
-        return nn.GroupNorm(math.gcd(_GROUPS, y.shape[-1]), dtype=dtype, name="group_norm")(y)
-    if isinstance(norm, str) or not callable(norm):
-        raise unknown_name("norm", str(norm), (*NORMS, "None, a Flax module, or a function that makes one"))
-    module = norm if isinstance(norm, nn.Module) else norm(name=OWN_NORM)
-    # Flax's own norms and users' modules call the same switch by different names.
-    switches = {"use_running_average": not train, "train": train, "deterministic": not train}
-    taken = inspect.signature(type(module).__call__).parameters
-    out = module(y, **{name: value for name, value in switches.items() if name in taken})
-    return as_shape(out, y.shape, "norm")
-
-
-def as_shape(y: Any, shape: tuple[int, ...], what: str) -> Array:
-    """What a unit's own function returned, if it has the shape it has to have; `UserError` otherwise."""
-    if getattr(y, "shape", None) != shape:
-        raise UserError(
-            f"the {what} of a unit keeps the shape of its maps, {shape}; got {getattr(y, 'shape', type(y))}"
-        )
-    return y
-
-
-def activated(act: Act | None, y: Array) -> Array:
-    """Maps after the activation of a unit."""
-    if act is None:
-        return y
-    if isinstance(act, type) or not callable(act):
-        raise UserError(f"act is a function of maps or a Flax module, such as nn.relu or nn.PReLU(); got {act!r}")
-    return as_shape(act(y), y.shape, "activation")
-
-
 def over_pixels(mask: Array, ndim: int) -> Array:
     """[N, C] as it broadcasts to maps [N, ..., C] of `ndim` axes."""
     return jnp.expand_dims(mask, tuple(range(1, ndim - 1)))
@@ -112,15 +65,48 @@ def _call_of(layer: nn.Module, *inputs: Activations) -> str:
     return fingerprint("/".join(layer.path), count, *(each.trail for each in inputs))
 
 
-def _checked(convolution: Convolution, x: Array, y: Array) -> Array:
-    if y.ndim > 2 and not all(y.shape[1:-1]):
-        raise UserError(
-            f"a kernel of {convolution.window} does not fit into maps of shape {x.shape}: pad them, or shrink it"
+class _Convolved:
+    """What the two layers with a convolution share: their fields are those of `Convolution`, and `norm`."""
+
+    @property
+    def convolution(self: Any) -> Convolution:
+        """The convolution."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Convolution)}
+        groups = getattr(self, "feature_group_count", None)
+        return Convolution(**(fields if groups is None else {**fields, "groups": groups}))
+
+    def folds(self: Any) -> bool:
+        """Whether the norm is one number and one more for each filter in inference, or there is none."""
+        return folds(self.norm)
+
+    def _normed(self: Any, x: Activations, train: bool) -> Array:
+        """The maps after convolution and norm; call it inside a method with `nn.compact`."""
+        convolution = self.convolution
+        convolution.check(x.values)
+        y = convolution.layer(train)(x.values)
+        if y.ndim > 2 and not all(y.shape[1:-1]):
+            raise UserError(
+                f"a kernel of {convolution.window} does not fit into maps of shape {x.shape}: pad them, or shrink it"
+            )
+        return normalized_maps(self.norm, y, train, self.dtype)
+
+    def _record(self: Any, x: Activations, y: Array, *others: Activations, **more: Any) -> LayerRecord:
+        """The record of a call that turned `x`, with others, into maps like `y`."""
+        convolution = self.convolution
+        return LayerRecord(
+            name="/".join(self.path),
+            positions=convolution.positions(x.shape, y.shape),
+            kernel_area=convolution.kernel_area,
+            in_features=x.shape[-1],
+            out_features=self.features,
+            groups=convolution.groups,
+            active_in=x.active,
+            call=_call_of(self, x, *others),
+            **more,
         )
-    return y
 
 
-class GatedUnit(nn.Module):
+class GatedUnit(_Convolved, nn.Module):
     """Convolution, norm, activation, and a gate head beside them that chooses filters per image.
 
     Replaces `nn.Conv` + `nn.BatchNorm` + activation in any Linen network. With `gates=None` it is just those three,
@@ -160,22 +146,6 @@ class GatedUnit(nn.Module):
     transpose: bool = False
     feature_group_count: int | None = None
 
-    @property
-    def convolution(self) -> Convolution:
-        """The convolution."""
-        groups = self.groups if self.feature_group_count is None else self.feature_group_count
-        return Convolution(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            groups,
-            self.padding,
-            self.use_bias,
-            self.kernel_dilation,
-            self.transpose,
-            self.dtype,
-        )
-
     @nn.compact
     def __call__(
         self, inputs: Activations | Array, train: bool = False, shortcut: Activations | Array | None = None
@@ -191,10 +161,7 @@ class GatedUnit(nn.Module):
           UserError: the sizes of the unit do not fit the maps.
         """
         x = as_activations(inputs)
-        convolution = self.convolution
-        convolution.check(x.values)
-        y = _checked(convolution, x.values, convolution.layer(train)(x.values))
-        y = normalized_maps(self.norm, y, train, self.dtype)
+        y = self._normed(x, train)
         layers = x.layers
         added = None
         if shortcut is not None:
@@ -215,10 +182,6 @@ class GatedUnit(nn.Module):
         maxima = max_pool_all(jax.lax.stop_gradient(y)).astype(jnp.float32)
         return out.with_maxima(jnp.where(gate.mask, maxima, 0))
 
-    def folds(self) -> bool:
-        """Whether the norm is one number and one more for each filter in inference, or there is none."""
-        return self.norm is None or self.norm == "batch" or batch_norm_of(self.norm) is not None
-
     def computes_all(self, y: Array | jax.ShapeDtypeStruct) -> bool:
         """Whether every filter has to be computed, since norm or activation (of maps like `y`) mix them."""
         return not self.folds() or not (self.act is None or self.act is nn.relu or effect(self.act, y).own)
@@ -227,22 +190,16 @@ class GatedUnit(nn.Module):
         self, x: Activations, y: Array, gate: GateOutput | None, whole: bool, shortcut: Activations | None = None
     ) -> LayerRecord:
         """The record of a call that turned `x` into maps like `y`; `whole`: every filter had to be computed."""
-        convolution, inputs = self.convolution, x.shape[-1]
-        own = self.gates is not None and self.gates.reads_own(inputs, self.features, convolution.groups)
-        return LayerRecord(
-            name="/".join(self.path),
-            positions=convolution.positions(x.shape, y.shape),
-            kernel_area=convolution.kernel_area,
-            in_features=inputs,
-            out_features=self.features,
-            groups=convolution.groups,
+        own = self.gates is not None and self.gates.reads_own(x.shape[-1], self.features, self.convolution.groups)
+        return self._record(
+            x,
+            y,
+            *([] if shortcut is None else [shortcut]),
             unit=True,
             bias_terms=self.features if self.use_bias else 0,
-            active_in=x.active,
             active_out=None if gate is None or whole else gate.mask,
             gate=gate,
             head_inputs=1 if own else None,
-            call=_call_of(self, x, *([] if shortcut is None else [shortcut])),
         )
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
@@ -282,16 +239,6 @@ def check_shortcut(values: Array, shape: tuple[int, ...]) -> Array:
     return values
 
 
-def batch_norm_of(norm: Norm) -> nn.BatchNorm | None:
-    """Flax's batch norm over the last axis, if that is what a norm is, or what a function makes."""
-    if norm is None or isinstance(norm, str):
-        return None
-    made = norm if isinstance(norm, nn.Module) else norm(parent=None)
-    if not isinstance(made, nn.BatchNorm) or made.axis not in (-1, (-1,)) or made.axis_name is not None:
-        return None
-    return made
-
-
 class GatedDense(GatedUnit):
     """A dense layer that is a unit: `nn.Dense`, activation, gate head; on rows [N, C_in], tokens [N, T, C_in] or maps.
 
@@ -303,7 +250,7 @@ class GatedDense(GatedUnit):
     norm: Norm = None
 
 
-class PlainConv(nn.Module):
+class PlainConv(_Convolved, nn.Module):
     """Convolution and norm without a gate, whose work counts: a projection shortcut, the last step of a bottleneck.
 
     Attributes:
@@ -324,49 +271,17 @@ class PlainConv(nn.Module):
     kernel_dilation: Sizes = 1
     transpose: bool = False
 
-    @property
-    def convolution(self) -> Convolution:
-        """The convolution."""
-        return Convolution(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            self.groups,
-            self.padding,
-            self.use_bias,
-            self.kernel_dilation,
-            self.transpose,
-            self.dtype,
-        )
-
     @nn.compact
     def __call__(self, inputs: Activations | Array, train: bool = False) -> Activations:
         """Runs on [N, H, W, C_in]; every filter is computed, and can be non-zero (batch norm adds its bias)."""
         x = as_activations(inputs)
-        convolution = self.convolution
-        convolution.check(x.values)
-        y = _checked(convolution, x.values, convolution.layer(train)(x.values))
-        y = activated(self.act, normalized_maps(self.norm, y, train, self.dtype))
+        y = activated(self.act, self._normed(x, train))
         record = self.record(x, y)
         return x.made(values=y, active=None, layers=Layers((*x.layers, record)), trail=record.call)
 
-    def folds(self) -> bool:
-        """As of `GatedUnit`."""
-        return self.norm is None or self.norm == "batch" or batch_norm_of(self.norm) is not None
-
     def record(self, x: Activations, y: Array) -> LayerRecord:
         """The record of a call that turned `x` into maps like `y`."""
-        convolution = self.convolution
-        return LayerRecord(
-            name="/".join(self.path),
-            positions=convolution.positions(x.shape, y.shape),
-            kernel_area=convolution.kernel_area,
-            in_features=x.shape[-1],
-            out_features=self.features,
-            groups=convolution.groups,
-            active_in=x.active,
-            call=_call_of(self, x),
-        )
+        return self._record(x, y)
 
 
 class Classifier(nn.Module):

@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.convolutions import Convolution
 from ftwt_jax.gating.gates import HEAD_NAME
-from ftwt_jax.gating.units import OWN_NORM, GatedUnit, PlainConv, batch_norm_of
+from ftwt_jax.gating.norms import OWN_NORM, batch_norm_of
+from ftwt_jax.gating.units import GatedUnit, PlainConv
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.inference.packed import Channels
 from ftwt_jax.ops.batch_norm import EPSILON

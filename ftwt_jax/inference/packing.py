@@ -15,7 +15,8 @@ from ftwt_jax.gating.contract import effect
 from ftwt_jax.gating.convolutions import Convolution, Plane
 from ftwt_jax.gating.gates import GateConfig, GateOutput, normalized, pooled
 from ftwt_jax.gating.macs import layer_dense_macs
-from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv, activated, check_shortcut, over_pixels
+from ftwt_jax.gating.norms import activated
+from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, PlainConv, check_shortcut, over_pixels
 from ftwt_jax.inference.folding import Folded, native_weights
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.inference.packed import (
