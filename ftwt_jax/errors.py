@@ -89,10 +89,9 @@ def shortened(error: BaseException, most: int = 240) -> str:
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
-def listed(names: Sequence[str], most: int = 10, between: str = ", ") -> str:
-    """Names in a message: of more than `most` the first ones, and how many there are besides."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return between.join(names[:most]) + more
+def listed(names: Sequence[str], most: int = 10, between: str = ", ", rest: str = " and {} more") -> str:
+    """Names in a message: of more than `most` the first ones, and `rest` with the number of the others."""
+    return between.join(names[:most]) + (rest.format(len(names) - most) if len(names) > most else "")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -13,6 +13,11 @@ def say_compiling(console: Console, what: str) -> None:
     say(console, f"compiling {what}; this can take a minute")
 
 
+def four_digits(value: float) -> str:
+    """With so many digits that the quotient of two is the one that is printed beside them."""
+    return f"{value:#.4g}".rstrip(".")
+
+
 def shorten_data(name: str, most: int = 34) -> str:
     """The name of a data set with the beginning of a long path left out: `folder:…/dogs/train`."""
     kind, colon, place = name.partition(":")

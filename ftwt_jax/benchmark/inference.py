@@ -18,7 +18,7 @@ from ftwt_jax.budget.trained import Subject
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.inference.compact import compact, fold
-from ftwt_jax.printing import say, say_compiling
+from ftwt_jax.printing import four_digits, say, say_compiling
 
 # Batches that each network runs before the next one's turn: in use, too, it would find its weights in the caches.
 _BLOCK, _ROUNDS = 16, 3
@@ -147,11 +147,6 @@ def _against_torch(subject: Subject, quick: Callable, batches: Sequence[Any]) ->
     return statistics.median(theirs), statistics.median(ours)
 
 
-def _ms(milliseconds: float) -> str:
-    """With so many digits that the quotient of two is the one that is printed."""
-    return f"{milliseconds:#.4g}".rstrip(".")
-
-
 def _times(factor: float) -> str:
     return f"{factor:#.3g} x".replace(". x", " x")
 
@@ -164,7 +159,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     dense = result["dense_ms"]
     rows = [("dense", dense), ("masked", result["masked_ms"]), ("compact", result["compact_ms"])]
     for name, milliseconds in rows:
-        table.add_row(name, _ms(milliseconds), _times(dense / milliseconds))
+        table.add_row(name, four_digits(milliseconds), _times(dense / milliseconds))
     console.print(table)
     possible, slower = 1 / (1 - result["macs_reduction"]), result["speedup"] < 1
     lines = [
@@ -179,7 +174,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     if "torch_ms" in result:
         theirs, ours = result["torch_ms"], result["torch_compact_ms"]
         lines.append(
-            f"in turns with PyTorch: its dense network {_ms(theirs)} ms, compact {_ms(ours)} ms, "
+            f"in turns with PyTorch: its dense network {four_digits(theirs)} ms, compact {four_digits(ours)} ms, "
             f"{_times(theirs / ours)}"
         )
     if "train_overhead" in result:

@@ -53,8 +53,8 @@ def trained_subject(folder: str, best: bool = False, budget: float | None = None
       data: name of a data set to use in place of the config's.
 
     Raises:
-      UserError: there is no gated network, no offset to its gates reaches the budget, or a budget needs images that are
-        not here.
+      UserError: the run has no gated network, its gates cannot reach the budget, or the images that the budget needs
+        are not on this machine.
     """
     run, note = _with_images_or_without(folder, data, must=budget is not None or data is not None)
     if not run.has(GATED):

@@ -90,7 +90,7 @@ def other_options(
 ) -> dict[str, Any]:
     """The options of a data set for another one, so that its images are prepared in the same way.
 
-    Splits are named anew where the kind differs, and a `data_dir` that is not there is left out.
+    If the other data set is of another kind, its usual splits are used; a `data_dir` that does not exist is dropped.
 
     Args:
       options: those of `config.data`.

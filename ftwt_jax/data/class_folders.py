@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ftwt_jax.data.decoding import is_readable
-from ftwt_jax.errors import SkippedImageWarning, UserError, printable, unknown_name
+from ftwt_jax.errors import SkippedImageWarning, UserError, listed, printable, unknown_name
 from ftwt_jax.files import as_text
 from ftwt_jax.parallel.processes import is_first
 
@@ -28,10 +28,9 @@ SHOWN = 5
 Classes = dict[str, list[str]]
 
 
-def listed(names: Iterable[str]) -> str:
+def first_of(names: Iterable[str]) -> str:
     """The first of some names, for a message."""
-    names = list(names)
-    return f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+    return listed(list(names), SHOWN, rest=", ...")
 
 
 @dataclasses.dataclass
@@ -65,7 +64,7 @@ class LeftOut:
         kinds = sorted(self.files.items(), key=lambda item: -len(item[1]))
         parts = [
             f"files of kinds that are not read: {sum(map(len, self.files.values()))} "
-            f"({listed(f'{len(paths)} {printable(kind)} such as {self._short(paths[0])}' for kind, paths in kinds)})"
+            f"({first_of(f'{len(paths)} {printable(kind)} such as {self._short(paths[0])}' for kind, paths in kinds)})"
             if kinds
             else "",
             f"images in no class folder: {len(self.loose)} ({self._some(self.loose[:1])})" if self.loose else "",
@@ -82,7 +81,7 @@ class LeftOut:
         return printable(os.path.relpath(path, self.root))
 
     def _some(self, paths: Sequence[str]) -> str:
-        return listed(map(self._short, paths))
+        return first_of(map(self._short, paths))
 
 
 def find_classes(folder: pathlib.Path, left_out: LeftOut) -> Classes:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from ftwt_jax.data.class_folders import Classes, LeftOut, find_classes, listed, natural_key, with_images
+from ftwt_jax.data.class_folders import Classes, LeftOut, find_classes, first_of, natural_key, with_images
 from ftwt_jax.errors import UserError, os_reason, printable
 from ftwt_jax.files import as_text
 from ftwt_jax.printing import say
@@ -87,14 +87,14 @@ def sort_by_class(
         found = _renamed(found, numbers, known, file, console)
     strange = sorted({*found.values()} - {*known}) if known else []
     if strange:
-        raise UserError(f"{file} names classes that {train} does not have: {listed(map(printable, strange))}")
+        raise UserError(f"{file} names classes that {train} does not have: {first_of(map(printable, strange))}")
     for name in {*found.values()}:
         if name in ("", ".", "..") or "/" in name:
             raise UserError(f"{file} names a class {name!r}, which cannot be a folder")
     copied = _write(target, found)
     missing = [path for path in images if path not in found]
     if missing:
-        say(console, f"not in {file}, and left out: {len(missing)} images ({listed(map(os.path.basename, missing))})")
+        say(console, f"not in {file}, and left out: {len(missing)} images ({first_of(map(os.path.basename, missing))})")
     how = f"{copied} of them copied, which takes space" if copied else "by links, which take no space"
     say(console, f"{len(found)} images of {len({*found.values()})} classes sorted into {target}, {how}")
     if train:
@@ -188,7 +188,7 @@ def _renamed(
     say(console, f"numbers of {path}: {first} is {names[first]}, {max(names)} is {names[max(names)]}")
     strange = sorted({int(number) for number in found.values()} - {*names})
     if strange:
-        raise UserError(f"{path} does not tell what the numbers {listed(map(str, strange))} stand for")
+        raise UserError(f"{path} does not tell what the numbers {first_of(map(str, strange))} stand for")
     return {image: names[int(number)] for image, number in found.items()}
 
 

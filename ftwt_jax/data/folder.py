@@ -15,7 +15,7 @@ from ftwt_jax.data.class_folders import (
     Classes,
     LeftOut,
     find_classes,
-    listed,
+    first_of,
     put_in_order,
     with_images,
 )
@@ -114,7 +114,10 @@ def load_folder(
 def describe_folder(
     place: str, num_classes: int | None, image_size: int, augment: str, flip: bool, train_split: str | None, **_: Any
 ) -> Dataset:
-    """`load_folder` without images: counts the class folders, if `num_classes` is None."""
+    """`load_folder` without images: counts the class folders, if `num_classes` is None.
+
+    Empty ones are no classes, as in `load_folder`, unless all are: then the images are elsewhere.
+    """
     return build_blank(num_classes or _class_count(place, train_split), 3, image_size, augment, flip)
 
 
@@ -123,9 +126,10 @@ def _class_count(place: str, train_split: str | None) -> int:
     if train_split or any((root / split).is_dir() for split in (TRAIN, *HELD_OUT)):
         root /= train_split or TRAIN
     try:
-        names = with_images(find_classes(root, LeftOut(root))) if place else []
+        classes = find_classes(root, LeftOut(root)) if place else {}
     except OSError:
-        names = []
+        classes = {}
+    names = with_images(classes) or [*classes]
     if len(names) < 2 or {name.lower() for name in names} <= SPLIT_NAMES:
         raise UserError(
             f"no class folders at {printable(str(root)) if place else repr(place)}: set --num_classes to plan without "
@@ -156,7 +160,7 @@ def _check_sorted(folder: pathlib.Path, classes: Classes, left_out: LeftOut) -> 
     empty = [printable(str(folder / name)) for name in classes if name not in names]
     has = f"only one class folder, {names[0]!r}" if names else "no class folders"
     if empty:
-        has += f" with images; no images in {listed(empty)}: a class folder must hold image files "
+        has += f" with images; no images in {first_of(empty)}: a class folder must hold image files "
         has += f"({', '.join(EXTENSIONS)})"
     raise UserError(f"{where} has {has}: it needs at least two, each with the images of one class")
 
@@ -168,7 +172,7 @@ def _common_classes(places: Sequence[pathlib.Path], splits: Sequence[Classes], l
     if not {*names} & {*others} and flat_images(places[1], splits[1], left_out):
         raise UserError(how_to_sort(places[1]))
     only = [
-        f"only in {printable(str(place))}: {listed(sorted(extra))}"
+        f"only in {printable(str(place))}: {first_of(sorted(extra))}"
         for place, extra in zip(places, ({*names} - {*others}, {*others} - {*names}), strict=True)
         if extra
     ]
@@ -179,7 +183,7 @@ def _common_classes(places: Sequence[pathlib.Path], splits: Sequence[Classes], l
         if name in {*names} ^ {*others} and not images
     ]
     if only:
-        only += [f"no images in {listed(empty)}"] if empty else []
+        only += [f"no images in {first_of(empty)}"] if empty else []
         raise UserError(f"the two splits have different classes: {'; '.join(only)}")
     return names
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable
 
 from ftwt_jax.data.decoding import MAX_PIXELS
-from ftwt_jax.errors import SkippedImageWarning, UserError, printable
+from ftwt_jax.errors import SkippedImageWarning, UserError, listed, printable
 
 MOST_SKIPPED = 0.01
 
@@ -54,5 +54,5 @@ class Skipped:
         if count > MOST_SKIPPED * self._total:
             raise UserError(
                 f"{count} of {self._total} images cannot be decoded, more than {MOST_SKIPPED:.0%}: "
-                f"{', '.join(self.names[:3])}{', ...' if count > 3 else ''} ({reason}); repair or delete them"
+                f"{listed(self.names, 3, rest=', ...')} ({reason}); repair or delete them"
             )

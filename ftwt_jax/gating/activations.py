@@ -76,8 +76,6 @@ class Layers(Sequence[LayerRecord]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, (Layers, tuple)) and self._records == tuple(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Layers({list(self._records)})"
 
@@ -257,7 +255,7 @@ def _within_a_module() -> bool:
     return flax_module._context.module_stack[-1] is not None
 
 
-# A field for those who make activations, a property for those who read them.
+# A field for those who make activations, a property for those who read them: a dataclass cannot declare both at once.
 Activations.values = property(_read_values, lambda self, values: self.__dict__.__setitem__("values", values))  # type: ignore[assignment]
 
 

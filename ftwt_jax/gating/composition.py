@@ -11,13 +11,17 @@ from jaxtyping import Array
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.activations import Activations, as_activations
+from ftwt_jax.gating.gates import GateControl
 
 
-def _lead(parts: Sequence[Activations], given: Sequence[Activations | Array]) -> Activations:
-    """The part that makes the result: one in packed form if there is one, with the control of the first activations."""
-    control = next((part.control for part in given if isinstance(part, Activations)), parts[0].control)
-    packed = next((part for part in parts if type(part) is not Activations), parts[0])
-    return packed.replace(control=control)
+def _lead(parts: Sequence[Activations]) -> Activations:
+    """The part that makes the result: one in packed form if there is one, since the others cannot make such."""
+    return next((part for part in parts if type(part) is not Activations), parts[0])
+
+
+def _control(given: Sequence[Activations | Array]) -> GateControl:
+    """The control of the first activations; plain arrays have none of their own."""
+    return next((part.control for part in given if isinstance(part, Activations)), GateControl())
 
 
 def residual_add(branch: Activations | Array, shortcut: Activations | Array) -> Activations:
@@ -41,11 +45,10 @@ def residual_add(branch: Activations | Array, shortcut: Activations | Array) -> 
             f"a residual sum needs two of one shape; got {parts[0].shape} and {parts[1].shape}: make them fit by "
             "strides, a ftwt.PlainConv or .append_zeros"
         )
-    lead = _lead(parts, (branch, shortcut))
     first, second = (part if part.shape[-1] == shape[-1] else permute_channels(part, [0] * shape[-1]) for part in parts)
-    if type(first) is Activations and type(second) is not Activations:
-        return second.add(first).replace(control=lead.control)
-    return first.add(second).replace(control=lead.control)
+    if _lead([first, second]) is second:
+        first, second = second, first
+    return first.add(second).replace(control=_control((branch, shortcut)))
 
 
 def concatenate(parts: Sequence[Activations | Array]) -> Activations:
@@ -65,7 +68,7 @@ def concatenate(parts: Sequence[Activations | Array]) -> Activations:
     if len({part.shape[:-1] for part in wrapped}) > 1:
         shapes = ", ".join(str(part.shape) for part in wrapped)
         raise UserError(f"channels can be concatenated where images and pixels are as many; got {shapes}")
-    return _lead(wrapped, parts).join(wrapped)
+    return _lead(wrapped).join(wrapped).replace(control=_control(parts))
 
 
 def flatten(x: Activations | Array) -> Activations:
@@ -86,7 +89,7 @@ def permute_channels(x: Activations | Array, order: Sequence[int]) -> Activation
       order: for each channel of the result the channel that it is; any of them, any number of times.
 
     Raises:
-      UserError: there is no such channel.
+      UserError: `order` holds a number that is not a channel.
     """
     x = as_activations(x)
     places = np.asarray(order)
@@ -101,7 +104,7 @@ def pixel_unshuffle(x: Activations | Array, block: int) -> Activations:
     Channel c becomes the channels c * block² + row * block + column, as in PyTorch.
 
     Raises:
-      UserError: the sides are no multiples of `block`.
+      UserError: a side is not a multiple of `block`.
     """
     x = as_activations(x)
     if x.ndim != 4 or block < 1 or any(side % block for side in x.shape[1:3]):
@@ -119,7 +122,7 @@ def pixel_shuffle(x: Activations | Array, block: int) -> Activations:
     """The inverse of `pixel_unshuffle`, depth to space: a channel can be non-zero where any that it is made of can.
 
     Raises:
-      UserError: the number of channels is no multiple of block².
+      UserError: the number of channels is not a multiple of block².
     """
     x = as_activations(x)
     if x.ndim != 4 or block < 1 or x.shape[-1] % block**2:

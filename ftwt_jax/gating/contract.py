@@ -177,7 +177,7 @@ def _elementwise(eqn: Any, operands: list[Any]) -> Any:
 
 
 def _number(eqn: Any, numbers: list[Any]) -> Any:
-    """What an operation makes of numbers, of which some may not be known; None: not known."""
+    """The result of an operation on numbers, None for those that are unknown; None if it cannot be known."""
     name = eqn.primitive.name
     if all(number is not None for number in numbers):
         with jax.ensure_compile_time_eval():
@@ -206,7 +206,7 @@ def _moved(maps: _Maps, place: Callable[[int], int | None], **changes: Any) -> _
 
 
 def _unchanged(maps: Any, shape: Any, out: Any, **changes: Any) -> _Maps | None:
-    """Maps of which other axes change, if images and channels are as many as before."""
+    """Maps that change along other axes; None if the number of images or channels changes."""
     same = all(shape[axis] == out[axis] for axis in (maps.images, maps.channels))
     return dataclasses.replace(maps, **changes) if same else None
 

@@ -62,8 +62,8 @@ class Convolution:
         """The sides of the kernel; empty for a dense layer."""
         if self.kernel_size is None:
             return ()
-        two = not isinstance(self.kernel_size, Sequence)
-        sides = (self.kernel_size,) * 2 if two else tuple(self.kernel_size)  # type: ignore[arg-type]
+        size = self.kernel_size
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
         return tuple(_whole("a side of kernel_size", side) for side in sides)
 
     @property
@@ -116,6 +116,11 @@ class Convolution:
         if self.kernel_size is None:
             if maps.ndim < 2:
                 raise UserError(f"a dense unit takes [N, ..., channels]; got shape {maps.shape}")
+            plain = Convolution(self.features, None, use_bias=self.use_bias, dtype=self.dtype)
+            if self != plain:
+                raise UserError(
+                    "a dense unit has no strides, groups, padding, dilation or transposition: leave them out"
+                )
             return
         if maps.ndim != len(window) + 2:
             axes = ", ".join(["N", *["H", "W", "D"][: len(window)], "channels"])
@@ -124,9 +129,7 @@ class Convolution:
                 "axis between images and channels"
             )
         if inputs % self.groups or self.features % self.groups:
-            raise UserError(
-                f"{self.groups} groups divide neither or only one of {inputs} channels and {self.features} filters"
-            )
+            raise UserError(f"groups={self.groups} does not divide both {inputs} channels and {self.features} filters")
         if self.transpose and self.groups > 1:
             raise UserError("a transposed convolution has no groups: leave groups=1")
         _ = self.steps, self.dilation, self.pads
@@ -152,13 +155,13 @@ class Convolution:
         )
 
     def run(self, maps: Array, kernel: Array, bias: Array, groups: int | None = None) -> Array:
-        """The layer with weights of one's own, which may hold some of its channels and filters only."""
+        """Runs the layer with the given weights, which may cover only some of its channels and filters."""
         groups = self.groups if groups is None else groups
         layer = self.layer(features=kernel.shape[-1], groups=groups, use_bias=True, parent=None)
         return jnp.asarray(layer.apply({"params": {"kernel": kernel, "bias": bias}}, maps))
 
     def in_a_plane(self, sides: Sequence[int]) -> Plane | None:
-        """Window, strides and padding with zeros as of a convolution of maps [N, H, W, C]; None if it is no such.
+        """Window, strides and zeros around the maps of the same convolution of [N, H, W, C]; None if there is none.
 
         Args:
           sides: of the maps. Those of one axis are columns of width 1, as `ops.reductions.as_maps` makes them.

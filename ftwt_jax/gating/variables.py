@@ -66,9 +66,8 @@ def _suggestion(model: nn.Module, dense_variables: Mapping[str, Any], images: Ar
         pairs = [f"{old!r}: {new!r}" for old, new in suggest_names(model, dense_variables, images).items()]
     except UserError:
         return ""
-    rest = ", ..." if len(pairs) > LISTED else ""
-    whole = "; ftwt.suggest_names(model, variables, images) gives them all" if rest else ""
-    return f"; by order and shape, names={{{', '.join(pairs[:LISTED])}{rest}}} would do{whole}"
+    whole = "; ftwt.suggest_names(model, variables, images) gives them all" if len(pairs) > LISTED else ""
+    return f"; by order and shape, names={{{listed(pairs, LISTED, rest=', ...')}}} would do{whole}"
 
 
 def shift_gates(variables: dict[str, Any], offset: Float[Array, ""] | float) -> dict[str, Any]:

@@ -249,7 +249,9 @@ class CompactNetwork:
             got = f"{1 + len(others)} inputs" if others else f"a {type(images).__name__}"
             raise UserError(f"compact execution is for networks of one array of images; got {got}")
         images = jnp.asarray(images)
-        return _not_differentiable(images) if self.execution.per_image else images
+        # Derivatives come with tracers; without one, the call would only take time.
+        traced = isinstance(images, jax.core.Tracer)
+        return _not_differentiable(images) if traced and self.execution.per_image else images
 
     def _packed(self, images: Array) -> dict[str, Weights]:
         if not self._weights:

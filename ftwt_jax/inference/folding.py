@@ -40,7 +40,7 @@ class Folded:
         Raises:
           UserError: the layer's parameters are those of several.
         """
-        shape = self._array(name, f"{convolution.name}/kernel").shape
+        shape = self._variables["params"][_path(name, f"{convolution.name}/kernel")].shape
         if len(shape) != len(convolution.window) + 2:
             raise UserError(
                 f"{name or 'the unit'} holds kernels of shape {shape}, those of several layers (nn.scan, nn.vmap): "
@@ -64,8 +64,9 @@ class Folded:
         if norm is not None:
             flaxs = batch_norm_of(norm)
             # A module may belong to the network that made it.
-            place = "/".join(norm.path) if isinstance(norm, nn.Module) else f"{name}/{OWN_NORM if flaxs else 'bn'}"
-            place = place.lstrip("/")
+            place = _path(name, OWN_NORM if flaxs else "bn")
+            if isinstance(norm, nn.Module):
+                place = "/".join(norm.path)
             mean, var = (self._array(place, leaf, "batch_stats") for leaf in ("mean", "var"))
             factor = factor / np.sqrt(var + np.float32(flaxs.epsilon if flaxs else EPSILON))
             if self._has(place, "scale"):
@@ -94,12 +95,17 @@ class Folded:
         return {"kernel": kernel[list(inputs)], "bias": bias}
 
     def _has(self, name: str, leaf: str) -> bool:
-        return f"{name}/{leaf}".lstrip("/") in self._variables["params"]
+        return _path(name, leaf) in self._variables["params"]
 
     def _array(self, name: str, leaf: str, kind: str = "params") -> np.ndarray:
-        found = np.asarray(self._variables[kind][f"{name}/{leaf}" if name else leaf])
+        found = np.asarray(self._variables[kind][_path(name, leaf)])
         # Folded in bfloat16, weights would lose what batch norm keeps in float32.
-        return found.astype(jnp.promote_types(found.dtype, jnp.float32))
+        return found.astype(jnp.promote_types(found.dtype, jnp.float32), copy=False)
+
+
+def _path(name: str, leaf: str) -> str:
+    """Of an array of a layer; the network itself has no name."""
+    return f"{name}/{leaf}" if name else leaf
 
 
 def native_weights(

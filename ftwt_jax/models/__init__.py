@@ -111,7 +111,7 @@ def create_model(name: str, num_classes: int, gates: GateConfig | None = None, *
             f"{name} means two networks: set stem='cifar' for that of CIFAR, with 16, 32 and 64 filters; the other, "
             f"{AMBIGUOUS[name]}, is not here, but resnet50, resnet101 and resnet152 are"
         )
-    if arch.get("stem") == "cifar" and (name in ("vgg_bn", *PLANS) or (_cifar_resnet(name) and name not in REGISTRY)):
+    if arch.get("stem") == "cifar" and (name in ("vgg_bn", *PLANS) or is_cifar_resnet(name)):
         del arch["stem"]  # The only stem that these networks have.
     for option in arch:
         if option not in _options(name, build):

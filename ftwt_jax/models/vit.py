@@ -93,7 +93,7 @@ class ViT(nn.Module):
         """Classifies images [N, H, W, channels]; see `ftwt_jax.models.create_model`.
 
         Raises:
-          UserError: the sides of the images are no multiples of 16.
+          UserError: a side of the images is not a multiple of 16.
         """
         x = start(images, control, smallest=16)
         features = HEAD * scaled(6, self.width)

@@ -10,7 +10,7 @@ from ftwt_jax.report.plotting import look, new_plot
 from ftwt_jax.report.run_plots import Plot, distinct
 from ftwt_jax.report.runs import RecordedRun
 
-# Up to so many classes, the cells of the matrix hold their numbers.
+# With more classes than this, the cells of the matrix do not show their numbers.
 MOST_NUMBERED = 12
 SHADES = matplotlib.colormaps["Blues"].resampled(25)
 

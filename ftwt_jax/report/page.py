@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from ftwt_jax.files import AnyPath, written_whole
-from ftwt_jax.printing import shorten_data
+from ftwt_jax.printing import four_digits, shorten_data
 from ftwt_jax.report.classes import ClassFigures
 from ftwt_jax.report.images import Thumbnail
 from ftwt_jax.report.mask_plots import count
@@ -86,10 +86,8 @@ def render(sections: Sequence[Section], **others: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        **{"embed": embed, "cost": count, "figure": _figure, "percent": _percent},
-        **{"digits": _digits, "shorten": shorten_data},
-    }
+    figures = {"cost": count, "figure": _figure, "percent": _percent, "digits": _digits}
+    environment.filters |= {"embed": embed, "shorten": shorten_data, **figures}
     page = environment.get_template("page.html").render(sections=sections, many=MANY, **others)
     return page.encode(errors="backslashreplace").decode()  # Names of folders may hold bytes that are not UTF-8.
 
@@ -101,7 +99,7 @@ def _figure(value: Any, digits: int = 4) -> str:
 
 def _digits(value: Any) -> str:
     """A number with four significant digits; a dash if it is missing."""
-    return f"{value:#.4g}".rstrip(".") if is_number(value) else "-"
+    return four_digits(value) if is_number(value) else "-"
 
 
 def _percent(value: float) -> str:

@@ -20,7 +20,7 @@ from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, put_whole,
 from ftwt_jax.training.step import Normalize
 
 Sums = dict[str, Any]
-# Of more classes, the matrix of what is taken for what is not kept.
+# With more classes than this, the confusion matrix is not kept.
 MOST_CONFUSED = 100
 
 

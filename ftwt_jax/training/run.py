@@ -271,13 +271,13 @@ def load_run(folder: str, data: str | None = None, images: bool = True) -> Run:
         be on this machine; only where a workdir of an older version does not record enough is it loaded.
     """
     path, config = load(folder)
+    kept = {} if data is None else _kept_dataset(path)
     if data is not None:
-        config.data.update(other_options(config.data, data, _kept_dataset(path).get("image_shape")))
+        config.data.update(other_options(config.data, data, kept.get("image_shape")))
     dataset = None if images else _recorded_dataset(path, config)
     hint = "; if its data are elsewhere now, name them with --data=folder:PATH or --data=tfds:NAME"
     run = open_run(config, path, dataset, "" if data else hint)
     # Of other images, there may be more or fewer than the network was trained on.
-    kept = {} if data is None else _kept_dataset(path)
     # All processes open checkpoints together; one alone would wait for the others.
     found = list(_warnings(run, kept.get("train_size") or len(run.dataset.train)))
     if is_first():

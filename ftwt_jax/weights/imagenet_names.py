@@ -1,6 +1,7 @@
 """The names of the networks that are for ImageNet alone, in torchvision and timm."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 
@@ -37,7 +38,7 @@ def _inception_v4(unit: str, model: nn.Module, gated: bool) -> Place:
     block, _, name = unit.partition("/")
     index = 0 if block == "stem" else numbers(block)[0]
     first, second, _ = model.stage_sizes
-    # The branches of the last blocks are no sequences, but those that begin with a pool.
+    # In the last blocks, only branches that begin with a pool are sequences.
     if index < 8 + first + second or name.startswith("branch3"):
         name = name.replace("_", ".")
     layer = f"features.{index}.{name}".rstrip(".")
@@ -80,37 +81,46 @@ def _efficientnet_part(unit: str, model: EfficientNet) -> tuple[str, str, int]:
 
 
 def _convnext(unit: str, model: nn.Module, gated: bool) -> Place:
-    if unit in ("stem", "last_norm"):
-        return Place("features.0.0", "features.0.1") if unit == "stem" else Place(bn="classifier.0")
-    stage, *block = numbers(unit)
-    if not block:
-        layer = f"features.{2 * stage - 2}"
-        return Place(bn=f"{layer}.0") if unit.endswith("norm") else Place(f"{layer}.1")
-    layer = f"features.{2 * stage - 1}.{block[0]}"
-    parts = {
-        "depthwise": Place(f"{layer}.block.0", f"{layer}.block.2"),
-        "hidden": beside(f"{layer}.block.3", ""),
-        "project": Place(f"{layer}.block.5"),
-        "layer_scale": Place(f"{layer}.layer_scale", ones=2),
-    }
-    return parts[unit.rpartition("/")[2]]
+    outside = {"stem": Place("features.0.0", "features.0.1"), "last_norm": Place(bn="classifier.0")}
+    parts = {"depthwise": "block.0", "norm": "block.2", "hidden": "block.3", "project": "block.5"}
+    return outside.get(unit) or _convnext_part(
+        unit,
+        lambda stage: f"features.{2 * stage - 2}",
+        lambda stage, block: f"features.{2 * stage - 1}.{block}",
+        {**parts, "layer_scale": "layer_scale"},
+        ones=2,
+    )
 
 
 def _convnext_timm(unit: str, model: nn.Module, gated: bool) -> Place:
-    if unit in ("stem", "last_norm"):
-        return Place("stem.0", "stem.1") if unit == "stem" else Place(bn="head.norm")
+    outside = {"stem": Place("stem.0", "stem.1"), "last_norm": Place(bn="head.norm")}
+    parts = {"depthwise": "conv_dw", "norm": "norm", "hidden": "mlp.fc1", "project": "mlp.fc2"}
+    return outside.get(unit) or _convnext_part(
+        unit,
+        lambda stage: f"stages.{stage - 1}.downsample",
+        lambda stage, block: f"stages.{stage - 1}.blocks.{block}",
+        {**parts, "layer_scale": "gamma"},
+        ones=0,
+    )
+
+
+def _convnext_part(
+    unit: str,
+    between: Callable[[int], str],
+    within: Callable[[int, int], str],
+    parts: dict[str, str],
+    ones: int,
+) -> Place:
+    """The place of what is between stages, or within a block whose parts have these names."""
     stage, *block = numbers(unit)
     if not block:
-        layer = f"stages.{stage - 1}.downsample"
+        layer = between(stage)
         return Place(bn=f"{layer}.0") if unit.endswith("norm") else Place(f"{layer}.1")
-    layer = f"stages.{stage - 1}.blocks.{block[0]}"
-    parts = {
-        "depthwise": Place(f"{layer}.conv_dw", f"{layer}.norm"),
-        "hidden": beside(f"{layer}.mlp.fc1", ""),
-        "project": Place(f"{layer}.mlp.fc2"),
-        "layer_scale": Place(f"{layer}.gamma"),
-    }
-    return parts[unit.rpartition("/")[2]]
+    part = unit.rpartition("/")[2]
+    name, norm = (f"{within(stage, block[0])}.{parts[each]}" for each in (part, "norm"))
+    if part == "hidden":
+        return beside(name, "")
+    return Place(name, norm if part == "depthwise" else "", ones=ones if part == "layer_scale" else 0)
 
 
 def _vit(unit: str, model: nn.Module, gated: bool) -> Place:

@@ -177,8 +177,7 @@ def from_torch(
     Known are the names of the method's published code (dense and gated CIFAR networks) and, for dense networks, those
     of torchvision, Hugging Face (ResNets), timm and kuangliu's pytorch-cifar (ResNets); the names tell which layout it
     is. A published gate head's kernel is divided by its number of inputs, by which our heads multiply their inputs;
-    published heads pool by the mean:
-    `GateConfig.paper(pool="mean")`.
+    published heads pool by the mean: `GateConfig.paper(pool="mean")`.
 
     A `WeightsWarning` tells what differs from the state dict: gates are requested and it has no heads (new ones are
     initialised, with every filter on), or the other way round (they are left out), or it has another number of classes

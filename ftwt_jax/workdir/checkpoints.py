@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from ftwt_jax.errors import UserError, one_line, shortened, storage_errors
-from ftwt_jax.files import AnyPath, as_text, in_bucket, list_folder, remove_folder
+from ftwt_jax.files import AnyPath, in_bucket, list_folder, remove_folder
 from ftwt_jax.parallel.processes import barrier, broadcast, is_first, raise_if_lost
-from ftwt_jax.workdir import CONFIG
+from ftwt_jax.workdir.fitting import check_classes, check_shapes, check_size
 from ftwt_jax.workdir.integrity import LIST, MISSING, damage, write_list
 
 FOLDER = "checkpoints"
@@ -223,8 +222,9 @@ class Checkpoints:
         """
         step = self.latest_step()
         if step is not None:
-            self._check_size(step)
-            self._check_classes(step)
+            kept = self.kept_dataset(step)
+            check_size(self.path / str(step), kept, self._dataset)
+            check_classes(self.path, kept, self._dataset)
         items = {
             NETWORK: ocp.args.StandardRestore(state.variables),
             OPTIMIZER: ocp.args.StandardRestore({"step": state.step, "state": state.opt_state}),
@@ -250,8 +250,8 @@ class Checkpoints:
         def read(step: int | None) -> dict[str, Any]:
             if step is not None:
                 if not other_classes:
-                    self._check_classes(step)
-                self._check_shapes(self._shapes(step), variables)
+                    check_classes(self.path, self.kept_dataset(step), self._dataset)
+                check_shapes(self.path, self._shapes(step), variables)
             return self._restore(step, {NETWORK: ocp.args.StandardRestore(_targets(variables, sharding))})[NETWORK]
 
         return self._read(read, best)
@@ -308,52 +308,6 @@ class Checkpoints:
                 "with this workdir to continue from the previous one"
             )
         self._intact.add(step)
-
-    def _check_size(self, step: int) -> None:
-        """Raises `UserError` if the number of training images changed: the position in an epoch would be wrong."""
-        kept, here = self.kept_dataset(step).get("train_size"), self._dataset["train_size"]
-        if kept not in (None, here):
-            raise UserError(
-                f"checkpoint {self.path / str(step)} was trained on {kept} images, and the data now has {here}; "
-                "restore the data, or start in a new workdir with config.init_from"
-            )
-
-    def _check_classes(self, step: int) -> None:
-        """Raises `UserError` if the network was, or may have been, trained on other classes, or in another order."""
-        kept, here = self.kept_dataset(step).get("class_names") or [], self._dataset["class_names"]
-        doubt = self._dataset.get("order_doubt")
-        if not kept and doubt:
-            raise UserError(
-                f"the network in {self.path} has classes without names, and the order of those of the data is not "
-                f"certain: {doubt}; set config.data.class_order to bytes or natural, in {CONFIG} where there is one"
-            )
-        kept = list(map(as_text, kept))
-        if kept and here and kept != here:
-            pairs = enumerate(zip(kept, here, strict=False))
-            differing = [f"class {i} was {old!r} and is now {new!r}" for i, (old, new) in pairs if old != new]
-            first = differing[0] if differing else f"{len(kept)} of them, and there are now {len(here)}"
-            if sorted(kept) == sorted(here):
-                raise UserError(
-                    f"the network in {self.path} was trained on these classes in another order: {first}; set "
-                    "config.data.class_order to bytes or natural"
-                )
-            raise UserError(
-                f"the network in {self.path} was trained on other classes: {first}; restore them, or name "
-                "those data (config.data; --data)"
-            )
-
-    def _check_shapes(self, saved: Any, variables: Any) -> None:
-        here, wanted = (
-            {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
-            for tree in (saved, variables)
-        )
-        for name in (*wanted, *here):
-            if here.get(name) != wanted.get(name):
-                there, mine = (shapes.get(name, "missing") for shapes in (here, wanted))
-                raise UserError(
-                    f"the network in {self.path} does not fit: {name} is {there} there and {mine} in this config; "
-                    "compare config.model and config.data of both runs"
-                )
 
     def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
         if step is None:

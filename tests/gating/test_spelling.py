@@ -174,6 +174,8 @@ MISTAKES = {
     "pads": (ftwt.GatedUnit(8, padding=((1, 1, 1), 0)), MAPS, "padding"),
     "groups": (ftwt.GatedUnit(8, groups=3), MAPS, "groups"),
     "groups transposed": (ftwt.GatedUnit(8, groups=2, transpose=True), MAPS, "groups"),
+    "groups of a dense unit": (ftwt.GatedDense(8, groups=2), MAPS, "dense unit"),
+    "strides of a dense unit": (ftwt.GatedDense(8, strides=2), MAPS, "dense unit"),
     "axes": (ftwt.GatedUnit(8), SIGNAL, "kernel_size"),
     "an image alone": (ftwt.GatedUnit(8), MAPS[0], "kernel_size"),
     "too large": (ftwt.GatedUnit(8, kernel_size=9, padding=0), MAPS, "does not fit"),

@@ -19,6 +19,7 @@ from ftwt_jax.models.efficientnet import EfficientNet
 from ftwt_jax.models.inception import InceptionV3, InceptionV4
 from ftwt_jax.models.vit import ViT
 from ftwt_jax.weights.adapt import POSITIONS, adapt
+from tests.helpers import torch_inception
 from tests.helpers import torch_more as theirs
 from tests.helpers.compact import assert_close, assert_same, every_way, masked, random_images, random_variables
 from tests.helpers.torch_networks import to_nchw
@@ -48,13 +49,13 @@ SMALL = {
     "inception_v3": Small(
         functools.partial(InceptionV3, stage_sizes=(1, 1, 1)),
         0.125,
-        {"torchvision": functools.partial(theirs.InceptionV3, auxiliary=False, **THREE)},
+        {"torchvision": functools.partial(torch_inception.InceptionV3, auxiliary=False, **THREE)},
         (97,),
     ),
     "inception_v4": Small(
         functools.partial(InceptionV4, stage_sizes=(1, 1, 1)),
         0.125,
-        {"timm": functools.partial(theirs.InceptionV4, **THREE)},
+        {"timm": functools.partial(torch_inception.InceptionV4, **THREE)},
         (97,),
     ),
     "efficientnet_b0": Small(
@@ -134,7 +135,7 @@ def test_an_imported_network_is_exported_unchanged_and_under_the_other_names(nam
 
 
 def test_the_auxiliary_classifier_of_inception_v3_is_left_out_and_that_is_said():
-    net = theirs.randomize(theirs.InceptionV3(CLASSES, **THREE), seed=0).eval()
+    net = theirs.randomize(torch_inception.InceptionV3(CLASSES, **THREE), seed=0).eval()
     with pytest.warns(ftwt.WeightsWarning, match="its auxiliary classifier, AuxLogits, is left out") as caught:
         variables = ftwt.from_torch("inception_v3", net.state_dict(), CLASSES, width=0.125)
     assert len(caught) == 1
