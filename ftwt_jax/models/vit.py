@@ -109,8 +109,8 @@ class ViT(nn.Module):
         positions = self._positions(patches.shape[1:3], features)
 
         def embedded(v: Float[Array, "N h w C"]) -> Float[Array, "N T C"]:
-            first = jnp.broadcast_to(class_token.astype(v.dtype), (len(v), 1, features))
-            return jnp.concatenate([first, v.reshape(len(v), -1, features)], axis=1) + positions.astype(v.dtype)
+            first = jnp.broadcast_to(class_token.astype(v.dtype), (v.shape[0], 1, features))
+            return jnp.concatenate([first, v.reshape(v.shape[0], -1, features)], axis=1) + positions.astype(v.dtype)
 
         x = patches.map(embedded)
         for block in range(self.depth):

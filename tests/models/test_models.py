@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import ftwt_jax as ftwt
 from ftwt_jax.gating.macs import layer_dense_macs
@@ -23,9 +24,9 @@ PUBLISHED_SIDES = {"inception_v3": 299, "inception_v4": 299, "vit_small_patch16"
 
 
 @functools.cache
-def shapes_of(model, side=32, dtype=jnp.float32):
+def shapes_of(model, side=32, dtype=jnp.float32, count=2):
     """(outputs, variables) as shapes, without running or allocating anything."""
-    images = jax.ShapeDtypeStruct((2, side, side, 3), dtype)
+    images = jax.ShapeDtypeStruct((count, side, side, 3), dtype)
     return jax.eval_shape(lambda x: model.init_with_output(KEY, x), images)
 
 
@@ -182,8 +183,10 @@ BUILDS = [
 def test_every_network_builds_dense_and_gated_and_the_gated_one_only_adds_heads(name, arch):
     side = SMALLEST.get(name, 32)
     dense, dense_variables = shapes_of(ftwt.create_model(name, 7, **arch), side)
-    gated, gated_variables = shapes_of(ftwt.create_model(name, 7, GATES, **arch), side)
-    assert dense.logits.shape == gated.logits.shape == (2, 7)
+    # Exports are traced for any number of images.
+    (count,) = export.symbolic_shape("images")
+    gated, gated_variables = shapes_of(ftwt.create_model(name, 7, GATES, **arch), side, count=count)
+    assert (dense.logits.shape, gated.logits.shape) == ((2, 7), (count, 7))
     assert dense.gates == dense.gate_names == ()
     for gate in gated.gates:
         assert gate.logits.shape == gate.mask.shape == gate.target.shape
