@@ -89,6 +89,8 @@ class PackedActivations(Activations):
         result = super().rearrange(fn, sources)
         here = set(self.packed.channels)
         channels = tuple(channel for channel, given in enumerate(sources) if not here.isdisjoint(given))
+        # If nothing is left, a channel of zeros is: layers without inputs cannot be built.
+        channels = channels or (0,)
         return with_packed(result, selected(result.values, channels))
 
     def append_zeros(self, count: int) -> Activations:

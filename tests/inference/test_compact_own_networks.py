@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import pytest
 
 import ftwt_jax as ftwt
-from tests.helpers.compact import KEY, PLAIN_HEADS, assert_close, masked, random_images, random_variables
+from tests.helpers.compact import (
+    KEY,
+    NEVER,
+    PLAIN_HEADS,
+    assert_close,
+    assert_same,
+    every_way,
+    masked,
+    random_images,
+    random_variables,
+)
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 
@@ -118,6 +128,34 @@ def test_a_users_own_network_answers_as_it_does_itself(prepare, name):
         if hasattr(expected, field) and not isinstance(expected, jax.Array):
             actual, expected = getattr(actual, field), getattr(expected, field)
     assert_close(actual, expected)
+
+
+class ReadersOfNothing(nn.Module):
+    """Every kind of layer, on two channels that calibration leaves out."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = ftwt.permute_channels(unit(8, name="first")(images), [5, 2])
+        ends = [
+            unit(5)(x),
+            unit(2, groups=2)(x),
+            ftwt.GatedDense(4, gates=PLAIN_HEADS)(x),
+            ftwt.PlainConv(3, use_bias=True)(x),
+            ftwt.PlainConv(3, kernel_size=None, norm=None, use_bias=True)(x),
+            ftwt.residual_add(x, ftwt.permute_channels(x, [1, 0])),
+        ]
+        return ftwt.Classifier(5)(ftwt.flatten(ftwt.concatenate(ends)))
+
+
+def test_layers_may_read_only_channels_that_are_left_out(quick_compilation):
+    model, images = ReadersOfNothing(), random_images(4)
+    variables = random_variables(model, images)
+    bias = variables["params"]["first"]["gate_head"]["dense"]["bias"]
+    bias[:] = 9
+    bias[[2, 5]] = NEVER
+    expected = masked(model, variables, images)
+    for network in every_way(model, variables, random_images(8, seed=1)):
+        assert_same(network(images), expected)
 
 
 def test_a_network_without_units_is_refused():
