@@ -59,7 +59,20 @@ ANNOTATIONS = {
     ],
     "name and class": [f"val/{name} {label}" for name, label in reversed([*zip(NAMES, TRUTH, strict=True)])],
     "classes in order": TRUTH,
+    "boxes before the class": [
+        "filename,width,height,Class",
+        *(f"{name},{index},480,{label}" for index, (name, label) in enumerate(zip(NAMES, TRUTH, strict=True))),
+    ],
+    "pandas": [",filename,label", *(f"{i},{n},{c}" for i, (n, c) in enumerate(zip(NAMES, TRUTH, strict=True)))],
+    "the class first": ["label;filename", *(f"{c};{n}" for n, c in zip(NAMES, TRUTH, strict=True))],
+    "a class among other columns": [f"{n},4,{c},x" for n, c in zip(NAMES, TRUTH, strict=True)],
 }
+
+
+def test_annotations_may_be_a_spreadsheets_unicode_text(imagenet, tmp_path):
+    text = lines(f"{name}\t{label}" for name, label in zip(NAMES, TRUTH, strict=True))
+    (tmp_path / "file.txt").write_text(text, encoding="utf-16")
+    prepared(imagenet, f"--annotations={tmp_path / 'file.txt'}")
 
 
 @pytest.mark.parametrize("kind", ANNOTATIONS)
@@ -131,17 +144,25 @@ def test_images_without_a_class_are_left_out_and_told(imagenet, tmp_path, capsys
     assert main(["prepare", f"folder:{imagenet}", f"--annotations={tmp_path / 'file.txt'}"]) == 0
     said = capsys.readouterr().out
     assert f"left out: 1 images ({NAMES[-1]})" in said
-    assert "begin with the name of no image there: 2" in said
+    assert "with the name of no image there: 2" in said
 
 
 @pytest.mark.parametrize(
     ("annotations", "flags", "says"),
     [
         (None, [], ["--annotations is missing", "{root}/val"]),
-        (TRUTH[:-1], [], ["its 11 lines neither begin with the names of images in {root}/val", "as these, 12"]),
+        (TRUTH[:-1], [], ["its 11 lines neither hold the names of images in {root}/val", "as these, 12"]),
         ([2] * COUNT, [], ["classes as numbers", "--numbers=FILE", "meta.mat"]),
         (["n01"] * 11 + ["n07"], [], ["classes that {root}/train does not have: n07"]),
         ([*ANNOTATIONS["name and class"], f"{NAMES[0]} n03"], [], [f"gives {NAMES[0]} two classes"]),
+        ([f"{name},1,2" for name in NAMES], [], ["has 3 columns", "which one is the class cannot be told"]),
+        (
+            ["file,label,target", *(f"{name},n01,n02" for name in NAMES)],
+            [],
+            ["has 3 columns ('file', 'label', 'target')", "keep two, the image's name and its class"],
+        ),
+        ([f"{name},n01" for name in NAMES], [], ["gives every image the class 'n01': at least two are needed"]),
+        ([f"{name}," for name in NAMES], [], [f"gives {NAMES[0]} a class '', which cannot be a folder"]),
         (TRUTH, ["--out={root}/train"], ["{root}/train already exists: choose another folder with --out"]),
         ([2] * COUNT, ["--numbers={root}/classes.txt"], ["whether the numbers begin at 0 or at 1 cannot be told"]),
         ([3] * 11 + [7], ["--numbers={root}/classes.txt"], ["does not tell what the numbers 7 stand for"]),
