@@ -23,11 +23,11 @@ from ftwt_jax.training.settings import GATED
 
 # Training images that gates are calibrated on and work is predicted from; more of them change the third digit.
 CALIBRATION_IMAGES = 2048
-# A short training is calibrated on fewer images, or this would cost more than a tenth of it: on whole batches, at least
-# one, with an image for this many that gates are trained on, counted in every epoch.
-TRAINED_PER_IMAGE = 32
-# Of more than twice as many images, this many are the part that is searched on.
+# Of more than twice as many images, this many are the part that is searched on; it is the least that are calibrated on.
 ROUGH_IMAGES = 256
+# While it trains, a short training is calibrated on fewer images, or this would cost more than a tenth of it: an image
+# for this many that gates are trained on, counted in every epoch.
+TRAINED_PER_IMAGE = 32
 # Gate logits in training stay within some tens; with a larger offset everything is off, or everything on.
 LARGEST_OFFSET = 1e3
 # With new statistics: closer to the budget than one set of images is to another, and the most values that are tried.
@@ -38,18 +38,26 @@ Batches = list[dict[str, Any]]
 
 
 class Calibration:
-    """The calibration images of a run, and the programs that are compiled for them once."""
+    """The calibration images of a run, and the programs that are compiled for them once.
 
-    def __init__(self, run: Run):
-        self.run = run
+    Args:
+      images: how many images; as many as there are if these are fewer, and a multiple of the batch size if not.
+    """
+
+    def __init__(self, run: Run, images: int = CALIBRATION_IMAGES):
+        self.run, self._images = run, images
+
+    @classmethod
+    def of_training(cls, run: Run) -> "Calibration":
+        """That of a run that trains gates."""
+        trained = run.settings(GATED).epochs * len(run.dataset.train)
+        return cls(run, min(max(trained // TRAINED_PER_IMAGE, ROUGH_IMAGES), CALIBRATION_IMAGES))
 
     @functools.cached_property
     def batches(self) -> Batches:
         """Training images without augmentation, as `eval_batches` gives them; each batch is spread over all images."""
         run, size = self.run, self.run.eval_batch_size
-        trained = run.settings(GATED).epochs * len(run.dataset.train)
-        wanted = min(max(trained // TRAINED_PER_IMAGE // size, 1) * size, CALIBRATION_IMAGES)
-        source = _spread(run.dataset.train, wanted, size)
+        source = _spread(run.dataset.train, max(self._images // size, 1) * size, size)
         return list(run.preemption.between(eval_batches(run.dataset, source, size)))
 
     @property

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from ftwt_jax import config
 from ftwt_jax.errors import UserError
+from ftwt_jax.files import AnyPath, in_bucket
 from ftwt_jax.parallel.processes import is_first, join
+from ftwt_jax.workdir import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,25 @@ def join_processes(arguments: Arguments, console: Console) -> Console:
     """Joins the other processes of a run, if there are any; the console of all but the first is silent."""
     join(arguments.flags.distributed)
     return console if is_first() else Console(quiet=True)
+
+
+def file_to_write(text: str, new: bool = False) -> AnyPath:
+    """The file that `--out` names, checked before any work is done for it.
+
+    Args:
+      new: whether it must not exist yet.
+
+    Raises:
+      UserError: it cannot be written there, or exists already.
+    """
+    path = absolute(text)
+    if path.is_dir():
+        raise UserError(f"--out={text} is a folder: name a file in it")
+    if new and path.exists():
+        raise UserError(f"{path} already exists: choose another file with --out")
+    if not (in_bucket(path) or path.parent.is_dir()):
+        raise UserError(f"--out={text} cannot be written: there is no folder {path.parent}")
+    return path
 
 
 def parse_numbers(text: str | Sequence[str], flag: str, wanted: str, check: Callable[[float], bool]) -> list[float]:

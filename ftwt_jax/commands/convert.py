@@ -205,7 +205,8 @@ def _report(wanted: Wanted, folder: AnyPath, config: ConfigDict, imported: Impor
     name, gates = config.model.name, imported.model.gates
     kind = "dense" if gates is None else f"gated (pool={gates.pool}, norm={gates.norm}, r={gates.r:g})"
     classes = _class_count(imported.source)
-    say(console, f"{name}, {kind}, {imported.layout.name} names, {classes} classes: written to {folder}")
+    last = ", a new classifier" if imported.fresh_classifier else f", {classes} classes"
+    say(console, f"{name}, {kind}, {imported.layout.name} names{last}: written to {folder}")
     if gates is not None:
         say(console, BACKBONE)
     elif getattr(imported.model, "projection", True) is False:

@@ -70,7 +70,7 @@ def estimate(
     run = load_run(folder, data)
     path, config = run.workdir, run.config
     say_compiling(console, f"the prediction for {config.model.name}")
-    estimator = Estimator.of(Calibration(run), run.trained(BASELINE))
+    estimator = Estimator.of(Calibration.of_training(run), run.trained(BASELINE))
     if rs is None and budget is None:
         budget = config.gates.budget
     if budget is not None:

@@ -77,7 +77,7 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
 def _train_stages(run: Run, console: Console) -> None:
     baseline = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), console)
     if run.config.gates.epochs > 0:
-        calibration, stage = Calibration(run), make_stage(run, GATED)
+        calibration, stage = Calibration.of_training(run), make_stage(run, GATED)
         estimate = choose_r(calibration, baseline, console)
         keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
         train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)

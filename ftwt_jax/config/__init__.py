@@ -149,7 +149,9 @@ def _find(text: str) -> tuple[pathlib.Path, str]:
     for place in (pathlib.Path(file), folder.parent / file, folder / file, folder / f"{file}.py"):
         if place.is_file():
             return place, arch
-    raise unknown_name("config file", file, [f"configs/{path.name}" for path in sorted(folder.glob("*.py"))])
+    known = sorted(folder.glob("*.py"))
+    bare = "/" not in file and not file.endswith(".py")
+    raise unknown_name("config file", file, [path.stem if bare else f"configs/{path.name}" for path in known])
 
 
 def _run_config_file(path: pathlib.Path, arch: str) -> ConfigDict:

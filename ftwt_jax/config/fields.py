@@ -77,7 +77,9 @@ FIELDS: dict[str, Field] = {
     "init_from": Field("", "workdir whose baseline is used instead of training one"),
     "fine_tune": Field(False, "train that baseline, or one that was converted, for baseline.epochs more"),
     "batch_size": Field(128, "images in a training batch, over all devices and processes", ", at least 1"),
-    "eval_batch_size": Field(256, "images in a batch of an evaluation; no figure depends on it", ", at least 1"),
+    "eval_batch_size": Field(
+        256, "images in a batch of an evaluation, and of a calibration, which depends on it a little", ", at least 1"
+    ),
     "accumulate": Field(1, "parts of a batch, run one after the other where the whole does not fit", ", at least 1"),
     "shard_optimizer": Field(False, "divide the optimizer's state over the devices"),
     "steps_per_call": Field(

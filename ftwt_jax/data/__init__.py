@@ -11,7 +11,7 @@ from ftwt_jax.data.fashion_mnist import describe_fashion_mnist, load_fashion_mni
 from ftwt_jax.data.folder import describe_folder, load_folder
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.data.tfds_sets import describe_tfds, load_tfds
-from ftwt_jax.errors import unknown_name
+from ftwt_jax.errors import UserError, unknown_name
 
 
 class Loader(NamedTuple):
@@ -115,6 +115,8 @@ def _find(name: str, options: Mapping[str, Any]) -> tuple[Loader, list[str], dic
     """The loader of a data set, its place if it is of a family, the options that are set, and the defaults of all."""
     kind, colon, place = name.partition(":")
     loader = (FAMILIES if colon else REGISTRY).get(kind)
+    if loader is None and os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"unknown data set {name!r}: for the images in that folder, write folder:{name}")
     if loader is None:
         raise unknown_name("data set", name, [*REGISTRY, *(f"{family}:{place or name}" for family in FAMILIES)])
     options = {option: value for option, value in options.items() if option != ON_DEVICE}

@@ -190,7 +190,7 @@ class Run:
 
     @property
     def eval_batch_size(self) -> int:
-        """The config's, rounded up to a multiple of the number of devices; no figure depends on it."""
+        """The config's, rounded up to a multiple of the number of devices."""
         return -(-self.config.eval_batch_size // self.mesh.size) * self.mesh.size
 
     @property

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ftwt_jax.errors import UserError, one_line, os_reason
 from ftwt_jax.files import AnyPath, local_copy, written_whole
 
 SAFETENSORS = ".safetensors"
+# How files of `torch.save` begin, today's and those before version 1.6.
+_ZIP, _PICKLE = b"PK", b"\x80"
 # Metadata key under which our exports describe their network.
 OWN = "ftwt_jax"
 
@@ -32,6 +35,8 @@ def read_checkpoint(path: AnyPath) -> tuple[Mapping[str, Any], dict[str, str]]:
         what = "is a folder: name the file in it" if path.is_dir() else "does not exist"
         raise UserError(f"checkpoint {path} {what}")
     with local_copy(path) as copy:
+        if copy.stat().st_size == 0:
+            raise UserError(f"checkpoint {path} is empty: download or save it again")
         return _read_safetensors(path, copy) if path.suffix == SAFETENSORS else (_read_torch(path, copy), {})
 
 
@@ -52,7 +57,10 @@ def _read_safetensors(path: AnyPath, copy: pathlib.Path) -> tuple[dict[str, np.n
             names = file.keys()  # The file itself is not iterable.
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is not a complete safetensors file: {os_reason(error)}") from None
+        reason = os_reason(error)
+        raise UserError(
+            f"checkpoint {path} is not a complete safetensors file ({reason}): download or save it again"
+        ) from None
     except (TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {path} has a dtype that NumPy does not have, {one_line(error)}: save it as float32 or bfloat16"
@@ -79,12 +87,28 @@ def _read_torch(path: AnyPath, copy: pathlib.Path) -> Mapping[str, Any]:
                 "run code; save only the state_dict, as safetensors or with torch.save(model.state_dict(), FILE)"
             ) from None
         reason = one_line(error).split(". ")[0]
-        raise UserError(
-            f"checkpoint {path} is refused by torch.load(weights_only=True), which takes only tensors: {reason}"
-        ) from None
+        raise UserError(f"checkpoint {path} is {_broken(copy)}; torch.load(weights_only=True) says: {reason}") from None
     if not isinstance(found, Mapping):
         raise UserError(f"checkpoint {path} contains a {type(found).__name__}: save a state_dict, names to tensors")
     return found
+
+
+def _broken(copy: pathlib.Path) -> str:
+    """What is wrong with a file that PyTorch cannot load, and the remedy."""
+    with copy.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(_ZIP) and not zipfile.is_zipfile(copy):
+        return "cut off: download or save it again"
+    if start.startswith(_ZIP):
+        with zipfile.ZipFile(copy) as archive:
+            names = archive.namelist()
+            if any("/code/" in name for name in names):
+                return "a program: save its weights, torch.save(model.state_dict(), FILE)"
+            if any(name.endswith("data.pkl") for name in names):
+                return "damaged: download or save it again"
+    elif start.startswith(_PICKLE):
+        return "damaged, or holds more than tensors: save it again, torch.save(model.state_dict(), FILE)"
+    return "no file of torch.save: name one, or a .safetensors file"
 
 
 def write_safetensors(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -153,6 +153,12 @@ def _match(name: str, wanted: list[Entry], arrays: Arrays, prefix: str) -> dict[
     problems = [f"{kind}: {listed(texts)}" for kind, texts in {**lists, "wrong": wrong}.items() if texts]
     if problems:
         raise Misfit(f"the state_dict does not fit this {name}: {'; '.join(problems)}")
+    broken = [prefix + entry.name for entry in wanted if not np.isfinite(found[entry.path]).all()]
+    if broken:
+        raise UserError(
+            f"the state_dict holds values that are NaN or infinite, in {listed(broken)}: take a checkpoint from before "
+            "its training diverged"
+        )
     return found
 
 

@@ -46,8 +46,12 @@ def read_json(path: AnyPath, what: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it would hold the {what}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"cannot read the {what} in {path}: {os_reason(error)}") from None
+    except ValueError as error:
+        raise UserError(
+            f"cannot read the {what} in {path}: it is damaged ({one_line(error)}); restore the file or write it again"
+        ) from None
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

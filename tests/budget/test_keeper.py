@@ -105,7 +105,7 @@ def heads(workdir: pathlib.Path) -> list[dict[str, np.ndarray]]:
 
 def assert_measured(run: Run, variables: dict) -> None:
     """That batch statistics are those that training images have under the masks of these gates."""
-    calibration = Calibration(run)
+    calibration = Calibration.of_training(run)
     again = calibration.statistics.renewed(variables, calibration.batches)
     for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in (again, variables)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

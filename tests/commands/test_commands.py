@@ -33,6 +33,7 @@ DIGITS = "--config=configs/digits.py"
         (["train", "--workdir=w"], "--config is missing"),
         (["train", "--confg=x"], "unknown flag --confg; did you mean --config?"),
         (["train", "--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
+        (["train", "--config=digts"], "did you mean 'digits'"),
         (["train", DIGITS], "--workdir is missing"),
         (["train", DIGITS, "more"], "takes flags only; got 'more'"),
         (["train", DIGITS, "--config.gats.r=1"], "did you mean 'gates'"),

@@ -95,8 +95,15 @@ def test_other_classes_are_refused(capsys, tiny_run, tmp_path):
     assert "has no class folders" in error
     assert "if its data are elsewhere" not in error
     assert "unknown data set" in fails(capsys, "evaluate", str(tiny_run[0]), "--data=digts")
-    out = tmp_path / "none" / "found.json"
-    assert "there is no folder" in fails(capsys, "evaluate", str(tiny_run[0]), f"--out={out}")
+    remedy = f"write folder:{tmp_path / 'images'}"
+    assert remedy in fails(capsys, "evaluate", str(tiny_run[0]), f"--data={tmp_path / 'images'}")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(capsys, tiny_run, tmp_path, command):
+    for name, says in (("none/net.safetensors", "there is no folder"), ("net.safetensors", "is a folder")):
+        (tmp_path / "net.safetensors").mkdir(exist_ok=True)
+        assert says in fails(capsys, command, str(tiny_run[0]), f"--out={tmp_path / name}")
 
 
 def test_a_benchmark_without_images_says_so(capsys, moved):

@@ -96,18 +96,23 @@ def spoil(rng: np.random.Generator, buffers: dict, settings: dict, results: list
     elif kind == 3:
         numbers = buffers[str(rng.choice(["head_place", "kept", "source"]))]
         if numbers.size:
-            numbers.flat[int(rng.integers(numbers.size))] = rng.choice([-(2**31), -2, -1, 40, 2**31 - 1])
+            # It may be of another dtype by now.
+            wrong = rng.choice([-(2**31), -2, -1, 40, 2**31 - 1])
+            numbers.flat[int(rng.integers(numbers.size))] = wrong.astype(numbers.dtype)
     elif name in buffers:
         buffers[name] = buffers[name].astype(rng.choice([np.float16, np.int8, np.int32]))
     settings["depthwise"] ^= bool(rng.integers(8) == 0)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def main() -> None:
     library, calls, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     native.register(library, TARGET)
     rng = np.random.default_rng(seed)
     answered = refused = 0
-    for _ in range(calls):
+    for made in range(calls):
+        if made % 100 == 0:
+            jax.clear_caches()  # Each call is a program of its own.
         buffers, settings, results = fitting(rng)
         spoilt = int(rng.integers(3))
         for _ in range(spoilt):

@@ -173,14 +173,18 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def fuzz(library: pathlib.Path, calls: int, **environment: str) -> None:
-    command = [sys.executable, "-m", "tests.helpers.fuzz_kernel", library, str(calls), "1"]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=3000
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    answered, refused = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
-    assert min(answered, refused) > calls / 5
+def fuzz(library: pathlib.Path, calls: int, processes: int = 1, **environment: str) -> None:
+    command = [sys.executable, "-m", "tests.helpers.fuzz_kernel", str(library), str(calls // processes)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([*command, str(seed)], cwd=ROOT, env=os.environ | environment, **options)
+        for seed in range(processes)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=3000)
+        assert process.returncode == 0, out[-2000:] + err[-6000:]
+        answered, refused = map(int, re.findall(r"\d+", out.splitlines()[-1]))
+        assert min(answered, refused) > calls / processes / 5
 
 
 @needs_compiler
@@ -200,4 +204,4 @@ def test_no_call_touches_memory_that_is_not_its_own(tmp_path, tuning):
     names = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     found = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
     # JAX keeps what it allocates to the end.
-    fuzz(library, 5000, LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0", JAX_PLATFORMS="cpu")
+    fuzz(library, 5000, 2, LD_PRELOAD=" ".join(found), ASAN_OPTIONS="detect_leaks=0", JAX_PLATFORMS="cpu")

@@ -172,6 +172,15 @@ class TestWhatIsRefused:
         assert words(message) & tensors().keys() == changed.keys()
         assert str(kind).removeprefix("torch.") in message
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_values_that_are_not_finite_are_refused_by_the_names_of_their_tensors(self, value):
+        state = tensors() | {name: tensors()[name].clone() for name in ("layer1.0.conv2.weight", "bn1.running_var")}
+        for name in ("layer1.0.conv2.weight", "bn1.running_var"):
+            state[name].view(-1)[-1] = value
+        message = refused(state)
+        assert "NaN or infinite" in message
+        assert words(message) & tensors().keys() == {"layer1.0.conv2.weight", "bn1.running_var"}
+
     @pytest.mark.parametrize("tensor", [torch.ones(10, device="meta"), torch.ones(10).to_sparse()])
     def test_a_tensor_without_plain_numbers_is_named(self, tensor):
         assert "tensor fc.bias is not a dense array" in refused({**tensors(), "fc.bias": tensor})

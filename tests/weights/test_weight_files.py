@@ -47,6 +47,11 @@ def cut_old_format(path: pathlib.Path) -> None:
     cut(path)
 
 
+def archive(path: pathlib.Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, kernel=np.ones(3))
+
+
 def bare_pickle(protocol: int):
     return lambda path: path.write_bytes(pickle.dumps({"state_dict": {}, "hook": Harmful()}, protocol))
 
@@ -68,10 +73,11 @@ BROKEN = {
     "module.pth": (lambda path: torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)), path), "nn.modules.container.Sequential"),
     "module_within.pth": (lambda path: torch.save({"model": nn.Conv2d(3, 4, 3)}, path), "nn.modules.conv.Conv2d"),
     "scripted.pt": (scripted, "TorchScript"),
-    "junk.pth": (lambda path: path.write_bytes(b"This is not a checkpoint."), REFUSED),
+    "junk.pth": (lambda path: path.write_bytes(b"This is not a checkpoint."), "no file of torch.save"),
     "noise.pth": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(4096)), REFUSED),
-    "empty.pth": (pathlib.Path.touch, REFUSED),
-    "cut.pth": (cut_network, REFUSED),
+    "empty.pth": (pathlib.Path.touch, "is empty: download or save it again"),
+    "arrays.npz.pt": (archive, "no file of torch.save"),
+    "cut.pth": (cut_network, "cut off: download or save it again"),
     "cut_old_format.pth": (cut_old_format, REFUSED),
     "folder.pth": (pathlib.Path.mkdir, "is a folder"),
     "missing.pth": (lambda path: None, "does not exist"),
@@ -83,7 +89,7 @@ BROKEN = {
     ),
     "lines.pth": (lambda path: torch.save({"fc.weight": torch.ones(10, 64), "a\nb\x1b[2J": torch.ones(1)}, path), "a"),
     "junk.safetensors": (lambda path: path.write_bytes(b"junk" * 100), "not a complete safetensors file"),
-    "empty.safetensors": (pathlib.Path.touch, "not a complete safetensors file"),
+    "empty.safetensors": (pathlib.Path.touch, "is empty: download or save it again"),
     "cut.safetensors": (cut_network, "not a complete safetensors file"),
     "folder.safetensors": (pathlib.Path.mkdir, "is a folder"),
     "missing.safetensors": (lambda path: None, "does not exist"),

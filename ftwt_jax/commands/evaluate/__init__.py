@@ -11,6 +11,7 @@ from ftwt_jax.commands.command import (
     define_data,
     define_distributed,
     define_workdir,
+    file_to_write,
     join_processes,
     parse_numbers,
 )
@@ -18,9 +19,7 @@ from ftwt_jax.commands.evaluate.budgets import evaluate_budgets
 from ftwt_jax.commands.evaluate.corruptions import evaluate_corruptions
 from ftwt_jax.commands.evaluate.held_out import evaluate_run
 from ftwt_jax.errors import UserError
-from ftwt_jax.files import in_bucket
 from ftwt_jax.training.run import load_run
-from ftwt_jax.workdir import absolute
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -60,9 +59,7 @@ def run(arguments: Arguments, console: Console) -> None:
     if values.budgets is not None:
         wanted = "MACs reductions between 0 and 1, such as 0.3,0.5,0.7"
         budgets = parse_numbers(values.budgets, "budgets", wanted, lambda budget: 0 < budget < 1)
-    out = absolute(values.out) if values.out else None
-    if out is not None and not (in_bucket(out) or out.parent.is_dir()):
-        raise UserError(f"--out={values.out} cannot be written: there is no folder {out.parent}")
+    out = file_to_write(values.out) if values.out else None
     console = join_processes(arguments, console)
     made = load_run(folder, values.data)
     if values.corruptions:

@@ -8,9 +8,9 @@ from jax import export
 from jaxtyping import Array
 from rich.console import Console
 
-from ftwt_jax import workdir
 from ftwt_jax.benchmark.inference import time_in_turns
 from ftwt_jax.budget.trained import CALIBRATION, first_images, gated_variables
+from ftwt_jax.commands.command import file_to_write
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath, written_whole
@@ -49,9 +49,7 @@ def export_program(
     Raises:
       UserError: there is no such network, or the file already exists or cannot be written.
     """
-    target = workdir.absolute(out)
-    if target.exists():
-        raise UserError(f"{target} already exists: choose another file with --out")
+    target = file_to_write(out, new=True)
     if compacted and baseline:
         raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
     if budget is not None and baseline:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ftwt_jax import workdir
 from ftwt_jax.budget.estimate import read_estimate
+from ftwt_jax.commands.command import file_to_write
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath
 from ftwt_jax.models import create_model
@@ -45,11 +46,9 @@ def export_weights(
       UserError: there is no such network, or the file already exists or cannot be written.
     """
     path, config = workdir.load(folder)
-    target = workdir.absolute(out)
+    target = file_to_write(out, new=True)
     if target.suffix != SAFETENSORS:
         raise UserError(f"--out takes a file that ends in {SAFETENSORS}; got {out}")
-    if target.exists():
-        raise UserError(f"{target} already exists: choose another file with --out")
     stage = BASELINE if baseline or not has_checkpoint(path, GATED) else GATED
     variables, step, kept = _network(path, stage, best)
     gates = gate_config(config.gates) if stage == GATED else None
