@@ -86,7 +86,7 @@ def compact(
         lambda weights, images: _gate_logits(forward(EVERYTHING, weights, images)[1]),
         compiler_options=compiler_options(),
     )
-    weights = jax.tree.map(jnp.asarray, masked.weights)
+    weights = jax.device_put(masked.weights)
     seen = [jax.device_get(see(weights, chunk)) for chunk in chunks]
     if not seen[0]:
         return CompactNetwork(forward)
@@ -259,7 +259,8 @@ class CompactNetwork:
             if self.execution.kept:
                 packed["masked"] = self._forward.pack(self._everything, images).weights
             with jax.ensure_compile_time_eval():
-                self._weights = jax.tree.map(jnp.asarray, packed)
+                # `jnp.asarray` compiles a program for every shape.
+                self._weights = jax.device_put(packed, may_alias=False)
         return self._weights
 
     def _run(self, weights: dict[str, Weights], images: Array) -> tuple[Any, Array]:

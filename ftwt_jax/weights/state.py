@@ -91,7 +91,7 @@ def _imported(name: str, source: Source, num_classes: int, gates: GateConfig | N
         fresh = fresh_heads([entry for entry in wanted if entry.is_head], gates)
         notes.append("it has no gate heads: new ones are initialised, with every filter on")
     found = _match(name, [entry for entry in wanted if entry.path not in fresh], arrays, source.prefix)
-    variables = jax.tree.map(jnp.asarray, unflatten_dict({**found, **fresh}))
+    variables = jax.device_put(unflatten_dict({**found, **fresh}), may_alias=False)
     kernel = (*CLASSIFIER, "kernel")
     shapes = {**{entry.path: entry.shape for entry in wanted}, kernel: asked[kernel]}
     new_classifier = has_fresh_classifier(flatten_dict(variables), shapes)

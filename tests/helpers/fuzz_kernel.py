@@ -117,7 +117,7 @@ def main() -> None:
         spoilt = int(rng.integers(3))
         for _ in range(spoilt):
             spoil(rng, buffers, settings, results)
-        given = [jnp.asarray(buffers[name]) for name in BUFFERS if name in buffers]
+        given = jax.device_put([buffers[name] for name in BUFFERS if name in buffers])
         call = jax.ffi.ffi_call(TARGET, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results])
         try:
             jax.block_until_ready(call(*given, **settings))
