@@ -103,9 +103,8 @@ def heads(workdir: pathlib.Path) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def assert_measured(run: Run, variables: dict) -> None:
+def assert_measured(calibration: Calibration, variables: dict) -> None:
     """That batch statistics are those that training images have under the masks of these gates."""
-    calibration = Calibration.of_training(run)
     again = calibration.statistics.renewed(variables, calibration.batches)
     for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in (again, variables)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -171,7 +170,7 @@ def test_offsets_of_the_budgets_are_kept_and_lead_from_one_to_the_other(any_run)
 @pytest.mark.parametrize("name", ["any_run", "slow_run", "static_run"])
 def test_training_ends_with_the_batch_statistics_of_its_own_masks(name, request):
     run = opened(request.getfixturevalue(name))
-    assert_measured(run, run.trained(GATED))
+    assert_measured(Calibration.of_training(run), run.trained(GATED))
 
 
 def test_a_trained_network_is_brought_to_its_budgets(any_run):

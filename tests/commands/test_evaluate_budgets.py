@@ -120,7 +120,7 @@ def test_batch_statistics_are_those_of_the_budget(opened):
     assert np.mean(second[0]) > np.mean(second[1])
     # Whatever moved the gates last, they were measured after it.
     for variables in (low, high, network.fixed().at(0.5)):
-        assert_measured(run, variables)
+        assert_measured(Calibration(run), variables)
 
 
 def test_evaluate_gives_fixed_masks_of_the_same_work_beside_the_network(program, trained, swept):
