@@ -97,9 +97,9 @@ yaml.SafeDumper.add_representer(Layers, _described)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
-    """Feature maps on their way through a network.
+    """Feature maps on their way through a network; compared by identity, so that lists of branches can be searched.
 
     Within a network, take them through units and the functions that follow their channels: `map`, `ftwt.residual_add`,
     `ftwt.concatenate`, `ftwt.flatten`, `ftwt.permute_channels`. Whatever is made from `values` by other means has lost

@@ -43,7 +43,7 @@ class Packed:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedActivations(Activations):
     """Activations in two forms: `values`, with every channel, for whatever a user's network reads, and packed.
 

@@ -191,6 +191,12 @@ def test_joining_keeps_order_control_and_records():
     np.testing.assert_array_equal(ftwt.pixel_unshuffle(a, 2).active, [[True] * 4 + [False] * 4])
 
 
+def test_maps_can_be_searched_for_in_a_list():
+    ends = [ftwt.Activations(jnp.ones((1, side, side, 2))) for side in (4, 2, 4)]
+    assert [ends.index(end) for end in ends] == [0, 1, 2]
+    assert len({*ends}) == 3
+
+
 def test_pixel_shuffles_are_pytorchs_and_undo_each_other():
     torch = pytest.importorskip("torch")
     maps = random_images(2, side=6, channels=8)

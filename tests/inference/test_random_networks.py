@@ -5,7 +5,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import ftwt_jax as ftwt
@@ -14,7 +14,8 @@ from tests.helpers.random_networks import GATES, STEPS, RandomNetwork, counted
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("quick_compilation")]
 FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=300)
+# A smaller network that fails is not worth the time that looking for it takes.
+MANY = settings(FEW, max_examples=300, phases=[Phase.explicit, Phase.generate])
 
 
 def networks(depth):
