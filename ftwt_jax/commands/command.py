@@ -141,7 +141,7 @@ def file_to_write(text: str, new: bool = False) -> AnyPath:
     if new and path.exists():
         raise UserError(f"{path} already exists: choose another file with --out")
     if not (in_bucket(path) or path.parent.is_dir()):
-        raise UserError(f"--out={text} cannot be written: there is no folder {path.parent}")
+        raise UserError(f"--out={text} cannot be written: {path.parent} is not a folder")
     return path
 
 

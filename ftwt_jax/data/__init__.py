@@ -115,9 +115,9 @@ def _find(name: str, options: Mapping[str, Any]) -> tuple[Loader, list[str], dic
     """The loader of a data set, its place if it is of a family, the options that are set, and the defaults of all."""
     kind, colon, place = name.partition(":")
     loader = (FAMILIES if colon else REGISTRY).get(kind)
-    if loader is None and os.path.isdir(os.path.expanduser(name)):
-        raise UserError(f"unknown data set {name!r}: for the images in that folder, write folder:{name}")
     if loader is None:
+        if os.path.isdir(os.path.expanduser(name)):
+            raise UserError(f"unknown data set {name!r}: for the images in that folder, write folder:{name}")
         raise unknown_name("data set", name, [*REGISTRY, *(f"{family}:{place or name}" for family in FAMILIES)])
     options = {option: value for option, value in options.items() if option != ON_DEVICE}
     parameters = inspect.signature(loader.load).parameters

@@ -17,19 +17,7 @@ from ftwt_jax.printing import say
 # A class with boxes in the image, each of four numbers: "n01751748 156 48 272 332 n01751748 42 9 322 285".
 _BOXES = re.compile(r"(\S+)(?:\s+-?[\d.]+){4}(?:\s+\1(?:\s+-?[\d.]+){4})*")
 # What a column of classes is called, without blanks and underscores.
-_HEADERS = {
-    "class",
-    "classes",
-    "classname",
-    "label",
-    "labels",
-    "labelname",
-    "category",
-    "categoryname",
-    "target",
-    "breed",
-}
-_HEADERS |= {"species", "predictionstring"}
+_TITLES = re.compile(r"(class|label|category)(es|s)?(name)?|target|breed|species|predictionstring")
 
 
 def read_classes(
@@ -46,14 +34,14 @@ def read_classes(
       UserError: the file cannot be read or does not tell the classes, or one image has two, or all have the same.
     """
     found = _read(file, images, known, console)
+    classes = {*found.values()}
+    if all(name.isdecimal() for name in classes) and (numbers or (known and not classes <= {*known})):
+        found = _renamed(found, numbers, known, file, console)
     for path, name in found.items():
         if name in ("", ".", "..") or "/" in name:
             raise UserError(
                 f"{file} gives {printable(os.path.basename(path))} a class {name!r}, which cannot be a folder"
             )
-    classes = {*found.values()}
-    if all(name.isdecimal() for name in classes) and (numbers or (known and not classes <= {*known})):
-        found = _renamed(found, numbers, known, file, console)
     classes = {*found.values()}
     if len(classes) == 1:
         raise UserError(f"{file} gives every image the class {next(iter(classes))!r}: at least two are needed")
@@ -76,17 +64,22 @@ def _lines(file: pathlib.Path) -> list[str]:
 def _read(file: pathlib.Path, images: Sequence[str], known: Sequence[str], console: Console) -> dict[str, str]:
     lines = _lines(file)
     # The file may give names without extensions.
-    names = [{as_text(cut(os.path.basename(path))): path for path in images} for cut in (str, _without_extension)]
-    if len(names[0]) < len(images):
+    names, stems = ({as_text(cut(os.path.basename(path))): path for path in images} for cut in (str, _stem))
+    if len(names) < len(images):
         raise UserError(f"two images in {os.path.commonpath(images)} have the same name: their classes cannot be told")
-    paths = names[0] if len(names[1]) < len(images) else {**names[1], **names[0]}
+    paths = names if len(stems) < len(images) else {**stems, **names}
 
-    def image(field: str) -> str | None:
+    def image(field: str, paths: Mapping[str, str] = paths) -> str | None:
         return paths.get(as_text(os.path.basename(field.strip())))
 
     rows = [row for row in map(_fields, lines) if len(row) > 1]
-    where = [index for row in rows for index, field in enumerate(row) if image(field)]
-    if not where:
+    # A number may be a class or an index, and an image's name without its extension too: whole names tell more.
+    columns = (
+        [index for row in rows for index, field in enumerate(row) if image(field, known_by)]
+        for known_by in (names, paths)
+    )
+    where = next(filter(None, columns), None)
+    if where is None:
         return _in_order(file, lines, images, known)
     place = max(sorted({*where}), key=where.count)
     pairs = [(image(row[place]) if place < len(row) else None, row) for row in rows]
@@ -102,7 +95,7 @@ def _read(file: pathlib.Path, images: Sequence[str], known: Sequence[str], conso
     return found
 
 
-def _without_extension(name: str) -> str:
+def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
@@ -123,7 +116,7 @@ def _class_column(
     if len(others) == 1:
         return others[0]
     titles = [re.sub(r"[\s_]", "", title).lower() for title in header or ()]
-    fits = [index for index in others if index < len(titles) and titles[index] in _HEADERS]
+    fits = [index for index in others if index < len(titles) and _TITLES.fullmatch(titles[index])]
     if not fits:
         columns = {index: {_class(row[index], known) for row in rows if index < len(row)} for index in others}
         fits = [index for index in others if known and columns[index] <= {*known}]
@@ -195,9 +188,9 @@ def _names_of_numbers(path: pathlib.Path, used: set[int], known: Sequence[str]) 
 
             synsets = loadmat(path, squeeze_me=True)["synsets"]
             return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"cannot read the classes of numbers in {path}: {os_reason(error)}") from None
+    lines = [line.strip() for line in _lines(path)]
     names = [as_text(line) if line in known else as_text(line.split()[0]) for line in lines]
     words = [line.split() for line in lines]
     if all(len(row) > 1 and row[1].isdigit() for row in words):

@@ -96,6 +96,16 @@ def test_budgets_are_met_and_so_they_are_by_fixed_masks(swept):
         assert row["static_macs_reduction"] == pytest.approx(row["budget"], abs=A_FILTER)
 
 
+def test_figures_do_not_depend_on_how_long_gates_were_to_be_trained(program, trained, swept, tmp_path):
+    other = tmp_path / "longer"
+    shutil.copytree(trained, other)
+    config = json.loads((other / "config.json").read_text())
+    config["gates"]["epochs"] *= 10
+    (other / "config.json").write_text(json.dumps(config))
+    program.run("evaluate", f"--workdir={other}", f"--budgets={','.join(map(str, BUDGETS))}")
+    assert json.loads((other / "budgets.json").read_text()) == swept[0]
+
+
 def test_a_row_is_what_the_network_at_that_budget_does(swept, opened, outputs):
     """Against a count by hand over the whole held-out split."""
     run, network = opened

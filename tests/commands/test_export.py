@@ -161,7 +161,7 @@ def test_a_network_comes_in_again_under_any_names(converted, tmp_path, layout):
             ["--workdir={}", "--out=net.safetensors", "--format=onnx"],
             "--format takes one of safetensors, stablehlo; got 'onnx'",
         ),
-        (["--workdir={}", "--out=missing/net.safetensors"], "there is no folder"),
+        (["--workdir={}", "--out=missing/net.safetensors"], "missing is not a folder"),
         (["--workdir={}/missing", "--out=net.safetensors"], "there is no workdir"),
         (["--workdir={}/checkpoints", "--out=net.safetensors"], "holds no run"),
         (["--workdir={}", "--out=net.safetensors", "--r=1"], "unknown flag --r; known: --baseline"),

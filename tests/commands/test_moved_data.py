@@ -101,7 +101,10 @@ def test_other_classes_are_refused(capsys, tiny_run, tmp_path):
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(capsys, tiny_run, tmp_path, command):
-    for name, says in (("none/net.safetensors", "there is no folder"), ("net.safetensors", "is a folder")):
+    for name, says in (
+        ("none/net.safetensors", f"{tmp_path / 'none'} is not a folder"),
+        ("net.safetensors", "is a folder"),
+    ):
         (tmp_path / "net.safetensors").mkdir(exist_ok=True)
         assert says in fails(capsys, command, str(tiny_run[0]), f"--out={tmp_path / name}")
 

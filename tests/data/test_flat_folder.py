@@ -109,6 +109,27 @@ def test_numbers_are_read_with_what_they_stand_for(imagenet, tmp_path, capsys, k
     assert f"--config.data.name=folder:{imagenet} --config.data.test_split=sorted" in said
 
 
+def test_an_index_is_not_taken_for_the_name_of_an_image(tmp_path):
+    for index in range(6):
+        write_image(tmp_path / "set" / f"{index}.png", 10 * index)
+    rows = [f"{index},{5 - index}.png,{'ab'[index % 2]}" for index in range(6)]
+    (tmp_path / "file.csv").write_text(lines(["index,file,label", *rows]))
+    assert main(["prepare", f"folder:{tmp_path / 'set'}", f"--annotations={tmp_path / 'file.csv'}"]) == 0
+    found = {path.name: path.parent.name for path in (tmp_path / "set_by_class").rglob("*.png")}
+    assert found == {f"{5 - index}.png": "ab"[index % 2] for index in range(6)}
+
+
+@pytest.mark.parametrize("name", ["../n01", "..", "n01/n02"])
+def test_no_class_leads_out_of_the_new_folder(imagenet, tmp_path, capsys, name):
+    shutil.rmtree(imagenet / "train")
+    (tmp_path / "truth.txt").write_text(lines([1, 2] * (COUNT // 2)))
+    (tmp_path / "classes.txt").write_text(lines([f"{name} 1", "n02 2"]))
+    flags = f"--annotations={tmp_path / 'truth.txt'}", f"--numbers={tmp_path / 'classes.txt'}"
+    error = fails(capsys, "prepare", f"folder:{imagenet}", *flags)
+    assert f"a class {name!r}, which cannot be a folder" in error
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["set", "val"]
+
+
 def test_numbers_may_begin_at_zero(imagenet, tmp_path):
     (tmp_path / "val.txt").write_text(lines(f"{n} {NUMBERS[c] - 1}" for n, c in zip(NAMES, TRUTH, strict=True)))
     prepared(imagenet, f"--annotations={tmp_path / 'val.txt'}", f"--numbers={numbered('synset_words.txt', tmp_path)}")

@@ -180,11 +180,15 @@ def fuzz(library: pathlib.Path, calls: int, processes: int = 1, **environment: s
         subprocess.Popen([*command, str(seed)], cwd=ROOT, env=os.environ | environment, **options)
         for seed in range(processes)
     ]
-    for process in started:
-        out, err = process.communicate(timeout=3000)
-        assert process.returncode == 0, out[-2000:] + err[-6000:]
-        answered, refused = map(int, re.findall(r"\d+", out.splitlines()[-1]))
-        assert min(answered, refused) > calls / processes / 5
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=3000)
+            assert process.returncode == 0, out[-2000:] + err[-6000:]
+            answered, refused = map(int, re.findall(r"\d+", out.splitlines()[-1]))
+            assert min(answered, refused) > calls / processes / 5
+    finally:
+        for process in started:
+            process.kill()
 
 
 @needs_compiler

@@ -175,7 +175,7 @@ def test_a_folder_of_images_is_described_by_the_names_in_it(tmp_path):
     run = make_run_on(config, parse_slice("v5e:2x2"))
     assert (run.dataset.num_classes, run.dataset.image_shape) == (3, (224, 224, 3))
     assert len(jax.tree.leaves(run.abstract_variables(GATED))) > 0
-    # Where there are images, a folder without any is no class, in training neither.
+    # Where there are images, an empty folder is not a class, as in training.
     for name in ("bat", "cat"):
         (tmp_path / "train" / name / "1.png").touch()
     assert make_run_on(config, parse_slice("v5e:2x2")).dataset.num_classes == 2
