@@ -36,6 +36,7 @@ class LayerRecord:
       head_inputs: channels that each gate reads; None: all of them.
       bias_terms: bias additions at one position, and other work that only the published dense totals contain.
       call: tells this call of the module from its others.
+      extra: whether the dense network does not have this layer: a router's.
     """
 
     name: str = struct.field(pytree_node=False)
@@ -51,6 +52,7 @@ class LayerRecord:
     gate: GateOutput | None = None
     head_inputs: int | None = struct.field(pytree_node=False, default=None)
     call: str = struct.field(pytree_node=False, default="")
+    extra: bool = struct.field(pytree_node=False, default=False)
 
 
 @jax.tree_util.register_pytree_node_class

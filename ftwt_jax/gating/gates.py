@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
@@ -23,7 +23,7 @@ NORMS = ("none", "softmax", "layer")
 DEPTHWISE = ("full", "own")
 # Added to the variance, here and in inference/native/head.h.
 NORM_EPSILON = 1e-5
-MASK_SOURCES = ("heads", "targets", "open")
+MASK_SOURCES = ("heads", "targets", "open", "subnets")
 
 
 def check_r(r: float) -> float:
@@ -119,16 +119,21 @@ class GateControl:
     Attributes:
       r: mass threshold to use in place of the config's; a scalar, traced under jit, so a sweep does not recompile.
       masks: where masks come from. `heads`: the gate logits; `targets`: the targets themselves, which needs no trained
-        head (a dense network's variables will do); `open`: every filter on.
+        head (a dense network's variables will do); `open`: every filter on; `subnets`: those of `subnets`, and the
+        network needs no heads.
       targets: whether to compute targets. Off, `GateOutput.target` is None and no time goes into ranking.
       offset: added to all gate logits. A larger one turns more filters on, so that one trained network serves any
         budget. A scalar, traced under jit.
+      subnets: for layers by name, the mask of each subnet; a layer that is missing has every filter on.
+      choice: the subnet of each image.
     """
 
     r: Float[Array, ""] | float | None = None
     masks: str = struct.field(pytree_node=False, default="heads")
     targets: bool = struct.field(pytree_node=False, default=True)
     offset: Float[Array, ""] | float | None = None
+    subnets: Mapping[str, Bool[Array, "K C"]] | None = None
+    choice: Int[Array, " N"] | None = None
 
     def __post_init__(self):
         if isinstance(self.r, (int, float)):
@@ -137,6 +142,19 @@ class GateControl:
             raise unknown_name("source of masks", self.masks, MASK_SOURCES)
         if self.masks == "targets" and not self.targets:
             raise UserError("masks='targets' needs the targets: leave targets=True")
+
+    def subnet_mask(self, layer: str) -> Bool[Array, "N C"] | None:
+        """The mask of a layer in each image's subnet; None: every filter is on.
+
+        Raises:
+          UserError: masks are to come from subnets, and these, or the choice among them, are not there.
+        """
+        if self.masks != "subnets":
+            return None
+        if self.subnets is None or self.choice is None:
+            raise UserError("masks='subnets' needs subnets= and choice=: ftwt.SubnetNetwork gives both")
+        mask = self.subnets.get(layer)
+        return None if mask is None else jnp.asarray(mask)[self.choice]
 
 
 @struct.dataclass

@@ -27,7 +27,9 @@ def _check(convention: str) -> None:
 
 
 def layer_dense_macs(layer: LayerRecord) -> int:
-    """MACs of one layer with every input channel and every filter on, without a gate head."""
+    """MACs of one layer with every input channel and every filter on, without a gate head; 0 for a router's."""
+    if layer.extra:
+        return 0
     pairs = layer.in_features * layer.out_features // layer.groups
     return layer.positions * layer.kernel_area * pairs
 
@@ -107,7 +109,7 @@ def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, " N
 
 
 def dense_macs(outputs: Outputs, convention: Convention = "exact") -> float:
-    """MACs of the same network with every filter on and without gate heads; one number, known without running it.
+    """MACs of the same network with every filter on, without gate heads or a router; one number, known without running it.
 
     Under `published` these are the authors' own dense totals, which count a little more than their gated ones do:
     the classifier, projection shortcuts, biases of convolutions and, in some networks, the outputs of the last pool.
@@ -115,5 +117,5 @@ def dense_macs(outputs: Outputs, convention: Convention = "exact") -> float:
     _check(convention)
     total = sum(layer_dense_macs(layer) for layer in outputs.layers)
     if convention == "published":
-        total += sum(layer.positions * layer.bias_terms for layer in outputs.layers)
+        total += sum(layer.positions * layer.bias_terms for layer in outputs.layers if not layer.extra)
     return np.float64(total)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.activations import (
@@ -28,16 +28,31 @@ from ftwt_jax.ops.reductions import max_pool_all, mean_pool_all
 
 
 @struct.dataclass
+class Routes:
+    """The way of each image of a batch through a network of subnets.
+
+    Attributes:
+      logits: float32 [N, K], of the router.
+      choice: the subnet that each image was run in.
+    """
+
+    logits: Float[Array, "N K"]
+    choice: Int[Array, " N"]
+
+
+@struct.dataclass
 class Outputs:
     """What a network returns.
 
     Attributes:
       logits: float32 [N, classes].
       layers: record of every layer, in forward order; `ftwt.macs` counts them.
+      routes: the subnets of the images; None for a network without such.
     """
 
     logits: Float[Array, "N classes"]
     layers: Sequence[LayerRecord]
+    routes: Routes | None = None
 
     @property
     def gates(self) -> tuple[GateOutput, ...]:
@@ -199,7 +214,7 @@ class GatedUnit(_Convolved, nn.Module):
             bias_terms=self.features if self.use_bias else 0,
             active_out=None if gate is None or whole else gate.mask,
             gate=gate,
-            head_inputs=1 if own else None,
+            head_inputs=0 if x.control.masks == "subnets" else 1 if own else None,
         )
 
     def _gate(self, gates: GateConfig, x: Activations, y: Array) -> GateOutput:
@@ -209,7 +224,7 @@ class GatedUnit(_Convolved, nn.Module):
         if control.targets:
             r = gates.r if control.r is None else control.r
             target = topk_mass_mask(jax.lax.stop_gradient(y), r, gates.min_filters)
-        if control.masks == "heads" or self.is_initializing():
+        if control.masks == "heads" or (self.is_initializing() and control.masks != "subnets"):
             joint = gates.mode == "joint"
             source = x.values if joint else jax.lax.stop_gradient(x.values)
             own = gates.reads_own(source.shape[-1], self.features, self.convolution.groups)
@@ -217,7 +232,10 @@ class GatedUnit(_Convolved, nn.Module):
                 source, None if joint else x.maxima
             )
             logits = logits if control.offset is None else logits + control.offset
-        if control.masks == "heads" and logits is not None:
+        mask = control.subnet_mask("/".join(self.path))
+        if mask is not None:
+            pass
+        elif control.masks == "heads" and logits is not None:
             mask = logits > 0
         elif control.masks == "targets" and target is not None:
             mask = target
@@ -253,6 +271,8 @@ class GatedDense(GatedUnit):
 class PlainConv(_Convolved, nn.Module):
     """Convolution and norm without a gate, whose work counts: a projection shortcut, the last step of a bottleneck.
 
+    Subnets leave out filters that are added to a unit's, as those of a projection shortcut are.
+
     Attributes:
       kernel_size: as of `GatedUnit`; None: a dense layer.
       act: activation; None: none.
@@ -276,12 +296,14 @@ class PlainConv(_Convolved, nn.Module):
         """Runs on [N, H, W, C_in]; every filter is computed, and can be non-zero (batch norm adds its bias)."""
         x = as_activations(inputs)
         y = activated(self.act, self._normed(x, train))
-        record = self.record(x, y)
-        return x.made(values=y, active=None, layers=Layers((*x.layers, record)), trail=record.call)
+        mask = x.control.subnet_mask("/".join(self.path))
+        record = self.record(x, y, mask)
+        y = y if mask is None else jnp.where(over_pixels(mask, y.ndim), y, 0)
+        return x.made(values=y, active=mask, layers=Layers((*x.layers, record)), trail=record.call)
 
-    def record(self, x: Activations, y: Array) -> LayerRecord:
-        """The record of a call that turned `x` into maps like `y`."""
-        return self._record(x, y)
+    def record(self, x: Activations, y: Array, mask: Bool[Array, "N C"] | None = None) -> LayerRecord:
+        """The record of a call that turned `x` into maps like `y`; `mask`: the filters of each image's subnet."""
+        return self._record(x, y, active_out=mask)
 
 
 class Classifier(nn.Module):

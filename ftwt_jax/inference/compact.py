@@ -9,17 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.errors import UserError
 from ftwt_jax.inference import native
+from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward
 from ftwt_jax.inference.kept import choose_kept
-from ftwt_jax.inference.packed import Channels, PackedActivations, plain
-from ftwt_jax.inference.packing import SEEN, PackedLayers, Weights
+from ftwt_jax.inference.packed import Channels
+from ftwt_jax.inference.packing import Weights
+from ftwt_jax.inference.subnets import CompactSubnets
 from ftwt_jax.ops.compiling import compiler_options
+from ftwt_jax.subnets.network import SubnetNetwork
 
 # Images of a calibration batch.
 _CALIBRATION_BATCH = 64
@@ -29,25 +30,9 @@ _FEW = 8
 _TRIALS = 24
 
 
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """What a compact network computes.
-
-    Attributes:
-      kept: the filters held ready, ascending, for each unit that leaves some out for good.
-      per_image: whether each image computes, of those, only the ones that its own masks turn on, by kernels for a CPU.
-    """
-
-    kept: Mapping[str, Channels] = dataclasses.field(default_factory=dict)
-    per_image: bool = False
-
-
-EVERYTHING = Execution()
-
-
 def compact(
     model: nn.Module, variables: Any, calibration: Any = None, portable: bool = False, **options: Any
-) -> "CompactNetwork":
+) -> "CompactNetwork | CompactSubnets":
     """A network made ready for inference: batch norm folded in, and only the filters that its gates turn on.
 
     For any network of `GatedUnit`s, gated or dense (which is then only folded). On a CPU with a C++ compiler, kernels
@@ -56,6 +41,9 @@ def compact(
     packed once to what is left. That helps on any device, and without such a compiler it is all that is done: small
     dense convolutions, with each image's own mask applied to the result. An image whose gates want a filter that was
     left out is noticed and computed again with all filters.
+
+    Of a `SubnetNetwork`, the router and each subnet become dense networks of their own, on any device; calibration has
+    nothing to add there.
 
     Args:
       model: a Linen module; `model.apply(variables, images, **options)` runs it for inference.
@@ -72,7 +60,9 @@ def compact(
     Raises:
       UserError: the network has no units, the variables no parameters, or the calibration no images.
     """
-    forward = _Forward(model, variables, options)
+    if isinstance(model, SubnetNetwork):
+        return CompactSubnets(model, variables)
+    forward = Forward(model, variables, options)
     per_image = not portable and jax.default_backend() == "cpu" and native.available()
     if calibration is None:
         return CompactNetwork(forward, Execution(per_image=per_image))
@@ -113,7 +103,7 @@ def fold(model: nn.Module, variables: Any, **options: Any) -> "CompactNetwork":
 
     Args and errors as of `compact`.
     """
-    return CompactNetwork(_Forward(model, variables, options))
+    return CompactNetwork(Forward(model, variables, options))
 
 
 def _fastest(networks: list["CompactNetwork"], images: list[Array]) -> "CompactNetwork":
@@ -151,21 +141,6 @@ def _chunks(images: Array) -> list[Array]:
     return [images[start : start + _CALIBRATION_BATCH] for start in range(0, len(images), _CALIBRATION_BATCH)]
 
 
-def _copied(variables: Any) -> dict[str, Any]:
-    """The variables as they are now, on the host: later training may change or donate them."""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        got = (
-            f"entries {', '.join(map(str, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
-        )
-        raise UserError(f"compact execution takes all variables, {{'params': …, 'batch_stats': …}}; got {got}")
-    try:
-        return jax.tree.map(np.array, unfreeze(dict(variables)))
-    except jax.errors.TracerArrayConversionError:
-        raise UserError("compact execution needs concrete variables: make the network outside of jax.jit") from None
-    except RuntimeError as error:
-        raise UserError(f"compact execution cannot read the variables: {one_line(error)}") from error
-
-
 @jax.custom_jvp
 def _not_differentiable(images: Array) -> Array:
     return images
@@ -178,35 +153,6 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
     )
 
 
-class _Forward:
-    """A network run layer by layer in packed form."""
-
-    def __init__(self, model: nn.Module, variables: Any, options: Mapping[str, Any]):
-        if options.get("control") is not None:
-            raise UserError("compact execution runs the masks of the gate heads: leave control out")
-        self._model = model
-        self._variables = _copied(variables)
-        self._options = options
-
-    def pack(self, execution: Execution, images: Array) -> PackedLayers:
-        """The weights for these filters; nothing is run."""
-        layers = PackedLayers(self._variables, execution.kept, execution.per_image)
-        jax.eval_shape(lambda images: self._apply(layers, images), images)
-        if not layers.weights:
-            raise UserError("this network has no units: build it from ftwt.GatedUnit, or by ftwt.create_model")
-        return layers
-
-    def __call__(self, execution: Execution, weights: Weights, images: Array) -> tuple[Any, dict[str, Any]]:
-        """The network's outputs, and what its units wrote into `SEEN`: {"unit/kind": (first call, second, ...)}."""
-        return self._apply(PackedLayers(self._variables, execution.kept, execution.per_image, weights), images)
-
-    def _apply(self, layers: PackedLayers, images: Array) -> tuple[Any, dict[str, Any]]:
-        with nn.intercept_methods(layers):
-            outputs, seen = self._model.apply(self._variables, images, mutable=[SEEN], **self._options)
-        outputs = jax.tree.map(plain, outputs, is_leaf=lambda x: isinstance(x, PackedActivations))
-        return outputs, flatten_dict(seen.get(SEEN, {}), sep="/")
-
-
 class CompactNetwork:
     """What `compact` returns.
 
@@ -214,7 +160,7 @@ class CompactNetwork:
       execution: the filters that are held ready, and whether each image computes only its own of them.
     """
 
-    def __init__(self, forward: _Forward, execution: Execution = EVERYTHING):
+    def __init__(self, forward: Forward, execution: Execution = EVERYTHING):
         self.execution = execution
         self._everything = dataclasses.replace(execution, kept={})
         self._forward = forward
@@ -256,7 +202,7 @@ class CompactNetwork:
     def _packed(self, images: Array) -> dict[str, Weights]:
         if not self._weights:
             packed = {"compact": self._forward.pack(self.execution, images).weights}
-            if self.execution.kept:
+            if self.execution.kept and not self.execution.fixed:
                 packed["masked"] = self._forward.pack(self._everything, images).weights
             with jax.ensure_compile_time_eval():
                 # `jnp.asarray` compiles a program for every shape.

@@ -26,6 +26,7 @@ from ftwt_jax.inference.packed import (
     mapped,
     packed_form,
     plain,
+    selected,
     with_packed,
 )
 from ftwt_jax.ops.reductions import as_maps, mean_pool_all
@@ -98,6 +99,7 @@ class PackedLayers:
       variables: of the network, concrete.
       kept: for each gated unit by name, the filters to hold ready, ascending; a unit that is missing keeps all.
       per_image: on a CPU, compute of those only the ones that an image's own mask turns on.
+      fixed: whether `kept` is all that there is, for every image, of plain convolutions too: a subnet, without gates.
       weights: what an earlier trace packed; None: pack now.
 
     Attributes:
@@ -111,10 +113,11 @@ class PackedLayers:
         kept: Mapping[str, Channels],
         per_image: bool,
         weights: Weights | None = None,
+        fixed: bool = False,
     ):
         self._folded = Folded(variables)
         self._kept = kept
-        self._per_image = per_image
+        self._per_image, self._fixed = per_image and not fixed, fixed
         self._packing = weights is None
         self._times: dict[str, int] = {}
         self.weights: Weights = {} if weights is None else weights
@@ -148,7 +151,8 @@ class PackedLayers:
             return self._unpacked_call(key, whole, x, train, *([] if added is None else [plain(added)]))
         # Filters of a group share their inputs, so groups of several channels stay whole.
         separable = unit.gates is not None and (unit.convolution.groups == 1 or _is_depthwise(unit, channels))
-        kept = self._kept.get(key, everything) if separable else everything
+        wanted = self._kept.get(name if self._fixed else key, everything)
+        kept = wanted if separable else everything
         layers: Sequence[LayerRecord] = x.layers
         values: Array | None = None
         if added is not None:
@@ -162,6 +166,8 @@ class PackedLayers:
         else:
             y, logits = self._by_xla(call)
         gate = None
+        if self._fixed and kept != wanted:
+            y, kept = selected(y, wanted).values, wanted
         if logits is not None:
             gate = GateOutput(logits, logits > 0, None)
             unit.sow(SEEN, "gate_logits", logits)
@@ -236,14 +242,16 @@ class PackedLayers:
         y = self._convolve(call.key, unit.convolution, values, groups)
         y = y if call.shortcut is None else y + check_shortcut(call.shortcut, y.shape)
         y = call.activated(y)
-        logits = None if unit.gates is None else gate_logits(call.inputs.values, call.left_out, weights, unit.gates)
+        if unit.gates is None or self._fixed:
+            return y, None
+        logits = gate_logits(call.inputs.values, call.left_out, weights, unit.gates)
         return call.masked(y, logits), logits
 
     def _unit_weights(self, call: _Call) -> dict[str, Any]:
         """Convolution of a unit, and its gate head if it has one, for the channels of this call."""
         unit, inputs = call.unit, call.inputs.channels
         weights = self._folded.convolution(call.name, unit, inputs, call.kept)
-        if unit.gates is None:
+        if unit.gates is None or self._fixed:
             return weights
         own = unit.gates.reads_own(call.channels, unit.features, unit.convolution.groups)
         return weights | self._folded.head(call.name, inputs, own)
@@ -255,11 +263,12 @@ class PackedLayers:
         if train or not layer.folds():
             return self._unpacked_call(key, whole, x, train)
         packed, everything = packed_form(x), tuple(range(layer.features))
-        self._layer(key, lambda: self._folded.convolution(name, layer, packed.channels, everything))
+        kept = self._kept.get(name, everything) if self._fixed else everything
+        self._layer(key, lambda: self._folded.convolution(name, layer, packed.channels, kept))
         groups = layer.convolution.groups
         values = packed.values if groups == 1 else packed.aligned(tuple(range(x.shape[-1])))
         y = activated(layer.act, self._convolve(key, layer.convolution, values, groups))
-        return _unpacked(x, Packed(y, everything), layer.features, x.layers, layer.record(x, y))
+        return _unpacked(x, Packed(y, kept), layer.features, x.layers, layer.record(x, y))
 
     def _classify(self, _: Callable, layer: Classifier, inputs: Any) -> Outputs:
         x = as_activations(inputs)

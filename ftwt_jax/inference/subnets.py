@@ -1,0 +1,182 @@
+"""Compact execution of a network with subnets: a router, and K ordinary dense networks of their own widths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ftwt_jax.errors import UserError
+from ftwt_jax.gating.activations import Layers
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.units import Outputs, Routes
+from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward
+from ftwt_jax.inference.packing import Weights
+from ftwt_jax.ops.compiling import compiler_options
+from ftwt_jax.subnets.network import SubnetNetwork, split_variables, train_option
+
+# A group of images is cut into parts of a batch's size divided by one of these, so that few shapes are compiled.
+_PARTS = (1, 4, 16)
+
+
+class CompactSubnets:
+    """What `compact` returns for a network with subnets: a function of images [N, H, W, channels].
+
+    One image runs through router and subnet in one program. Of more, the router's choice is read by the host, and each
+    subnet is given the images that are its own, in parts of a few sizes.
+
+    Attributes:
+      count: number of subnets, K.
+      macs: exact MACs of each subnet [K].
+      router_macs: of the router.
+    """
+
+    def __init__(self, model: SubnetNetwork, variables: Any):
+        if "params" not in variables:
+            raise UserError("compact execution takes all variables, {'params': …, 'batch_stats': …}")
+        network, router = split_variables(variables)
+        self._model, self.count, self.macs = model, model.subnets.count, model.subnets.macs
+        options = train_option(model.network, False)
+        self._forwards, self._executions = [], []
+        for subnet in range(self.count):
+            masks = {name: np.asarray(mask[subnet]) for name, mask in model.subnets.masks.items()}
+            kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
+            self._forwards.append(Forward(model.network, network, options, masks))
+            self._executions.append(Execution(kept, fixed=True))
+        self._router = Forward(model.router, router, {}) if model.router is not None else None
+        self._weights: dict[str, Any] = {}
+        self.router_macs = 0.0
+        self._records = jax.jit(self._layers)
+        compiled = {"compiler_options": compiler_options()}
+        self._route = jax.jit(self._routed, **compiled)
+        self._one = jax.jit(self._single, **compiled)
+        self._parts = [
+            jax.jit(lambda weights, images, subnet=subnet: self._run(subnet, weights, images), **compiled)
+            for subnet in range(self.count)
+        ]
+
+    def __call__(self, images: Float[Array, "N H W channels"]) -> Outputs:
+        """What the network returns for these images."""
+        logits, routed = self._all(images)
+        choice = jnp.argmax(routed, axis=-1).astype(jnp.int32)
+        records = self._layers if isinstance(choice, jax.core.Tracer) else self._records
+        return Outputs(logits, records(jnp.asarray(images), choice), Routes(routed, choice))
+
+    def logits(self, images: Float[Array, "N H W channels"]) -> Float[Array, "N classes"]:
+        """The logits alone."""
+        return self._all(images)[0]
+
+    def route(self, images: Float[Array, "N H W channels"]) -> Float[Array, "N K"]:
+        """The router's logits; the subnet of an image is the largest."""
+        images = jnp.asarray(images)
+        route = self._routed if isinstance(images, jax.core.Tracer) else self._route
+        return route(self._packed(images)["router"], images)
+
+    def subnet(self, index: int, images: Float[Array, "N H W channels"]) -> Float[Array, "N classes"]:
+        """The logits of one subnet for all of these images."""
+        images = jnp.asarray(images)
+        weights = self._packed(images)["subnets"][index]
+        if isinstance(images, jax.core.Tracer):
+            return self._run(index, weights, images)
+        return self._parts[index](weights, images)
+
+    def prepare(self, images: Float[Array, "N H W channels"]) -> None:
+        """Compiles what batches of this size need, whichever subnets their images choose."""
+        images, weights = jnp.asarray(images), self._packed(jnp.asarray(images))
+        if len(images) == 1:
+            self._one.lower(weights, images).compile()
+            return
+        self._route(weights["router"], images)
+        for size in _sizes(len(images)):
+            for subnet in range(self.count):
+                self._parts[subnet](weights["subnets"][subnet], images[:size])
+
+    def _all(self, images: Any) -> tuple[Array, Array]:
+        """Logits of the classes, and of the router."""
+        images = jnp.asarray(images)
+        weights = self._packed(images)
+        if isinstance(images, jax.core.Tracer):
+            routed = self._routed(weights["router"], images)
+            rows = lax.map(lambda row: self._switched(weights, row[0][None], row[1])[0], (images, _choice(routed)))
+            return rows, routed
+        if len(images) == 1:
+            return self._one(weights, images)
+        routed = self._route(weights["router"], images)
+        choice, host = np.asarray(_choice(jax.device_get(routed))), np.asarray(images)
+        found: Any = None
+        for subnet in np.unique(choice):
+            rows = np.flatnonzero(choice == subnet)
+            for part, size in _cut(rows, _sizes(len(images))):
+                padded = np.resize(part, size)
+                logits = jax.device_get(self._parts[subnet](weights["subnets"][subnet], host[padded]))
+                found = np.zeros((len(images), *logits.shape[1:]), logits.dtype) if found is None else found
+                found[part] = logits[: len(part)]
+        return jnp.asarray(found), routed
+
+    def _single(self, weights: dict[str, Any], images: Array) -> tuple[Array, Array]:
+        routed = self._routed(weights["router"], images)
+        return self._switched(weights, images, _choice(routed)[0]), routed
+
+    def _switched(self, weights: dict[str, Any], images: Array, choice: Int[Array, ""]) -> Array:
+        branches = [
+            lambda weights, images, subnet=subnet: self._run(subnet, weights["subnets"][subnet], images)
+            for subnet in range(self.count)
+        ]
+        return lax.switch(choice, branches, weights, images)
+
+    def _run(self, subnet: int, weights: Weights, images: Array) -> Array:
+        return self._forwards[subnet](self._executions[subnet], weights, images)[0].logits
+
+    def _routed(self, weights: Weights, images: Array) -> Array:
+        if self._router is None:
+            return jnp.zeros((images.shape[0], 1))
+        return self._router(EVERYTHING, weights, images)[0].logits
+
+    def _packed(self, images: Array) -> dict[str, Any]:
+        if not self._weights:
+            subnets = [
+                forward.pack(execution, images)
+                for forward, execution in zip(self._forwards, self._executions, strict=True)
+            ]
+            router = None if self._router is None else self._router.pack(EVERYTHING, images)
+            self.router_macs = 0.0 if router is None else float(sum(router.macs.values()))
+            with jax.ensure_compile_time_eval():
+                self._weights = jax.device_put(
+                    {
+                        "subnets": [layers.weights for layers in subnets],
+                        "router": {} if router is None else router.weights,
+                    }
+                )
+        return self._weights
+
+    def _layers(self, images: Array, choice: Int[Array, " N"]) -> Layers:
+        """The records of every layer, for which nothing but masks is computed."""
+        shapes = jax.eval_shape(self._model.init, jax.random.key(0), images)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        control = GateControl(targets=False, choice=choice)
+        return self._model.apply(zeros, images, control=control).layers
+
+
+def _choice(routed: Any) -> Any:
+    return (np if isinstance(routed, np.ndarray) else jnp).argmax(routed, axis=-1)
+
+
+def _sizes(images: int) -> list[int]:
+    """The sizes of the parts that a batch is cut into, the largest first."""
+    return sorted({max(images // part, 1) for part in _PARTS}, reverse=True)
+
+
+def _cut(rows: np.ndarray, sizes: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    """Rows in parts, each with the size that it is padded to: less than half of a part is padding, but for the last.
+
+    With sizes 32, 8 and 2: 9 rows are cut into 8 and 1, 7 rows are padded to 8, 5 are cut into 2, 2 and 1.
+    """
+    parts = []
+    while len(rows):
+        size = next((size for size in sizes if len(rows) > size // 2), sizes[-1])
+        parts.append((rows[:size], size))
+        rows = rows[size:]
+    return parts

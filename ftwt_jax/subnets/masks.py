@@ -1,0 +1,106 @@
+"""The filters that each subnet keeps, so that its exact MACs are what the budget leaves."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ftwt_jax.errors import UserError
+
+# Exact MACs of the networks that keep the groups bool [K, G]: [K].
+CountMacs = Callable[[Bool[np.ndarray, "K G"]], Float[np.ndarray, " K"]]
+# How far a subnet's MACs reduction may be from the budget before single filters are moved, and moves that are tried.
+CLOSE, MOVES = 5e-4, 40
+_HALVINGS = 30
+
+
+def choose_groups(
+    rates: Float[np.ndarray, "K G"],
+    blocks: list[Int[np.ndarray, " B"]],
+    count_macs: CountMacs,
+    dense_macs: float,
+    budget: float,
+    multiple: int = 1,
+) -> Bool[np.ndarray, "K G"]:
+    """The groups of filters to keep in each subnet.
+
+    In a block, whose groups are filters of the same layers, the subnet keeps the groups that its images want most
+    often: as many as its images want in the mean, and a share more or fewer, the same in every block, by which the
+    budget is met. A common threshold for the rates of all blocks would empty those whose filters are each wanted by
+    few images.
+
+    Args:
+      rates: the share of a subnet's images that want each group.
+      budget: MACs reduction of each subnet.
+      multiple: keep a multiple of this many groups in each block, or the whole block.
+
+    Raises:
+      UserError: no choice of filters has this reduction; the message gives the range.
+    """
+    order = [np.argsort(-rates[:, block], axis=1, kind="stable") for block in blocks]
+    sizes = np.array([len(block) for block in blocks])
+    wanted = np.stack([rates[:, block].sum(axis=1) for block in blocks], axis=1)
+
+    def rounded(counts: np.ndarray) -> np.ndarray:
+        steps = np.maximum(np.rint(counts / multiple), 1).astype(int) * multiple
+        return np.minimum(steps, sizes)
+
+    def kept(counts: np.ndarray, subnets: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(counts), rates.shape[1]), bool)
+        for index, block in enumerate(blocks):
+            for row, subnet in enumerate(subnets):
+                found[row, block[order[index][subnet, : counts[row, index]]]] = True
+        return found
+
+    every = np.arange(len(rates))
+
+    def reduction(counts: np.ndarray, subnets: np.ndarray = every) -> np.ndarray:
+        return 1 - count_macs(kept(counts, subnets)) / dense_macs
+
+    least, most = (reduction(rounded(bound))[0] for bound in (np.zeros_like(wanted) + sizes, np.zeros_like(wanted)))
+    if not least - CLOSE <= budget <= most + CLOSE:
+        raise UserError(
+            f"no subnets have a MACs reduction of {budget:g}: those of this network can have {least:.3f} to {most:.3f}"
+        )
+    low, high = -np.ones(len(rates)), np.ones(len(rates))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        over = reduction(rounded(wanted + middle[:, None] * sizes)) < budget
+        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    counts = rounded(wanted + low[:, None] * sizes)
+    for subnet in every:
+        counts[subnet] = _closer(counts[subnet], subnet, sizes, multiple, budget, reduction)
+    return kept(counts, every)
+
+
+def _closer(
+    counts: np.ndarray,
+    subnet: int,
+    sizes: np.ndarray,
+    multiple: int,
+    budget: float,
+    reduction: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Counts of one subnet after moves of one block each that bring it to the budget."""
+    off = abs(float(reduction(counts[None], np.array([subnet]))[0]) - budget)
+    for _ in range(MOVES):
+        if off <= CLOSE:
+            break
+        moves = []
+        for block, size in enumerate(sizes):
+            for step in (-multiple, multiple):
+                # A whole block need not be a multiple.
+                target = counts[block] + step
+                if step < 0 and counts[block] == size:
+                    target = (size - 1) // multiple * multiple
+                target = min(target, size)
+                if target >= min(multiple, size) and target != counts[block]:
+                    moves.append(np.concatenate([counts[:block], [target], counts[block + 1 :]]))
+        if not moves:
+            break
+        found = np.abs(reduction(np.stack(moves), np.full(len(moves), subnet)) - budget)
+        best = int(np.argmin(found))
+        if found[best] >= off:
+            break
+        counts, off = moves[best], float(found[best])
+    return counts
