@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a baseline, then its gates; resumes automatically where it stopped",
     "estimate": "predict the MACs reduction from a trained baseline",
     "evaluate": "accuracy, work and gates on the held-out split",
+    "predict": "the classes of image files, and the work that each took",
     "report": "a page about runs: plots, images, and the commands that reproduce them",
     "plan": "memory, collectives and the shortest step on a TPU slice that you need not have",
     "prepare": "download a TFDS data set, once, in the format that training reads; or sort a folder by class",

@@ -24,12 +24,14 @@ class Operand:
       name: what `--help` calls it.
       example: stands in the message for one that is missing.
       flag: the flag that may be given in its place.
+      optional: whether it may be left out.
     """
 
     name: str
     example: str
     several: bool = False
     flag: str | None = None
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

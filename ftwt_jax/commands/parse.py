@@ -73,7 +73,7 @@ def _operands(name: str, operand: Operand | None, words: tuple[str, ...], values
         elif len(words) == 1:
             flag.value = words[0]
     # A flag's own command says what it is needed for.
-    too_few = not words and (operand.several or not operand.flag)
+    too_few = not (words or operand.optional) and (operand.several or not operand.flag)
     if too_few or (len(words) > 1 and not operand.several):
         wanted = f"one {operand.name}" + (" or more" if operand.several else "")
         raise UserError(f"{name} takes {wanted}, such as {operand.example}; got {' '.join(words) or 'none'}")

@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ftwt_jax.data.decoding import is_readable
@@ -116,21 +116,11 @@ def _is_litter(name: str) -> bool:
 
 def _images(folder: str, left_out: LeftOut) -> list[str]:
     found: list[str] = []
-    seen: set[str] = set()
     below: list[str] = []
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        if os.path.realpath(parent) in seen:
-            folders.clear()  # A link to a folder above.
-            continue
-        seen.add(os.path.realpath(parent))
-        left_out.litter += [os.path.join(parent, name) for name in folders if _is_litter(name)]
-        folders[:] = sorted(name for name in folders if not _is_litter(name))
+    for parent, folders, images in _walk(folder, left_out, _raise):
         if parent == folder:
             _check_undivided(folder, folders)
-        images = [name for name in sorted(files) if is_readable(name) and not name.startswith(".")]
-        for name in sorted({*files} - {*images}):
-            left_out.file(os.path.join(parent, name))
-        found += [os.path.join(parent, name) for name in images]
+        found += images
         if images:
             below.append(parent)
     if len(below) > 1 and folder not in below:
@@ -138,8 +128,36 @@ def _images(folder: str, left_out: LeftOut) -> list[str]:
     return found
 
 
+def find_images(folder: str, left_out: LeftOut, on_error: Callable[[OSError], None]) -> list[str]:
+    """The image files in a folder and in all folders within it, in order of path; what is hidden is left out.
+
+    Args:
+      left_out: is told of everything else in there.
+      on_error: is told why a folder cannot be read; the others still are.
+    """
+    return [path for _, _, images in _walk(folder, left_out, on_error) for path in images]
+
+
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _walk(
+    folder: str, left_out: LeftOut, on_error: Callable[[OSError], None]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """A folder and all those within it: its path, the names of the folders in it, and the paths of its images."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error):
+        if os.path.realpath(parent) in seen:
+            folders.clear()  # A link to a folder above.
+            continue
+        seen.add(os.path.realpath(parent))
+        left_out.litter += [os.path.join(parent, name) for name in folders if _is_litter(name)]
+        folders[:] = sorted(name for name in folders if not _is_litter(name))
+        images = [name for name in sorted(files) if is_readable(name) and not name.startswith(".")]
+        for name in sorted({*files} - {*images}):
+            left_out.file(os.path.join(parent, name))
+        yield parent, folders, [os.path.join(parent, name) for name in images]
 
 
 def _check_undivided(folder: str, inner: Sequence[str]) -> None:
