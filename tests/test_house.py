@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "ftwt_jax"
 # What a package, or a file at the top, may import of ours besides itself; what stands further down may be imported by
 # more. A new package gets a line here.
-METHOD = {"ops", "gating", "models", "weights", "inference"}
+METHOD = {"ops", "gating", "models", "weights", "subnets", "inference"}
 BASE = {"errors", "files", "printing", "version"}
 ALLOWED = {
     "errors": set(),
@@ -26,8 +26,10 @@ ALLOWED = {
     "gating": BASE | {"ops"},
     "models": BASE | {"ops", "gating"},
     "weights": BASE | {"ops", "gating", "models"},
-    "inference": BASE | {"ops", "gating"},
+    "subnets": BASE | {"ops", "gating"},
+    "inference": BASE | {"ops", "gating", "subnets"},
     "__init__": BASE | METHOD | {"ctrl_c"},
+    "engines": BASE | {"ops", "gating", "inference"},
     # The trainer.
     "config": BASE | METHOD,
     "parallel": BASE | {"ops"},
@@ -37,11 +39,11 @@ ALLOWED = {
     "budget": BASE | METHOD | {"config", "parallel", "data", "workdir", "training"},
     **dict.fromkeys(
         ("plan", "report", "benchmark"),
-        BASE | METHOD | {"config", "parallel", "data", "workdir", "training", "budget"},
+        BASE | METHOD | {"engines", "config", "parallel", "data", "workdir", "training", "budget"},
     ),
     "commands": BASE
     | METHOD
-    | {"config", "parallel", "data", "workdir", "training", "budget", "plan", "report", "benchmark"},
+    | {"engines", "config", "parallel", "data", "workdir", "training", "budget", "plan", "report", "benchmark"},
     "__main__": BASE | {"ctrl_c", "ops", "parallel", "commands"},
 }
 # Libraries that the trainer needs and the method does not.

@@ -46,7 +46,7 @@ def benchmark(
         raise UserError("--torch needs PyTorch: pip install -e '.[convert]'")
     say_compiling(console, f"{subject.arch}, dense, masked and compact")
     start = time.perf_counter()
-    quick = compact(subject.gated, subject.gated_variables, subject.calibration)
+    quick: Any = compact(subject.gated, subject.gated_variables, subject.calibration)
     ready = time.perf_counter() - start
     masked = fold(subject.gated, subject.gated_variables)
     dense = fold(subject.dense, _dense_part(subject.dense_variables))

@@ -57,7 +57,7 @@ class Calibration:
     def batches(self) -> Batches:
         """Training images without augmentation, as `eval_batches` gives them; each batch is spread over all images."""
         run, size = self.run, self.run.eval_batch_size
-        source = _spread(run.dataset.train, max(self._images // size, 1) * size, size)
+        source = spread(run.dataset.train, max(self._images // size, 1) * size, size)
         return list(run.preemption.between(eval_batches(run.dataset, source, size)))
 
     @property
@@ -156,7 +156,7 @@ class CalibratedNetwork:
         return CalibratedNetwork(self._calibration, variables, self._r, is_fixed=True)
 
 
-def _spread(source: Source, count: int, size: int) -> Source:
+def spread(source: Source, count: int, size: int) -> Source:
     """At most `count` images, spread evenly over a source, and so is each batch of this size."""
     count = min(count, len(source))
     number = -(-count // size)

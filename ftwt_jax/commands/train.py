@@ -1,4 +1,4 @@
-"""The command `train`: dense baseline, estimate, gate training, evaluation."""
+"""The command `train`: dense baseline, estimate, gates, subnets, evaluation."""
 
 import contextlib
 import time
@@ -12,6 +12,7 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.estimate import check_budgets, choose_r
 from ftwt_jax.budget.keeper import BudgetKeeper
+from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets, init_subnets
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
@@ -19,7 +20,7 @@ from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.printing import say
 from ftwt_jax.training.loop import Hook, Variables, train_stage
 from ftwt_jax.training.run import Adopted, Run, open_run
-from ftwt_jax.training.settings import BASELINE, GATED, STAGES
+from ftwt_jax.training.settings import BASELINE, GATED, STAGES, SUBNETS
 from ftwt_jax.training.stage import make_stage
 from ftwt_jax.workdir.checkpoints import cut_off, set_damaged_aside
 from ftwt_jax.workdir.lock import RunLock
@@ -75,17 +76,32 @@ def train(config: ConfigDict, folder: str, console: Console) -> None:
 
 
 def _train_stages(run: Run, console: Console) -> None:
-    baseline = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), console)
-    if run.config.gates.epochs > 0:
-        calibration, stage = Calibration.of_training(run), make_stage(run, GATED)
+    network = train_stage(run, make_stage(run, BASELINE), lambda: _init_dense(run), Hook(run), console)
+    gated, subnets = run.config.gates.epochs > 0, run.config.subnets.count > 0
+    if gated or subnets:
+        calibration, baseline = Calibration.of_training(run), network
         estimate = choose_r(calibration, baseline, console)
-        keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
-        train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)
+        if gated:
+            stage = make_stage(run, GATED)
+            keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
+            network = train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)
+        if subnets:
+            _train_subnets(run, network, estimate, calibration, console)
         evaluate_run(run, console)
         return
     count_skipped(run)
     if run.dataset.skipped.names:
         say(console, run.dataset.skipped.summary())
+
+
+def _train_subnets(
+    run: Run, network: Variables, estimate: dict[str, float], calibration: Calibration, console: Console
+) -> None:
+    """Cuts a trained network into subnets of the MACs that were predicted, and trains these and their router."""
+    choose_subnets(run, network, estimate["r"], estimate["macs_reduction"], console)
+    stage = make_stage(run, SUBNETS)
+    keeper = SubnetKeeper(calibration, stage.total, estimate["r"])
+    train_stage(run, stage, lambda: init_subnets(run, network), keeper, console)
 
 
 def _check_start(run: Run) -> None:

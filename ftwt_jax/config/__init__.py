@@ -32,6 +32,7 @@ BEFORE = {
     "steps_per_call": None,
     "data": {"on_device": None, "class_order": None, "max_pixels": None},
     "gates": {"calibrate": False, "static": False, "budgets": None},
+    "subnets": {"count": 0, "epochs": None, "multiple": 1},
 }
 # Side in pixels from which images are too large for CIFAR's networks, unless these are asked for.
 LARGE_IMAGES = 128
@@ -50,7 +51,7 @@ def updated(config: dict[str, Any]) -> dict[str, Any]:
         config = {**config, "gates": current_fields(gates)}
     if isinstance(model, dict) and model.get("name") in AMBIGUOUS and model.get("stem") is None:
         config = {**config, "model": {**model, "stem": "cifar"}}
-    return _filled(config, BEFORE)
+    return _filled({"subnets": {}, **config}, BEFORE)
 
 
 def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

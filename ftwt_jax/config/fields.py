@@ -124,6 +124,9 @@ FIELDS: dict[str, Field] = {
     "gates.cooldown": Field(0.5, "share of the stage after which the heads are frozen", " in (0, 1]"),
     "gates.calibrate": Field(True, "bring the work to what was predicted, or to the budget"),
     "gates.static": Field(False, "replace the gates by fixed masks of the same work when they freeze"),
+    "subnets.count": Field(0, "dense subnets to cut the trained network into; 0: none", ", at least 0"),
+    "subnets.epochs": Field(float, "length of their training, which follows gates.*; unset: gates.epochs", " above 0"),
+    "subnets.multiple": Field(1, "each layer of a subnet keeps a multiple of this many filters", ", at least 1"),
 }
 
 

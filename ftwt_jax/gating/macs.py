@@ -109,7 +109,7 @@ def macs(outputs: Outputs, convention: Convention = "exact") -> Float[Array, " N
 
 
 def dense_macs(outputs: Outputs, convention: Convention = "exact") -> float:
-    """MACs of the same network with every filter on, without gate heads or a router; one number, known without running it.
+    """MACs of the same network with every filter on, without heads or a router; one number, known without running it.
 
     Under `published` these are the authors' own dense totals, which count a little more than their gated ones do:
     the classifier, projection shortcuts, biases of convolutions and, in some networks, the outputs of the last pool.

@@ -50,7 +50,7 @@ class CompactSubnets:
         self._weights: dict[str, Any] = {}
         self.router_macs = 0.0
         self._records = jax.jit(self._layers)
-        compiled = {"compiler_options": compiler_options()}
+        compiled: Any = {"compiler_options": compiler_options()}
         self._route = jax.jit(self._routed, **compiled)
         self._one = jax.jit(self._single, **compiled)
         self._parts = [
@@ -157,7 +157,8 @@ class CompactSubnets:
         shapes = jax.eval_shape(self._model.init, jax.random.key(0), images)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         control = GateControl(targets=False, choice=choice)
-        return self._model.apply(zeros, images, control=control).layers
+        outputs: Any = self._model.apply(zeros, images, control=control)
+        return outputs.layers
 
 
 def _choice(routed: Any) -> Any:

@@ -245,7 +245,7 @@ CURVES = (
 def training_plots(run: RecordedRun) -> list[Plot]:
     """Curves over the steps of both stages, one after the other."""
     last = {stage: max((row["step"] for row in run.metrics if row["stage"] == stage), default=0) for stage in STAGES}
-    offsets = {BASELINE: 0, STAGES[1]: last[BASELINE]}
+    offsets = {stage: sum(last[name] for name in STAGES[:index]) for index, stage in enumerate(STAGES)}
     plots = []
     for title, name, keys in CURVES:
         figure, axes = new_plot("step", title[0].lower() + title[1:] if title[1].islower() else title, WIDTH, 2.6)

@@ -114,20 +114,34 @@ def find_subnets(
     if example is None or sum(map(len, batches)) < count:
         raise UserError(f"{count} subnets need as many images or more; got {sum(map(len, batches))}")
     ties = find_ties(model, variables, example, **options)
-    if not ties.count:
-        raise UserError("no filter of this network can be left out: all are added to channels that are always there")
-    counter = Counter(model, variables, example, ties, **options)
     look = jax.jit(
         lambda variables, images, r: wanted_groups(model, variables, images, ties, source, r, **options),
         compiler_options=compiler_options(),
     )
     threshold = None if r is None else jnp.float32(r)
     wanted = np.concatenate([np.asarray(look(variables, jnp.asarray(batch), threshold)) for batch in batches])
+    counter = Counter(model, variables, example, ties, **options)
+    return cut(wanted, ties, counter, count, budget, source, multiple=multiple, seed=seed, extra_macs=extra_macs)
+
+
+def cut(
+    wanted: Float[np.ndarray, "S G"],
+    ties: Ties,
+    counter: "Counter",
+    count: int,
+    budget: float,
+    source: str,
+    *,
+    multiple: int = 1,
+    seed: int = 0,
+    extra_macs: float = 0.0,
+) -> Subnets:
+    """Groups images by the filters that they want, as `wanted_groups` tells it, and cuts the network; see there."""
     weights = counter.costs()
     assignment = _clustered(wanted, weights, int(count), seed)
     centers = np.stack([wanted[assignment == subnet].mean(axis=0) for subnet in range(count)])
     kept = choose_groups(
-        centers, ties.blocks(), lambda kept: counter(kept) + extra_macs, counter.dense, budget, multiple
+        centers, ties.blocks(), lambda kept: counter.exact(kept) + extra_macs, counter.dense, budget, multiple
     )
     return Subnets(
         ties.masks(kept), counter.exact(kept), counter.dense, assignment, centers.astype(np.float32), weights, source
@@ -195,8 +209,6 @@ class Counter:
             total: Any = sum(layer_macs(layers))
             found.append(np.broadcast_to(total, _ROWS)[: len(rows)])
         return np.concatenate(found)
-
-    __call__ = exact
 
     def costs(self) -> Float[np.ndarray, " G"]:
         """The share of the dense MACs that each group costs by itself, float32; their sum is 1."""

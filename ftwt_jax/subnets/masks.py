@@ -68,7 +68,7 @@ def choose_groups(
         over = reduction(rounded(wanted + middle[:, None] * sizes)) < budget
         low, high = np.where(over, low, middle), np.where(over, middle, high)
     counts = rounded(wanted + low[:, None] * sizes)
-    for subnet in every:
+    for subnet in range(len(rates)):
         counts[subnet] = _closer(counts[subnet], subnet, sizes, multiple, budget, reduction)
     return kept(counts, every)
 

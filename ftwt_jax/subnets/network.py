@@ -94,7 +94,10 @@ class SubnetNetwork(nn.Module):
     def __call__(
         self, images: Float[Array, "N H W channels"], train: bool = False, control: GateControl | None = None
     ) -> Outputs:
-        """Classifies images; a control with `choice` overrules the router. The task loss does not train the router."""
+        """Classifies images; where a control's `choice` is not negative, it overrules the router.
+
+        The task loss does not train the router.
+        """
         control = control or GateControl()
         layers: Sequence[Any] = ()
         if self.router is None:
@@ -102,9 +105,11 @@ class SubnetNetwork(nn.Module):
         else:
             routed = self.router(images, train)
             logits, layers = routed.logits, [layer.replace(extra=True) for layer in routed.layers]
-        choice = jnp.argmax(logits, axis=-1) if control.choice is None else control.choice
+        choice = jnp.argmax(logits, axis=-1)
+        if control.choice is not None:
+            choice = jnp.where(control.choice < 0, choice, control.choice)
         masks: Any = {name: jnp.asarray(mask) for name, mask in self.subnets.masks.items()}
-        control = control.replace(masks="subnets", subnets=masks, choice=choice)
+        control = control.replace(masks="subnets", subnets=masks, choice=choice, targets=control.targets and not train)
         outputs = self.network(Activations(images, control=control), **train_option(self.network, train))
         return outputs.replace(layers=Layers((*layers, *outputs.layers)), routes=Routes(logits, choice))
 

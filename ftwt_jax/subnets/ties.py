@@ -170,6 +170,10 @@ class _Finder:
             for name, first in self._first.items()
         }
         cut = {name: each for name, each in groups.items() if np.any(each >= 0)}
+        if not number:
+            raise UserError(
+                "no filter of this network can be left out: all are added to channels that are always there"
+            )
         return Ties(cut, tuple(name for name in self._units if name in cut), len(number))
 
 

@@ -34,6 +34,21 @@ class LayerWork:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouteReport:
+    """What each subnet of a network was given.
+
+    Attributes:
+      images: number of images, by subnet.
+      accuracy: on these; None without images.
+      classes: of up to `MOST_CONFUSED` classes, the number of images of each, by subnet; None of more.
+    """
+
+    images: tuple[int, ...]
+    accuracy: tuple[float | None, ...]
+    classes: list[list[int]] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Figures of a network over a data set; reductions and accuracies are fractions.
 
@@ -45,6 +60,7 @@ class Evaluation:
       class_accuracy: of each class, by label; None without images of it.
       confusion: of up to `MOST_CONFUSED` classes, the number of images of a class (first) classified as another
         (second); None of more.
+      routes: None for a network without subnets.
     """
 
     samples: int
@@ -56,6 +72,7 @@ class Evaluation:
     layers: tuple[LayerWork, ...]
     class_accuracy: tuple[float | None, ...] = ()
     confusion: list[list[int]] | None = None
+    routes: RouteReport | None = None
 
 
 class Evaluator:
@@ -86,6 +103,12 @@ class Evaluator:
             true = jax.nn.one_hot(batch["label"], classes) * weight[:, None]
             confusion = true.T @ jax.nn.one_hot(predicted, classes) if classes <= MOST_CONFUSED else None
 
+            routes = None
+            if outputs.routes is not None:
+                taken = jax.nn.one_hot(outputs.routes.choice, outputs.routes.logits.shape[-1]) * weight[:, None]
+                by_class = taken.T @ true if classes <= MOST_CONFUSED else None
+                routes = jnp.sum(taken, axis=0), hits.astype(taken.dtype) @ taken, by_class
+
             def work(convention: Convention) -> list[Array]:
                 # As shares of the dense total: sums of numbers below 1 stay exact enough in float32.
                 total = dense_macs(outputs, convention)
@@ -97,6 +120,7 @@ class Evaluator:
                 "correct": jnp.sum(hits * weight),
                 "classes": (jnp.sum(true, axis=0), hits.astype(true.dtype) @ true),
                 "confusion": confusion,
+                "routes": routes,
                 "exact": work("exact"),
                 "published": work("published"),
                 "gates": count_gates(outputs.gates, weight),
@@ -158,7 +182,16 @@ class Evaluator:
                 float(right / count) if count else None for count, right in zip(*sums["classes"], strict=True)
             ),
             confusion=None if confusion is None else np.rint(confusion).astype(int).tolist(),
+            routes=None if sums["routes"] is None else _route_report(*sums["routes"]),
         )
+
+
+def _route_report(images: np.ndarray, right: np.ndarray, classes: np.ndarray | None) -> RouteReport:
+    return RouteReport(
+        tuple(round(float(count)) for count in images),
+        tuple(float(hits / count) if count else None for hits, count in zip(right, images, strict=True)),
+        None if classes is None else np.rint(classes).astype(int).tolist(),
+    )
 
 
 def _without_arrays(layer: LayerRecord) -> LayerRecord:

@@ -14,7 +14,7 @@ from ftwt_jax.training.cut_off import CutOff
 from ftwt_jax.training.feed import Calls, Pace, make_feed
 from ftwt_jax.training.progress import ProgressDisplay, Stopwatch
 from ftwt_jax.training.run import Run
-from ftwt_jax.training.settings import BASELINE, SECTIONS
+from ftwt_jax.training.settings import GATED, SECTIONS, STAGES
 from ftwt_jax.training.stage import Stage
 from ftwt_jax.training.step import TrainState, create_state
 from ftwt_jax.workdir.checkpoints import Checkpoints
@@ -89,7 +89,8 @@ class _Loop:
         self._run, self._stage, self._hook = run, stage, hook
         self._checkpoints, self._cut_off, self._preemption = checkpoints, cut_off, run.preemption
         # Steps of earlier stages, by which TensorBoard counts on.
-        self._offset = 0 if stage.name == BASELINE else run.steps_of(BASELINE)
+        earlier = STAGES[: STAGES.index(stage.name)]
+        self._offset = sum(run.steps_of(name) for name in earlier if run.has(name))
 
     def run(self, state: TrainState, start: int, is_cut_off: bool, console: Console) -> TrainState:
         name, total = self._stage.name, self._stage.total
@@ -199,7 +200,7 @@ class _Loop:
         rows, counts = zip(*pending, strict=True)
         parts = list(zip(jax.device_get(rows), counts, strict=True))
         values = {name: np.concatenate([np.ravel(row[name])[:count] for row, count in parts]) for name in parts[0][0]}
-        for name in ("loss", "gate_loss", "grad_norm"):
+        for name in ("loss", "gate_loss", "router_loss", "grad_norm"):
             bad = np.flatnonzero(~np.isfinite(values.get(name, ())))
             if bad.size:
                 raise self._diverged(name, values[name][bad[0]], step - len(values[name]) + 1 + int(bad[0]))
@@ -220,6 +221,7 @@ class _Loop:
         scalars = {"eval_accuracy": found.accuracy}
         if found.gates is not None:
             scalars["eval_macs_reduction"] = found.macs_reduction
+        if found.gates is not None and self._stage.name == GATED:
             scalars["eval_gate_accuracy"] = found.gates.gate_accuracy
             scalars["eval_static_gate_accuracy"] = found.gates.static_gate_accuracy
         return scalars

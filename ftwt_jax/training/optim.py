@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.gates import HEAD_NAME
 from ftwt_jax.gating.losses import REDUCTIONS
+from ftwt_jax.subnets.network import ROUTER_NAME
 
 SCHEDULES = ("step", "cosine")
 BACKBONE, HEADS = "backbone", "heads"
@@ -57,9 +58,10 @@ def _kernels(params: Any) -> Any:
 
 
 def parameter_groups(params: Any) -> Any:
-    """A tree like `params` with "heads" at every parameter of a gate head and "backbone" elsewhere."""
+    """A tree like `params` with "heads" at every parameter of a gate head or the router and "backbone" elsewhere."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: HEADS if any(key.key == HEAD_NAME for key in path) else BACKBONE, params
+        lambda path, _: HEADS if path[0].key == ROUTER_NAME or any(key.key == HEAD_NAME for key in path) else BACKBONE,
+        params,
     )
 
 
@@ -68,8 +70,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a stage, and the backbone's learning rate for the log.
 
-    SGD with momentum for both groups: the backbone on its schedule with weight decay on its kernels, the heads at the
-    constant `head_lr` without decay until the cooldown, at 0 after it.
+    SGD with momentum for both groups: the backbone on its schedule with weight decay on its kernels, the heads (or the
+    router) at the constant `head_lr` without decay until the cooldown, at 0 after it.
     """
     rate = learning_rate(stage, steps_per_epoch, total_steps)
     transforms = {BACKBONE: _sgd(rate, stage, stage.weight_decay)}

@@ -25,21 +25,26 @@ from ftwt_jax.models import create_model
 from ftwt_jax.parallel.preemption import Preemption
 from ftwt_jax.parallel.processes import is_first
 from ftwt_jax.parallel.sharding import data_mesh, put_batch, put_whole, replicated, split
+from ftwt_jax.subnets.find import Subnets
+from ftwt_jax.subnets.network import SubnetNetwork, make_router
 from ftwt_jax.training.evaluator import Evaluator
 from ftwt_jax.training.settings import (
     BASELINE,
     GATED,
-    SECTIONS,
     STAGES,
+    SUBNETS,
     arch_options,
     check_settings,
     gate_config,
+    stage_settings,
     total_steps,
 )
 from ftwt_jax.training.step import Normalize, normalizer
+from ftwt_jax.training.subnets_file import read_subnets
 from ftwt_jax.weights.adapt import CLASSIFIER, adapt, can_adapt, has_fresh_classifier
 from ftwt_jax.weights.conversion import Conversion
 from ftwt_jax.workdir import CONFIG, absolute, as_dict, differing_fields, load, read_json
+from ftwt_jax.workdir import SUBNETS as SUBNETS_FILE
 from ftwt_jax.workdir.checkpoints import Checkpoints, has_checkpoint, newest_step
 
 # Said of a workdir that was converted from a gated network.
@@ -69,7 +74,7 @@ class Run:
     Attributes:
       config: a copy of the run's own, with absolute paths.
       folder: the workdir; None for a run that is only planned.
-      models: the same network under "baseline" (dense) and "gated".
+      models: the same network under "baseline" (dense), "gated" and, where it has been cut, "subnets".
       preemption: ends whatever the run does between two batches.
     """
 
@@ -99,7 +104,12 @@ class Run:
 
     def settings(self, stage: str) -> ConfigDict:
         """The config of one stage."""
-        return self.config[SECTIONS[stage]]
+        return stage_settings(self.config, stage)
+
+    def add_subnets(self, subnets: Subnets) -> None:
+        """Gives the run its third network, once its subnets are known."""
+        router = make_router(subnets.count, self.dataset.image_shape, subnets.dense_macs)
+        self.models[SUBNETS] = SubnetNetwork(self.models[GATED], subnets, router)
 
     def abstract_variables(self, stage: str) -> Any:
         """Shapes and dtypes of a network's variables."""
@@ -113,7 +123,7 @@ class Run:
 
     def has(self, stage: str) -> bool:
         """Whether there is a network of this stage."""
-        return has_checkpoint(self.workdir, stage)
+        return stage in self.models and has_checkpoint(self.workdir, stage)
 
     def trained(self, stage: str, best: bool = False) -> dict[str, Any]:
         """A trained network from its newest (or best) checkpoint."""
@@ -257,7 +267,10 @@ def open_run(config: ConfigDict, folder: AnyPath, dataset: Dataset | None = None
     """The run of a config in a workdir; images are normalised as its baseline, or the one it starts from, was given."""
     places = [folder, *([absolute(config.init_from)] if config.get("init_from") else [])]
     found = (trained_statistics(place) for place in places if has_checkpoint(place, BASELINE))
-    return make_run(config, folder, dataset=dataset, statistics=next(filter(None, found), None), hint=hint)
+    run = make_run(config, folder, dataset=dataset, statistics=next(filter(None, found), None), hint=hint)
+    if run.config.subnets.count and (folder / SUBNETS_FILE).exists():
+        run.add_subnets(read_subnets(folder))
+    return run
 
 
 def load_run(folder: str, data: str | None = None, images: bool = True) -> Run:
@@ -318,7 +331,9 @@ def _kept_dataset(workdir: AnyPath) -> dict[str, Any]:
 def _warnings(run: Run, images: int) -> Iterator[str]:
     for stage in STAGES:
         step = newest_step(run.workdir, stage)
-        if step or (step == 0 and not run.is_finished(stage)):
+        if (step or step == 0) and stage not in run.models:
+            yield f"its {stage} cannot be run: {SUBNETS_FILE} is missing; restore it"
+        elif step or (step == 0 and not run.is_finished(stage)):
             yield from filter(None, [cut_short(run.config, stage, step, images)])
     if is_gated_backbone(run.workdir):
         yield BACKBONE

@@ -14,9 +14,9 @@ from ftwt_jax.gating.gates import GateConfig
 from ftwt_jax.parallel.sharding import check_batch_size
 from ftwt_jax.training import optim
 
-BASELINE, GATED = STAGES = "baseline", "gated"
+BASELINE, GATED, SUBNETS = STAGES = "baseline", "gated", "subnets"
 # The section of the config that each stage follows.
-SECTIONS = {BASELINE: "baseline", GATED: "gates"}
+SECTIONS = {BASELINE: "baseline", GATED: "gates", SUBNETS: "gates"}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -27,16 +27,28 @@ def check_settings(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"the config lacks {', '.join(missing)}: compare it with configs/digits.py")
     check_ranges(config)
     check_batch_size(config.batch_size, mesh, "config.batch_size", config.accumulate)
-    for section in SECTIONS.values():
-        optim.check_stage(config[section])
+    for stage in STAGES:
+        optim.check_stage(stage_settings(config, stage))
+    if config.subnets.count and stage_settings(config, SUBNETS).epochs <= 0:
+        raise UserError("config.gates.epochs=0 leaves subnets untrained: set config.subnets.epochs")
     budget_range(config.gates)
     if config.gates.static and not config.gates.calibrate:
         raise UserError("config.gates.static needs the masks that calibration chooses: leave config.gates.calibrate on")
 
 
+def stage_settings(config: ConfigDict, stage: str) -> ConfigDict:
+    """The settings of one stage; subnets are trained as gates are, but for the length of it."""
+    settings = config[SECTIONS[stage]]
+    if stage == SUBNETS and config.subnets.epochs is not None:
+        settings = ConfigDict(settings)
+        with settings.unlocked(), settings.ignore_type():
+            settings.epochs = config.subnets.epochs
+    return settings
+
+
 def total_steps(config: ConfigDict, stage: str, images: int) -> int:
     """Number of steps of a stage on this many training images."""
-    return math.ceil(config[SECTIONS[stage]].epochs * images / config.batch_size)
+    return math.ceil(stage_settings(config, stage).epochs * images / config.batch_size)
 
 
 def arch_options(model: ConfigDict) -> dict[str, Any]:

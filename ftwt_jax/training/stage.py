@@ -1,4 +1,4 @@
-"""One stage of training, baseline or gated, made for its config and devices; nothing of it has run yet."""
+"""One stage of training, baseline, gated or subnets, made for its config and devices; nothing of it has run yet."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +12,14 @@ from jaxtyping import Array
 from ftwt_jax.data.augment import make_augment
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.sharding import replicated, split
+from ftwt_jax.subnets.network import SubnetNetwork
 from ftwt_jax.training import optim
 from ftwt_jax.training.run import Run
-from ftwt_jax.training.settings import GATED, STAGES, total_steps
+from ftwt_jax.training.settings import GATED, STAGES, SUBNETS, total_steps
 from ftwt_jax.training.step import (
     GateTraining,
+    RouterTraining,
+    SideTraining,
     Step,
     TrainState,
     compiled_step,
@@ -31,7 +34,7 @@ class Stage:
     """What it takes to train one stage.
 
     Attributes:
-      name: "baseline" or "gated".
+      name: "baseline", "gated" or "subnets".
       total: number of steps.
       seed: of the order of the images and of their augmentation.
       rate: the backbone's learning rate at a step.
@@ -59,7 +62,7 @@ class Stage:
 
 def make_stage(run: Run, name: str) -> Stage:
     """Builds a stage of a run for the devices of its mesh."""
-    config, settings, mesh, gated = run.config, run.settings(name), run.mesh, name == GATED
+    config, settings, mesh = run.config, run.settings(name), run.mesh
     epoch = len(run.dataset.train) / config.batch_size
     total = total_steps(config, name, len(run.dataset.train))
     optimizer, rate = optim.make_optimizer(settings, epoch, total)
@@ -72,7 +75,13 @@ def make_stage(run: Run, name: str) -> Stage:
     def prepare(batch: dict[str, Array]) -> Array:
         return run.normalize(augment(batch["image"], batch["position"]) if augment else batch["image"])
 
-    gates = GateTraining(optim.gate_weight(settings, total), settings.loss_reduction) if gated else None
+    gates: SideTraining | None = None
+    if name == GATED:
+        gates = GateTraining(optim.gate_weight(settings, total), settings.loss_reduction)
+    elif name == SUBNETS:
+        frozen, model = optim.cooldown_step(settings, total), run.models[SUBNETS]
+        assert isinstance(model, SubnetNetwork)
+        gates = RouterTraining(optim.gate_weight(settings, total), model.subnets.assignment, frozen)
     function = step_function(run.models[name], optimizer, prepare, mesh, gates, config.accumulate)
 
     def example(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

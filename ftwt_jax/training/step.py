@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
@@ -16,6 +17,7 @@ from jaxtyping import Array
 from ftwt_jax.data.source import Dataset
 from ftwt_jax.gating.gates import GateControl, GateOutput
 from ftwt_jax.gating.losses import gate_loss
+from ftwt_jax.gating.units import Outputs
 from ftwt_jax.parallel.sharding import jit_on, replicated, split, split_largest
 
 Normalize = Callable[[Array], Array]
@@ -82,13 +84,53 @@ class GateTraining:
     weight: optax.Schedule
     reduction: str = "mean"
 
+    def control(self, control: GateControl, step: Array, batch: dict[str, Array]) -> GateControl:
+        """What the network is run with in a step."""
+        return control
+
+    def loss(self, outputs: Outputs, batch: dict[str, Array]) -> tuple[Array, Metrics]:
+        """The loss of a batch without its weight, and its figures."""
+        loss = gate_loss(outputs.gates, self.reduction)
+        return loss, {"gate_loss": loss, **gate_metrics(outputs.gates)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTraining:
+    """How a router is trained: cross-entropy against the subnet that each training image was assigned to.
+
+    Attributes:
+      weight: of the loss at a step.
+      assignment: int32 [S], of each training image.
+      frozen: the first step in which images run in the subnet that the router chooses; until then, in their own.
+    """
+
+    weight: optax.Schedule
+    assignment: np.ndarray
+    frozen: int
+
+    def control(self, control: GateControl, step: Array, batch: dict[str, Array]) -> GateControl:
+        """What the network is run with in a step."""
+        own = jnp.asarray(self.assignment)[batch["index"]]
+        return control.replace(targets=False, choice=jnp.where(step < self.frozen, own, -1))
+
+    def loss(self, outputs: Outputs, batch: dict[str, Array]) -> tuple[Array, Metrics]:
+        """The loss of a batch without its weight, and its figures."""
+        routes, own = outputs.routes, jnp.asarray(self.assignment)[batch["index"]]
+        assert routes is not None
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(routes.logits, own))
+        hits = jnp.mean(jnp.argmax(routes.logits, axis=-1) == own)
+        return loss, {"router_loss": loss, "router_accuracy": hits}
+
+
+SideTraining = GateTraining | RouterTraining
+
 
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     prepare: Callable[[dict[str, Array]], Array],
     mesh: Mesh,
-    gates: GateTraining | None = None,
+    gates: SideTraining | None = None,
     accumulate: int = 1,
     shardings: TrainState | None = None,
 ) -> Step:
@@ -118,7 +160,7 @@ def step_function(
     optimizer: optax.GradientTransformation,
     prepare: Callable[[dict[str, Array]], Array],
     mesh: Mesh,
-    gates: GateTraining | None = None,
+    gates: SideTraining | None = None,
     accumulate: int = 1,
 ) -> Step:
     """The step: (state, batch, control) -> (state, metrics of this batch).
@@ -128,7 +170,7 @@ def step_function(
 
     Args:
       prepare: turns a batch into the network's input: augmentation and normalisation.
-      gates: None for a dense network.
+      gates: how gates, or a router, are trained beside the backbone; None for a dense network.
       accumulate: parts of a batch that run one after the other, where the whole does not fit. Gradients and metrics are
         means over the parts; each part has its own batch statistics. Image i is in part i % accumulate, on however many
         devices.
@@ -136,6 +178,8 @@ def step_function(
 
     def loss_and_grads(state: TrainState, batch: dict[str, Array], control: GateControl) -> tuple[Any, Any, Metrics]:
         images = prepare(batch)
+        if gates is not None:
+            control = gates.control(control, state.step, batch)
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
             outputs, updates = model.apply(
@@ -150,9 +194,9 @@ def step_function(
             hits = jnp.mean(jnp.argmax(outputs.logits, axis=-1) == batch["label"])
             metrics = {"loss": loss, "accuracy": hits}
             if gates is not None:
-                head_loss = gate_loss(outputs.gates, gates.reduction)
-                loss = loss + gates.weight(state.step) * head_loss
-                metrics |= {"gate_loss": head_loss, **gate_metrics(outputs.gates)}
+                side_loss, figures = gates.loss(outputs, batch)
+                loss = loss + gates.weight(state.step) * side_loss
+                metrics |= figures
             return loss, (updates.get("batch_stats", {}), metrics)
 
         grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)

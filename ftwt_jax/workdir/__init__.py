@@ -27,6 +27,7 @@ BUDGETS = "budgets.json"
 CORRUPTIONS = "corruptions.json"
 # Offsets of the budgets that training draws from, measured when the heads froze.
 OFFSETS = "offsets.json"
+SUBNETS = "subnets.safetensors"
 BENCHMARK = "benchmark.json"
 PLAN = "plan.json"
 REPORT = "report"

@@ -68,7 +68,7 @@ def export_program(
         network = fold(run.models[GATED], variables)
         if compacted:
             masked, calibration = network, first_images(run, run.dataset.train, CALIBRATION)
-            network = compact(run.models[GATED], variables, calibration, portable=True)
+            network: Any = compact(run.models[GATED], variables, calibration, portable=True)
     network(run.example_images)
     written = _program(run, network, compacted)
     with written_whole(target) as temporary:

@@ -1,0 +1,206 @@
+"""The subnets of a run: found in its trained network, and looked at on held-out images."""
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from rich.console import Console
+
+from ftwt_jax.budget.batch_statistics import BatchStatistics
+from ftwt_jax.budget.calibrate import Calibration, spread
+from ftwt_jax.data.pipeline import eval_batches
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, replicated, split
+from ftwt_jax.printing import say, say_compiling
+from ftwt_jax.subnets.find import Counter, Subnets, cut, nearest, wanted_groups
+from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, make_router, router_macs, split_variables
+from ftwt_jax.subnets.ties import Ties, find_ties
+from ftwt_jax.training.evaluator import Evaluator
+from ftwt_jax.training.loop import Hook
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import GATED, SUBNETS
+from ftwt_jax.training.step import TrainState
+from ftwt_jax.training.subnets_file import write_subnets
+
+# Training images that are grouped; all others join the group that they are nearest to.
+GROUPED_IMAGES = 4096
+
+
+class SubnetFinder:
+    """Finds the subnets of a run by the masks of its trained gates or, without gates, by its dense network's targets.
+
+    Args:
+      variables: of the network with gates, or of the dense one.
+      r: mass threshold of the targets.
+    """
+
+    def __init__(self, run: Run, variables: Any, r: float):
+        self.run, self._variables, self._r = run, variables, r
+        self.source = "heads" if run.config.gates.epochs > 0 else "targets"
+        self._model = run.models[GATED]
+        self.ties: Ties = find_ties(self._model, variables, run.example_images)
+        whole = replicated(run.mesh)
+        self._look = jit_on(run.mesh, self._wanted, in_shardings=(whole, split(run.mesh), whole), out_shardings=whole)
+        self._label = jit_on(
+            run.mesh, self._labels, in_shardings=(whole, split(run.mesh), whole, whole), out_shardings=whole
+        )
+
+    def _wanted(self, variables: Any, images: Array, r: Array) -> Array:
+        return wanted_groups(self._model, variables, self.run.normalize(images), self.ties, self.source, r)
+
+    def _labels(self, variables: Any, images: Array, r: Array, groups: Any) -> Array:
+        return nearest(self._wanted(variables, images, r), *groups)
+
+    def _each(self, program: Any, batches: Iterable[Any], *more: Any) -> np.ndarray:
+        """What a program makes of all images of these batches, in their order."""
+        run, r = self.run, self.run.replicated(np.float32(self._r))
+
+        def step(batch: dict[str, Any]) -> Any:
+            return program(self._variables, put_batch(batch["image"], run.mesh), r, *more)
+
+        found = each_batch(run.mesh, step, run.preemption.between(batches))
+        return np.concatenate([np.asarray(part) for part in jax.device_get(found)])
+
+    def find(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
+        """Cuts the network at a budget, and assigns every training image to a subnet."""
+        run, settings = self.run, self.run.config.subnets
+        count = settings.count if count is None else count
+        multiple = settings.multiple if multiple is None else multiple
+        train, size = run.dataset.train, run.eval_batch_size
+        grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
+        wanted = self._each(self._look, eval_batches(run.dataset, grouped, size))[: len(grouped)]
+        counter = Counter(self._model, self._variables, _shape(run.example_images), self.ties)
+        router = make_router(count, run.dataset.image_shape, counter.dense)
+        extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
+        seed = run.config.seed
+        subnets = cut(
+            wanted, self.ties, counter, count, budget, self.source, multiple=multiple, seed=seed, extra_macs=extra
+        )
+        labels = self.labels(subnets, eval_batches(run.dataset, train, size))[: len(train)]
+        return dataclasses.replace(subnets, assignment=labels)
+
+    def labels(self, subnets: Subnets, batches: Iterable[Any]) -> np.ndarray:
+        """The subnet that each image of these batches belongs to, int32, by the filters that it wants."""
+        if subnets.count == 1:
+            return np.concatenate([np.zeros(self.run.eval_batch_size, np.int32) for _ in batches])
+        groups = self.run.replicated((subnets.centers, subnets.weights))
+        return self._each(self._label, batches, groups).astype(np.int32)
+
+
+def _shape(images: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(images.shape, images.dtype)
+
+
+def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: Console) -> None:
+    """Gives a run its subnets: those that its workdir holds, or new ones, which are written there."""
+    if SUBNETS in run.models:
+        return
+    say_compiling(console, f"the search for subnets of {run.config.model.name}")
+    started, finder = time.perf_counter(), SubnetFinder(run, variables, r)
+    subnets = finder.find(budget)
+    write_subnets(run.workdir, subnets)
+    run.add_subnets(subnets)
+    images = np.bincount(subnets.assignment, minlength=subnets.count)
+    say(
+        console,
+        f"subnets: {subnets.count} found by {finder.source} in {time.perf_counter() - started:.1f} s, images of each "
+        f"{', '.join(f'{count:,}' for count in images)}; MACs reduction {_reduction(run, subnets):.3f} exact",
+    )
+
+
+def _reduction(run: Run, subnets: Subnets) -> float:
+    """The MACs reduction of the training images, their router's MACs included."""
+    router = make_router(subnets.count, run.dataset.image_shape, subnets.dense_macs)
+    extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
+    return subnets.macs_reduction - extra / subnets.dense_macs
+
+
+def init_subnets(run: Run, variables: Any) -> dict[str, Any]:
+    """What the subnets' training starts from: a trained network without its heads, and a fresh router."""
+    model = run.models[SUBNETS]
+    fresh = jax.jit(model.init)(run.key(SUBNETS), run.example_images)
+    return {kind: _filled(tree, variables.get(kind, {})) for kind, tree in fresh.items()}
+
+
+def _filled(fresh: Any, trained: Any) -> Any:
+    """A tree with the arrays of another wherever that has them."""
+    if not isinstance(fresh, dict):
+        return trained
+    return {name: _filled(leaf, trained[name]) if name in trained else leaf for name, leaf in fresh.items()}
+
+
+class SubnetKeeper(Hook):
+    """Measures the batch statistics again when the subnets are trained, under the masks that the router chooses."""
+
+    def __init__(self, calibration: Calibration, last: int, r: float):
+        super().__init__(calibration.run, r)
+        self._calibration, self._last = calibration, last
+        run = calibration.run
+        self._statistics = BatchStatistics(run.models[SUBNETS], run.normalize, run.mesh, run.preemption)
+
+    def compile(self, variables: Any) -> None:
+        """Compiles what `after` runs, for variables of these shapes and dtypes."""
+        self._statistics.compile(variables, self.run.eval_batch["image"])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The steps after which `after` has something to do."""
+        return (self._last,)
+
+    def after(self, state: TrainState, step: int) -> TrainState:
+        """The state to go on with after `step`."""
+        if step != self._last:
+            return state
+        renewed = self._statistics.renewed(state.variables, self._calibration.batches)
+        # The router keeps the statistics that it was trained with: those of augmented images.
+        statistics = dict(renewed["batch_stats"])
+        if ROUTER_NAME in statistics:
+            statistics[ROUTER_NAME] = state.batch_stats[ROUTER_NAME]
+        return state.replace(batch_stats=statistics)
+
+
+def look_at_subnets(run: Run, variables: Any, source: Any, r: float) -> dict[str, float]:
+    """How well the router knows the subnets of held-out images, and what its mistakes cost.
+
+    Args:
+      source: the network that the subnets were found in.
+
+    Returns:
+      `router_accuracy`: share of images that the router sends to the subnet that their own filters ask for;
+      `own_accuracy`: accuracy with each image in that subnet; fractions.
+    """
+    model, mesh = run.models[SUBNETS], run.mesh
+    assert isinstance(model, SubnetNetwork)
+    finder = SubnetFinder(run, source, r)
+    own = finder.labels(model.subnets, run.test_batches())
+    whole = replicated(mesh)
+
+    def step(variables: Any, batch: dict[str, Array], own: Array) -> Array:
+        control = GateControl(choice=own, targets=False)
+        outputs: Any = model.apply(variables, run.normalize(batch["image"]), train=False, control=control)
+        hits = jnp.argmax(outputs.logits, axis=-1) == batch["label"]
+        routed = jnp.argmax(outputs.routes.logits, axis=-1) == own
+        return jnp.stack([jnp.sum(x * batch["weight"]) for x in (routed, hits, jnp.ones_like(hits))])
+
+    program = jit_on(mesh, step, in_shardings=(whole, split(mesh), whole), out_shardings=whole)
+    sums, size = np.zeros(3), run.eval_batch_size
+    for index, batch in enumerate(run.preemption.between(run.test_batches())):
+        labels = run.replicated(own[index * size : (index + 1) * size])
+        sums += np.asarray(program(variables, put_batch(batch, mesh), labels))
+    return {"router_accuracy": float(sums[0] / sums[2]), "own_accuracy": float(sums[1] / sums[2])}
+
+
+def one_subnet(run: Run, variables: Any, source: Any, r: float, budget: float) -> dict[str, Any]:
+    """The accuracy of a single subnet for all images, with statistics of its own and without further training."""
+    subnets = SubnetFinder(run, source, r).find(budget, count=1)
+    model = SubnetNetwork(run.models[GATED], subnets)
+    calibration = Calibration(run)
+    network, _ = split_variables(variables)
+    renewed = BatchStatistics(model, run.normalize, run.mesh, run.preemption).renewed(network, calibration.batches)
+    found = Evaluator(model, run.normalize, run.mesh, preemption=run.preemption).run(renewed, run.test_batches(), r)
+    return {"accuracy": found.accuracy, "macs_reduction": found.macs_reduction}
