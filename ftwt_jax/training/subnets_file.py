@@ -18,7 +18,7 @@ def write_subnets(folder: AnyPath, subnets: Subnets) -> None:
     """Writes the subnets from the first process alone; the others wait for it."""
     if is_first():
         arrays = {f"{_MASK}{name}": mask.astype(np.uint8) for name, mask in subnets.masks.items()}
-        arrays |= {name: np.ascontiguousarray(getattr(subnets, name)) for name in ("macs", "centers", "weights")}
+        arrays |= {name: getattr(subnets, name) for name in ("macs", "centers", "weights")}
         arrays["assignment"] = subnets.assignment.astype(np.int32)
         about = {"dense_macs": subnets.dense_macs, "source": subnets.source}
         write_safetensors(folder / SUBNETS, arrays, {OWN: json.dumps(about)})

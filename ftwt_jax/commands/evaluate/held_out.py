@@ -10,6 +10,7 @@ from rich.table import Table
 from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
 from ftwt_jax.budget.estimate import known_estimate
+from ftwt_jax.commands.evaluate.subnets import evaluate_subnets, subnet_table
 from ftwt_jax.files import AnyPath
 from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.printing import say, say_compiling, shorten_data
@@ -23,7 +24,7 @@ from ftwt_jax.workdir import EVALUATION, METRICS
 def evaluate_run(
     run: Run, console: Console, best: bool = False, out: AnyPath | None = None, write: bool = True
 ) -> dict[str, Any]:
-    """Evaluates a run's newest (or best) gated network and its baseline; prints the tables, then writes the figures.
+    """Evaluates a run's newest (or best) networks; prints the tables, then writes the figures.
 
     Without a gated network, the figures of gates are null, and the accuracy is that of the baseline.
 
@@ -36,6 +37,7 @@ def evaluate_run(
     gated = run.trained(GATED, best) if run.has(GATED) else None
     dense = run.evaluator(BASELINE).run(run.trained(BASELINE, best), run.test_batches(), estimate["r"])
     found = dense if gated is None else run.evaluator(GATED).run(gated, run.test_batches(), estimate["r"])
+    subnets = evaluate_subnets(run, estimate["r"], best)
     count_skipped(run)
     gates = found.gates
     static = None
@@ -68,12 +70,15 @@ def evaluate_run(
         "dense_class_accuracy": dense.class_accuracy,
         "confusion": found.confusion,
         "dense_confusion": dense.confusion,
+        "subnets": subnets,
     }
     # The figures first: what took long to compute must not be lost to a disk that is full.
     if gated is None:
         say(console, "there is no gated network yet; these are the figures of the baseline")
     console.print(unit_table(found))
     console.print(summary_table(result, run))
+    if subnets is not None:
+        console.print(subnet_table(subnets, result["class_names"]))
     if run.dataset.skipped.names:
         say(console, run.dataset.skipped.summary())
     if best:

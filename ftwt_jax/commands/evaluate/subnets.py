@@ -1,0 +1,97 @@
+"""What `evaluate` says of subnets: accuracy, work and images of each, and what other numbers of them would give."""
+
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from ftwt_jax.budget.subnets import look_at_subnets, one_subnet
+from ftwt_jax.subnets.network import SubnetNetwork
+from ftwt_jax.training.run import Run
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
+
+# Classes that a row names.
+_NAMED = 4
+
+
+def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] | None:
+    """The figures of a run's subnets on the held-out split; None without subnets.
+
+    Returns:
+      accuracy, macs_reduction, macs_reduction_published: of the routed network, the router's MACs included.
+      router_accuracy, own_accuracy: see `look_at_subnets`; `router_loss` is what the router's mistakes cost.
+      one_accuracy, one_macs_reduction: of a single subnet for all images, not trained further.
+      subnets: for each, images, accuracy (null without images), macs_reduction without the router, and the number of
+        images of each class.
+      shared: share of the filters of all subnets that all of them keep, and `filters` that any of them keeps.
+    """
+    if not run.has(SUBNETS):
+        return None
+    model = run.models[SUBNETS]
+    assert isinstance(model, SubnetNetwork)
+    variables, subnets = run.trained(SUBNETS, best), model.subnets
+    found = run.evaluator(SUBNETS).run(variables, run.test_batches(), r)
+    assert found.routes is not None
+    # The network in which they were found.
+    source = run.trained(GATED if subnets.source == "heads" else BASELINE)
+    one = one_subnet(run, variables, source, r, found.macs_reduction)
+    looked = look_at_subnets(run, variables, source, r)
+    kept = [mask for mask in subnets.masks.values()]
+    rows = [
+        {
+            "images": images,
+            "accuracy": accuracy,
+            "macs_reduction": float(1 - macs / subnets.dense_macs),
+            "classes": None if found.routes.classes is None else found.routes.classes[index],
+        }
+        for index, (images, accuracy, macs) in enumerate(
+            zip(found.routes.images, found.routes.accuracy, subnets.macs, strict=True)
+        )
+    ]
+    return {
+        "accuracy": found.accuracy,
+        "macs_reduction": found.macs_reduction,
+        "macs_reduction_published": found.macs_reduction_published,
+        **looked,
+        "router_loss": looked["own_accuracy"] - found.accuracy,
+        "one_accuracy": one["accuracy"],
+        "one_macs_reduction": one["macs_reduction"],
+        "source": subnets.source,
+        "shared": float(sum(mask.all(axis=0).sum() for mask in kept) / sum(mask.any(axis=0).sum() for mask in kept)),
+        "units": {name: [int(row.sum()) for row in mask] for name, mask in subnets.masks.items()},
+        "subnets": rows,
+        "class_accuracy": found.class_accuracy,
+        "confusion": found.confusion,
+    }
+
+
+def subnet_table(result: dict[str, Any], class_names: list[str]) -> Table:
+    """A row per subnet, and one for all."""
+    table = Table(title="subnets")
+    table.add_column("subnet")
+    for heading in ("images", "accuracy", "MACs reduction"):
+        table.add_column(heading, justify="right")
+    table.add_column("most of its images")
+    for index, row in enumerate(result["subnets"]):
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+        named = _most(row["classes"], class_names)
+        table.add_row(str(index), f"{row['images']:,}", accuracy, f"{row['macs_reduction']:.3f}", escape(named))
+    table.add_section()
+    images = sum(row["images"] for row in result["subnets"])
+    table.add_row("all, routed", f"{images:,}", f"{result['accuracy']:.4f}", f"{result['macs_reduction']:.3f}", "")
+    table.add_row("all, each in its own", "", f"{result['own_accuracy']:.4f}", "", "")
+    one = f"{result['one_accuracy']:.4f}", f"{result['one_macs_reduction']:.3f}"
+    table.add_row("a single subnet, not trained", "", *one, "")
+    table.add_row("router", "", f"{result['router_accuracy']:.4f}", "", "")
+    return table
+
+
+def _most(classes: list[int] | None, names: list[str]) -> str:
+    """The classes of most images: "3, 8, 9 (84 %)"."""
+    if not classes or not sum(classes):
+        return ""
+    order = np.argsort(-np.array(classes), kind="stable")[:_NAMED]
+    chosen = [int(label) for label in order if classes[label]]
+    share = sum(classes[label] for label in chosen) / sum(classes)
+    return f"{', '.join(names[label] if names else str(label) for label in chosen)} ({share:.0%})"
