@@ -17,7 +17,7 @@ from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, replicated, split
 from ftwt_jax.printing import say, say_compiling
-from ftwt_jax.subnets.find import Counter, Subnets, cut, nearest, wanted_groups
+from ftwt_jax.subnets.find import Subnets, cut, nearest, wanted_groups
 from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, make_router, router_macs, split_variables
 from ftwt_jax.subnets.ties import Ties, find_ties
 from ftwt_jax.training.evaluator import Evaluator
@@ -74,13 +74,10 @@ class SubnetFinder:
         train, size = run.dataset.train, run.eval_batch_size
         grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
         wanted = self._each(self._look, eval_batches(run.dataset, grouped, size))[: len(grouped)]
-        counter = Counter(self._model, self._variables, _shape(run.example_images), self.ties)
-        router = make_router(count, run.dataset.image_shape, counter.dense)
+        router = make_router(count, run.dataset.image_shape, self.ties.dense_macs)
         extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
         seed = run.config.seed
-        subnets = cut(
-            wanted, self.ties, counter, count, budget, self.source, multiple=multiple, seed=seed, extra_macs=extra
-        )
+        subnets = cut(wanted, self.ties, count, budget, self.source, multiple=multiple, seed=seed, extra_macs=extra)
         labels = self.labels(subnets, eval_batches(run.dataset, train, size))[: len(train)]
         return dataclasses.replace(subnets, assignment=labels)
 
@@ -90,10 +87,6 @@ class SubnetFinder:
             return np.concatenate([np.zeros(self.run.eval_batch_size, np.int32) for _ in batches])
         groups = self.run.replicated((subnets.centers, subnets.weights))
         return self._each(self._label, batches, groups).astype(np.int32)
-
-
-def _shape(images: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(images.shape, images.dtype)
 
 
 def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: Console) -> None:
@@ -118,20 +111,6 @@ def _reduction(run: Run, subnets: Subnets) -> float:
     router = make_router(subnets.count, run.dataset.image_shape, subnets.dense_macs)
     extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
     return subnets.macs_reduction - extra / subnets.dense_macs
-
-
-def init_subnets(run: Run, variables: Any) -> dict[str, Any]:
-    """What the subnets' training starts from: a trained network without its heads, and a fresh router."""
-    model = run.models[SUBNETS]
-    fresh = jax.jit(model.init)(run.key(SUBNETS), run.example_images)
-    return {kind: _filled(tree, variables.get(kind, {})) for kind, tree in fresh.items()}
-
-
-def _filled(fresh: Any, trained: Any) -> Any:
-    """A tree with the arrays of another wherever that has them."""
-    if not isinstance(fresh, dict):
-        return trained
-    return {name: _filled(leaf, trained[name]) if name in trained else leaf for name, leaf in fresh.items()}
 
 
 class SubnetKeeper(Hook):

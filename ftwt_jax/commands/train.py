@@ -12,12 +12,13 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.estimate import check_budgets, choose_r
 from ftwt_jax.budget.keeper import BudgetKeeper
-from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets, init_subnets
+from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.printing import say
+from ftwt_jax.subnets.network import SubnetNetwork, init_subnets
 from ftwt_jax.training.loop import Hook, Variables, train_stage
 from ftwt_jax.training.run import Adopted, Run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES, SUBNETS
@@ -101,7 +102,7 @@ def _train_subnets(
     choose_subnets(run, network, estimate["r"], estimate["macs_reduction"], console)
     stage = make_stage(run, SUBNETS)
     keeper = SubnetKeeper(calibration, stage.total, estimate["r"])
-    train_stage(run, stage, lambda: init_subnets(run, network), keeper, console)
+    train_stage(run, stage, lambda: _init_subnets(run, network), keeper, console)
 
 
 def _check_start(run: Run) -> None:
@@ -154,3 +155,10 @@ def _init_dense(run: Run) -> Variables:
 def _init_gated(run: Run, baseline: Variables) -> Variables:
     """The baseline's variables with fresh gate heads."""
     return init_from_dense(run.models[GATED], baseline, run.example_images, run.key(GATED))
+
+
+def _init_subnets(run: Run, network: Variables) -> Variables:
+    """The variables of the network that was cut, with a fresh router."""
+    model = run.models[SUBNETS]
+    assert isinstance(model, SubnetNetwork)
+    return init_subnets(model, network, run.example_images, run.key(SUBNETS))

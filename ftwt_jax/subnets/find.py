@@ -12,14 +12,13 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.gates import HEAD_NAME, GateControl, GateOutput, check_r
-from ftwt_jax.gating.macs import layer_dense_macs, layer_macs
+from ftwt_jax.gating.gates import HEAD_NAME, GateControl, check_r
 from ftwt_jax.ops.compiling import compiler_options
 from ftwt_jax.subnets.masks import choose_groups
 from ftwt_jax.subnets.ties import Ties, call_network, find_ties
 
-# Images of a batch that is looked at, rows of a batch that is counted.
-_BATCH, _ROWS = 64, 64
+# Images of a batch that is looked at.
+_BATCH = 64
 # From this many images on, k-means looks at some of them at a time.
 _MANY = 20_000
 _STARTS = 4
@@ -120,14 +119,12 @@ def find_subnets(
     )
     threshold = None if r is None else jnp.float32(r)
     wanted = np.concatenate([np.asarray(look(variables, jnp.asarray(batch), threshold)) for batch in batches])
-    counter = Counter(model, variables, example, ties, **options)
-    return cut(wanted, ties, counter, count, budget, source, multiple=multiple, seed=seed, extra_macs=extra_macs)
+    return cut(wanted, ties, count, budget, source, multiple=multiple, seed=seed, extra_macs=extra_macs)
 
 
 def cut(
     wanted: Float[np.ndarray, "S G"],
     ties: Ties,
-    counter: "Counter",
     count: int,
     budget: float,
     source: str,
@@ -137,15 +134,11 @@ def cut(
     extra_macs: float = 0.0,
 ) -> Subnets:
     """Groups images by the filters that they want, as `wanted_groups` tells it, and cuts the network; see there."""
-    weights = counter.costs()
+    weights, dense = ties.costs(), ties.dense_macs
     assignment = _clustered(wanted, weights, int(count), seed)
     centers = np.stack([wanted[assignment == subnet].mean(axis=0) for subnet in range(count)])
-    kept = choose_groups(
-        centers, ties.blocks(), lambda kept: counter.exact(kept) + extra_macs, counter.dense, budget, multiple
-    )
-    return Subnets(
-        ties.masks(kept), counter.exact(kept), counter.dense, assignment, centers.astype(np.float32), weights, source
-    )
+    kept = choose_groups(centers, ties.blocks(), lambda kept: ties.macs(kept) + extra_macs, dense, budget, multiple)
+    return Subnets(ties.masks(kept), ties.macs(kept), dense, assignment, centers.astype(np.float32), weights, source)
 
 
 def wanted_groups(
@@ -174,51 +167,6 @@ def nearest(wanted: Float[Array, "N G"], centers: Float[Array, "K G"], weights: 
     scaled, targets = wanted * jnp.sqrt(weights), centers * jnp.sqrt(weights)
     distances = jnp.sum(targets**2, axis=-1) - 2 * scaled @ targets.T
     return jnp.argmin(distances, axis=-1)
-
-
-class Counter:
-    """Counts the exact MACs of what is left of a network; the convolutions themselves are never run."""
-
-    def __init__(self, model: nn.Module, variables: Any, image: jax.ShapeDtypeStruct, ties: Ties, **options: Any):
-        self._ties = ties
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
-
-        def records(masks: dict[str, Array]) -> Any:
-            rows = next(iter(masks.values())).shape[0]
-            control = GateControl(masks="subnets", targets=False, subnets=masks, choice=jnp.arange(rows))
-            images = jnp.zeros((rows, *image.shape[1:]), image.dtype)
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            outputs = call_network(model, zeros, images, control, **options)
-            # Without what the gates saw, nothing but masks is left of the computation.
-            return tuple(
-                layer.replace(gate=layer.gate and GateOutput(None, layer.gate.mask, None)) for layer in outputs.layers
-            )
-
-        self._records = jax.jit(records)
-        layers = jax.eval_shape(records, ties.masks(np.ones((1, ties.count), bool)))
-        self.dense = float(sum(layer_dense_macs(layer) for layer in layers))
-
-    def exact(self, kept: Bool[np.ndarray, "K G"]) -> Float[np.ndarray, " K"]:
-        """The exact MACs of the networks that keep these groups, float64."""
-        found = []
-        for start in range(0, len(kept), _ROWS):
-            rows = kept[start : start + _ROWS]
-            # Of one size, so that it compiles once.
-            padded = np.concatenate([rows, np.ones((_ROWS - len(rows), kept.shape[1]), bool)])
-            layers = jax.device_get(self._records(self._ties.masks(padded)))
-            total: Any = sum(layer_macs(layers))
-            found.append(np.broadcast_to(total, _ROWS)[: len(rows)])
-        return np.concatenate(found)
-
-    def costs(self) -> Float[np.ndarray, " G"]:
-        """The share of the dense MACs that each group costs by itself, float32; their sum is 1."""
-        found = np.zeros(self._ties.count)
-        for block in self._ties.blocks():
-            # The groups of a block cost the same.
-            kept = np.ones((1, self._ties.count), bool)
-            kept[0, block[0]] = False
-            found[block] = self.dense - self.exact(kept)[0]
-        return (found / found.sum()).astype(np.float32)
 
 
 def _clustered(wanted: np.ndarray, weights: np.ndarray, count: int, seed: int) -> Int[np.ndarray, " S"]:

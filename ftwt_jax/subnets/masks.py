@@ -11,6 +11,8 @@ from ftwt_jax.errors import UserError
 CountMacs = Callable[[Bool[np.ndarray, "K G"]], Float[np.ndarray, " K"]]
 # How far a subnet's MACs reduction may be from the budget before single filters are moved, and moves that are tried.
 CLOSE, MOVES = 5e-4, 40
+# What is close enough where only moves of two blocks at once come closer, and the most blocks of which pairs are tried.
+ENOUGH, _PAIRED = 2.5e-3, 40
 _HALVINGS = 30
 
 
@@ -81,26 +83,33 @@ def _closer(
     budget: float,
     reduction: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Counts of one subnet after moves of one block each that bring it to the budget."""
-    off = abs(float(reduction(counts[None], np.array([subnet]))[0]) - budget)
+    """Counts of one subnet after moves that bring it to the budget: of one block, where these do not help of two."""
+
+    def off(rows: np.ndarray) -> np.ndarray:
+        return np.abs(reduction(rows, np.full(len(rows), subnet)) - budget)
+
+    best = float(off(counts[None])[0])
     for _ in range(MOVES):
-        if off <= CLOSE:
+        if best <= CLOSE:
             break
-        moves = []
-        for block, size in enumerate(sizes):
-            for step in (-multiple, multiple):
-                # A whole block need not be a multiple.
-                target = counts[block] + step
-                if step < 0 and counts[block] == size:
-                    target = (size - 1) // multiple * multiple
-                target = min(target, size)
-                if target >= min(multiple, size) and target != counts[block]:
-                    moves.append(np.concatenate([counts[:block], [target], counts[block + 1 :]]))
-        if not moves:
+        moves = _moves(counts, sizes, multiple)
+        found = off(moves)
+        if best > ENOUGH and found.min() >= best and len(sizes) <= _PAIRED:
+            moves = np.concatenate([_moves(move, sizes, multiple) for move in moves])
+            found = off(moves)
+        if found.min() >= best:
             break
-        found = np.abs(reduction(np.stack(moves), np.full(len(moves), subnet)) - budget)
-        best = int(np.argmin(found))
-        if found[best] >= off:
-            break
-        counts, off = moves[best], float(found[best])
+        counts, best = moves[np.argmin(found)], float(found.min())
     return counts
+
+
+def _moves(counts: np.ndarray, sizes: np.ndarray, multiple: int) -> np.ndarray:
+    """All counts with one block a step larger or smaller; [moves, blocks]."""
+    moves = []
+    for block, size in enumerate(sizes):
+        # A whole block need not be a multiple.
+        down = (size - 1) // multiple * multiple if counts[block] == size else counts[block] - multiple
+        for target in (down, min(counts[block] + multiple, size)):
+            if min(multiple, size) <= target != counts[block]:
+                moves.append(np.concatenate([counts[:block], [target], counts[block + 1 :]]))
+    return np.stack(moves) if moves else counts[None]

@@ -1,17 +1,20 @@
 """A network with its subnets and the router that chooses one for each image, as one Flax module."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from ftwt_jax.errors import UserError, listed
 from ftwt_jax.gating.activations import Activations, Layers, as_activations
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.macs import macs
+from ftwt_jax.gating.naming import COLLECTIONS, LISTED
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, Routes
 from ftwt_jax.subnets.find import Subnets
 
@@ -112,6 +115,28 @@ class SubnetNetwork(nn.Module):
         control = control.replace(masks="subnets", subnets=masks, choice=choice, targets=control.targets and not train)
         outputs = self.network(Activations(images, control=control), **train_option(self.network, train))
         return outputs.replace(layers=Layers((*layers, *outputs.layers)), routes=Routes(logits, choice))
+
+
+def init_subnets(
+    model: SubnetNetwork, variables: Mapping[str, Any], images: Float[Array, "N H W channels"], rng: Array
+) -> dict[str, Any]:
+    """Variables of a network with subnets: those that it was found in, without their heads, and a fresh router.
+
+    Args:
+      variables: `params` and `batch_stats` of the network, gated or dense.
+      images: any batch of the right shape.
+      rng: key from which the router is made.
+
+    Raises:
+      UserError: the variables are of another network.
+    """
+    fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
+    known = flatten_dict({kind: dict(variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
+    found = {name: value if f"/{ROUTER_NAME}/" in name else known.get(name) for name, value in fresh.items()}
+    wrong = [name for name, value in found.items() if jnp.shape(value) != fresh[name].shape]
+    if wrong:
+        raise UserError(f"the variables are of another network than the subnets: {listed(wrong, LISTED)}")
+    return unflatten_dict(found, sep="/")
 
 
 def train_option(network: nn.Module, train: bool) -> dict[str, bool]:

@@ -12,16 +12,41 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ftwt_jax.errors import UserError
-from ftwt_jax.gating.activations import Activations, as_activations
+from ftwt_jax.gating.activations import Activations, LayerRecord, as_activations
 from ftwt_jax.gating.contract import Effect
 from ftwt_jax.gating.gates import GateControl
-from ftwt_jax.gating.units import GatedUnit, PlainConv
+from ftwt_jax.gating.macs import layer_dense_macs
+from ftwt_jax.gating.units import Classifier, GatedUnit, PlainConv
 
 # Channels that are no filter's: always there, or zero in every image.
 _ALWAYS, _ZERO = -1, -2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TiedLayer:
+    """One call of a layer: the groups behind its channels and filters, and what a pair of these costs.
+
+    Attributes:
+      record: of the whole layer.
+      inputs, outputs: the group of each input channel and filter; -1: always there, -2: zero in every image.
+    """
+
+    record: LayerRecord
+    inputs: Int[np.ndarray, " C_in"]
+    outputs: Int[np.ndarray, " C"]
+
+    def macs(self, kept: Bool[np.ndarray, "K G"]) -> Float[np.ndarray, " K"]:
+        """Exact MACs with only these groups kept."""
+        ends = np.ones((len(kept), 1), bool), np.zeros((len(kept), 1), bool)
+        # At -1 stands True, at -2 False.
+        padded, groups = np.concatenate([kept, *ends[::-1]], axis=1), self.record.groups
+        inputs, outputs = (
+            padded[:, each].reshape(len(kept), groups, -1).sum(axis=-1) for each in (self.inputs, self.outputs)
+        )
+        return (inputs * outputs).sum(axis=-1) * float(self.record.positions * self.record.kernel_area)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +57,32 @@ class Ties:
       groups: for each layer whose filters can be left out, the group of each filter; -1: it is always kept.
       units: the names of those of these layers that are units, whose masks tell which groups an image needs.
       count: number of groups.
+      layers: every call of a layer, in forward order.
     """
 
     groups: dict[str, Int[np.ndarray, " C"]]
     units: tuple[str, ...]
     count: int
+    layers: tuple[TiedLayer, ...]
+
+    @property
+    def dense_macs(self) -> float:
+        """Exact MACs of the whole network, without gate heads."""
+        return float(sum(layer_dense_macs(layer.record) for layer in self.layers))
+
+    def macs(self, kept: Bool[np.ndarray, "K G"]) -> Float[np.ndarray, " K"]:
+        """Exact MACs of the networks that keep these groups, float64."""
+        return np.sum([layer.macs(kept) for layer in self.layers], axis=0)
+
+    def costs(self) -> Float[np.ndarray, " G"]:
+        """The share of the dense MACs that each group costs by itself, float32; their sum is 1."""
+        found = np.zeros(self.count)
+        for block in self.blocks():
+            # The groups of a block cost the same.
+            kept = np.ones((1, self.count), bool)
+            kept[0, block[0]] = False
+            found[block] = self.dense_macs - self.macs(kept)[0]
+        return (found / found.sum()).astype(np.float32)
 
     def masks(self, kept: np.ndarray) -> dict[str, np.ndarray]:
         """The masks bool [K, C] of every layer for the groups bool [K, G] that each subnet keeps."""
@@ -96,6 +142,7 @@ class _Finder:
         self._sizes: dict[str, int] = {}
         self._units: list[str] = []
         self._pinned: list[int] = []
+        self._calls: list[tuple[LayerRecord, Sequence[int], Sequence[int]]] = []
 
     def __call__(self, call: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         layer, method = context.module, getattr(context.orig_method.func, "__qualname__", "")
@@ -103,6 +150,12 @@ class _Finder:
             return self._unit(call, layer, *args, **kwargs)
         if isinstance(layer, PlainConv) and method == "PlainConv.__call__":
             return self._layer(call, layer, layer.folds() and layer.act is None, *args, **kwargs)
+        if isinstance(layer, GatedUnit) and method == "GatedUnit.__call__":
+            return self._layer(call, layer, False, *args, **kwargs)
+        if isinstance(layer, Classifier) and method == "Classifier.__call__":
+            outputs, x = call(*args, **kwargs), as_activations(args[0])
+            self._called(outputs.layers[-1], slots_of(x, x.shape[-1]), (_ALWAYS,) * layer.num_classes)
+            return outputs
         return call(*args, **kwargs)
 
     def _unit(
@@ -128,7 +181,11 @@ class _Finder:
         elif convolution.groups > 1:
             self.pin(given)
             self.pin(slots)
+        self._called(out.layers[-1], given, slots)
         return with_slots(out, slots, self)
+
+    def _called(self, record: LayerRecord, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        self._calls.append((record.replace(active_in=None, active_out=None, gate=None), inputs, outputs))
 
     def _slots(self, name: str, features: int) -> tuple[int, ...]:
         """The numbers of a layer's filters; called again, it has the same."""
@@ -165,16 +222,18 @@ class _Finder:
         free = {self._root(slot) for name in self._units for slot in self._slots(name, self._sizes[name])}
         free -= {self._root(slot) for slot in self._pinned}
         number = {root: index for index, root in enumerate(sorted(free))}
-        groups = {
-            name: np.array([number.get(self._root(first + index), -1) for index in range(self._sizes[name])])
-            for name, first in self._first.items()
-        }
+
+        def numbers(slots: Sequence[int]) -> np.ndarray:
+            return np.array([slot if slot < 0 else number.get(self._root(slot), _ALWAYS) for slot in slots])
+
+        groups = {name: numbers(self._slots(name, self._sizes[name])) for name in self._first}
         cut = {name: each for name, each in groups.items() if np.any(each >= 0)}
         if not number:
             raise UserError(
                 "no filter of this network can be left out: all are added to channels that are always there"
             )
-        return Ties(cut, tuple(name for name in self._units if name in cut), len(number))
+        layers = tuple(TiedLayer(record, numbers(given), numbers(made)) for record, given, made in self._calls)
+        return Ties(cut, tuple(name for name in self._units if name in cut), len(number), layers)
 
 
 @jax.tree_util.register_dataclass

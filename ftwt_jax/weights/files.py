@@ -114,6 +114,6 @@ def _broken(copy: pathlib.Path) -> str:
 def write_safetensors(path: AnyPath, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes arrays by name; the file appears whole or not at all. Raises `UserError` if it cannot be written."""
     # `save` writes the memory of an array as it lies, in whatever order its axes are.
-    ordered = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with written_whole(path) as temporary:
         temporary.write_bytes(save(ordered, metadata={"format": "pt", **metadata}))

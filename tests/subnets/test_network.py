@@ -1,0 +1,115 @@
+"""A network with subnets, its router, and its compact execution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ftwt_jax as ftwt
+from tests.conftest import random_like
+from tests.helpers.compact import KEY, assert_close, random_images
+from tests.subnets.test_find import NETWORKS, make
+
+IMAGES = random_images(32, side=16)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def routed(request, quick_compilation):
+    """A network with three subnets, variables whose router uses them all, and its outputs."""
+    model, variables = make(request.param)
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.4)
+    network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
+    made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
+    router = random_like(jax.eval_shape(lambda: {kind: made[kind]["router"] for kind in made}), seed=3)
+    logits = jax.jit(network.router.apply)(router, IMAGES).logits
+    router["params"]["classifier"]["dense"]["bias"] -= np.asarray(logits.mean(axis=0))
+    made = {kind: {**tree, "router": router[kind]} for kind, tree in made.items()}
+    return network, made, jax.jit(network.apply)(made, IMAGES)
+
+
+def test_a_router_costs_little(routed):
+    network, _, outputs = routed
+    images = jnp.zeros((1, 16, 16, 3))
+    cost = ftwt.macs(jax.eval_shape(network.router.init_with_output, KEY, images)[0])[0]
+    assert cost <= 0.02 * network.subnets.dense_macs
+    assert len(set(np.asarray(outputs.routes.choice))) == 3
+    np.testing.assert_allclose(ftwt.macs(outputs), network.subnets.macs[outputs.routes.choice] + cost)
+    assert ftwt.dense_macs(outputs) == network.subnets.dense_macs
+
+
+def test_layers_keep_their_names(routed):
+    network, variables, _ = routed
+    dense = jax.eval_shape(network.network.init, KEY, IMAGES[:1])
+    assert set(variables["params"]) == {*dense["params"], "router"}
+    assert "gate_head" not in str(jax.tree.structure(variables))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_compact_execution_is_the_masked_network(routed, batch):
+    network, variables, outputs = routed
+    compact = ftwt.compact(network, variables)
+    for start in range(0, 32 // batch * batch, max(batch, 8)):
+        part = IMAGES[start : start + batch]
+        ours, whole = compact(part), outputs.logits[start : start + batch]
+        np.testing.assert_allclose(ours.logits, whole, atol=1e-4 * float(jnp.abs(outputs.logits).max()))
+        np.testing.assert_array_equal(ours.routes.choice, outputs.routes.choice[start : start + batch])
+        np.testing.assert_array_equal(ftwt.macs(ours), ftwt.macs(outputs)[start : start + batch])
+        assert_close(compact.logits(part), ours.logits)
+    assert_close(jax.jit(compact.logits)(IMAGES[:5]), outputs.logits[:5])
+    np.testing.assert_allclose(compact.macs, network.subnets.macs)
+
+
+def test_nothing_is_compiled_in_steady_state(quick_compilation):
+    model, variables = make("vgg")
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.4)
+    network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
+    made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
+    compact = ftwt.compact(network, made)
+    compact.prepare(IMAGES)
+    compact.logits(IMAGES)
+    programs = [part._cache_size() for part in compact._parts]
+    for seed in range(6):
+        compact.logits(random_images(32, side=16, seed=seed))
+    assert [part._cache_size() for part in compact._parts] == programs
+    assert max(programs) <= 3
+
+
+def test_a_single_subnet_needs_no_router(quick_compilation):
+    model, variables = make("resnet")
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 1, 0.4)
+    assert ftwt.make_router(1, (16, 16, 3), subnets.dense_macs) is None
+    network = ftwt.SubnetNetwork(model, subnets)
+    made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
+    assert_close(ftwt.compact(network, made).logits(IMAGES[:4]), jax.jit(network.apply)(made, IMAGES[:4]).logits)
+
+
+def test_a_choice_overrules_the_router(routed):
+    network, variables, outputs = routed
+    control = ftwt.GateControl(choice=jnp.array([2, -1, 0, -1]))
+    found = network.apply(variables, IMAGES[:4], control=control)
+    wanted = np.array([2, outputs.routes.choice[1], 0, outputs.routes.choice[3]])
+    np.testing.assert_array_equal(found.routes.choice, wanted)
+
+
+def test_the_task_does_not_train_the_router(routed):
+    network, variables, _ = routed
+
+    def loss(params):
+        outputs, _ = network.apply({**variables, "params": params}, IMAGES[:4], train=True, mutable=["batch_stats"])
+        return jnp.sum(outputs.logits**2)
+
+    grads = jax.grad(loss)(variables["params"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["router"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["classifier"]))
+
+
+def test_variables_of_another_network_are_refused(routed):
+    network, _, _ = routed
+    with pytest.raises(ftwt.UserError, match="another network"):
+        ftwt.init_subnets(network, {"params": {}}, IMAGES[:1], KEY)
+
+
+def test_masks_of_subnets_need_a_choice():
+    model, variables = make("vgg")
+    with pytest.raises(ftwt.UserError, match="choice="):
+        model.apply(variables, IMAGES[:1], control=ftwt.GateControl(masks="subnets"))
