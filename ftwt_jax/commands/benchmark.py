@@ -4,6 +4,7 @@ from absl import flags
 from rich.console import Console
 
 from ftwt_jax import workdir
+from ftwt_jax.benchmark.engines import ENGINES, check_engines, time_engines
 from ftwt_jax.benchmark.inference import benchmark
 from ftwt_jax.benchmark.input import benchmark_input
 from ftwt_jax.benchmark.synthetic import synthetic_subject
@@ -15,8 +16,8 @@ from ftwt_jax.errors import UserError
 INPUT, SYNTHETIC, TRAINED = "--input", "--arch", "a trained network"
 TAKES = {
     INPUT: {"seconds", "config"},
-    SYNTHETIC: {"arch", "budget", "image_size", "batch", "torch", "train", "workdir"},
-    TRAINED: {"workdir", "data", "budget", "batch", "torch", "train"},
+    SYNTHETIC: {"arch", "budget", "image_size", "batch", "torch", "train", "engines", "workdir"},
+    TRAINED: {"workdir", "data", "budget", "batch", "torch", "train", "engines"},
 }
 
 
@@ -31,6 +32,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("batch", 1, "images at once", flag_values=values)
     flags.DEFINE_bool("torch", False, "also time PyTorch's dense network", flag_values=values)
     flags.DEFINE_bool("train", False, "also time a dense and a gated training step", flag_values=values)
+    flags.DEFINE_list("engines", [], f"also time networks in these engines: {', '.join(ENGINES)}", flag_values=values)
     flags.DEFINE_bool("input", False, "time the input of training alone; needs --config", flag_values=values)
     flags.DEFINE_float("seconds", 10.0, "with --input: how long to measure", flag_values=values)
 
@@ -48,6 +50,8 @@ def run(arguments: Arguments, console: Console) -> None:
     if kind == INPUT:
         benchmark_input(arguments.config("--config=configs/imagenet.py"), values.seconds, console)
         return
+    # Before anything is loaded.
+    check_engines(values.engines)
     if kind == TRAINED:
         subject = trained_subject(values.workdir, budget=values.budget, data=values.data)
     else:
@@ -57,7 +61,11 @@ def run(arguments: Arguments, console: Console) -> None:
                 "--arch to time that, or name another folder"
             )
         subject = synthetic_subject(values.arch, arguments.need("budget", "--budget=0.73"), values.image_size)
-    benchmark(subject, values.batch, console, values.torch, values.train, values.workdir)
+    result = benchmark(subject, values.batch, console, values.torch, values.train, values.workdir)
+    if values.engines:
+        result["engines"] = time_engines(subject, values.engines, console)
+        if values.workdir:
+            workdir.write_json(workdir.absolute(values.workdir) / workdir.BENCHMARK, result)
 
 
 COMMAND = Command(_define, run, WORKDIR, takes_config=True)

@@ -158,8 +158,8 @@ def test_a_network_comes_in_again_under_any_names(converted, tmp_path, layout):
         (["--workdir={}", "--out=net.safetensors", "--layout=torchvison"], "did you mean 'torchvision'"),
         (["--workdir={}", "--out=net.safetensors", "--layout=timm"], "unknown layout of ResNet 'timm'"),
         (
-            ["--workdir={}", "--out=net.safetensors", "--format=onnx"],
-            "--format takes one of safetensors, stablehlo; got 'onnx'",
+            ["--workdir={}", "--out=net.safetensors", "--format=pth"],
+            "--format takes one of safetensors, stablehlo, onnx; got 'pth'",
         ),
         (["--workdir={}", "--out=missing/net.safetensors"], "missing is not a folder"),
         (["--workdir={}/missing", "--out=net.safetensors"], "there is no workdir"),

@@ -8,16 +8,16 @@ import pytest
 import ftwt_jax as ftwt
 from tests.conftest import random_like
 from tests.helpers.compact import KEY, assert_close, random_images
-from tests.subnets.test_find import NETWORKS, make
+from tests.subnets.test_find import make
 
 IMAGES = random_images(32, side=16)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=["resnet", "own"])
 def routed(request, quick_compilation):
     """A network with three subnets, variables whose router uses them all, and its outputs."""
     model, variables = make(request.param)
-    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.4)
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3)
     network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
     made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
     router = random_like(jax.eval_shape(lambda: {kind: made[kind]["router"] for kind in made}), seed=3)
@@ -44,7 +44,7 @@ def test_layers_keep_their_names(routed):
     assert "gate_head" not in str(jax.tree.structure(variables))
 
 
-@pytest.mark.parametrize("batch", [1, 7, 32])
+@pytest.mark.parametrize("batch", [1, 7])
 def test_compact_execution_is_the_masked_network(routed, batch):
     network, variables, outputs = routed
     compact = ftwt.compact(network, variables)
@@ -61,7 +61,7 @@ def test_compact_execution_is_the_masked_network(routed, batch):
 
 def test_nothing_is_compiled_in_steady_state(quick_compilation):
     model, variables = make("vgg")
-    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.4)
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3)
     network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
     made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
     compact = ftwt.compact(network, made)
@@ -100,7 +100,7 @@ def test_the_task_does_not_train_the_router(routed):
 
     grads = jax.grad(loss)(variables["params"])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["router"]))
-    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["classifier"]))
+    assert all(any(np.any(leaf) for leaf in jax.tree.leaves(tree)) for name, tree in grads.items() if name != "router")
 
 
 def test_variables_of_another_network_are_refused(routed):

@@ -1,5 +1,6 @@
 """`export` to .stablehlo: a network as one file that runs wherever JAX does, without this package."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,6 +24,57 @@ SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Held-out images that a compact program is timed on.
 _TIMED = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A network of a workdir that runs by itself.
+
+    Attributes:
+      network: of images that `run.normalize` has prepared.
+      masked: the same with nothing left out.
+      kind: "dense", "gated, masked", or "compact".
+    """
+
+    run: Run
+    network: Any
+    masked: CompactNetwork
+    kind: str
+
+
+def choose_network(
+    folder: str,
+    compacted: bool = False,
+    baseline: bool = False,
+    best: bool = False,
+    budget: float | None = None,
+    data: str | None = None,
+) -> Chosen:
+    """The network of a workdir that flags ask for, which `export_program` explains.
+
+    Raises:
+      UserError: there is no such network, or the flags do not go together.
+    """
+    if compacted and baseline:
+        raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
+    if budget is not None and baseline:
+        raise UserError("--budget moves gates, and --baseline exports the dense network, which has none")
+    needs_images = compacted or budget is not None
+    if data is not None and not needs_images:
+        raise UserError("--data names images to calibrate on, which only --compact and --budget do: leave it out")
+    run = load_run(folder, data, images=needs_images)
+    dense = baseline or not run.has(GATED)
+    if dense and needs_images:
+        raise UserError(f"{run.workdir} holds no gated network yet, and --compact and --budget belong to one")
+    if dense:
+        network = fold(run.models[BASELINE], run.trained(BASELINE, best))
+        return Chosen(run, network, network, "dense")
+    variables = gated_variables(run, best, budget)
+    masked = fold(run.models[GATED], variables)
+    if not compacted:
+        return Chosen(run, masked, masked, "gated, masked")
+    calibration = first_images(run, run.dataset.train, CALIBRATION)
+    return Chosen(run, compact(run.models[GATED], variables, calibration, portable=True), masked, "compact")
 
 
 def export_program(
@@ -50,34 +102,17 @@ def export_program(
       UserError: there is no such network, or the file already exists or cannot be written.
     """
     target = file_to_write(out, new=True)
-    if compacted and baseline:
-        raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
-    if budget is not None and baseline:
-        raise UserError("--budget moves gates, and --baseline exports the dense network, which has none")
-    needs_images = compacted or budget is not None
-    if data is not None and not needs_images:
-        raise UserError("--data names images to calibrate on, which only --compact and --budget do: leave it out")
-    run = load_run(folder, data, images=needs_images)
-    dense = baseline or not run.has(GATED)
-    if dense and needs_images:
-        raise UserError(f"{run.workdir} holds no gated network yet, and --compact and --budget belong to one")
-    if dense:
-        network = fold(run.models[BASELINE], run.trained(BASELINE, best))
-    else:
-        variables = gated_variables(run, best, budget)
-        network = fold(run.models[GATED], variables)
-        if compacted:
-            masked, calibration = network, first_images(run, run.dataset.train, CALIBRATION)
-            network: Any = compact(run.models[GATED], variables, calibration, portable=True)
+    chosen = choose_network(folder, compacted, baseline, best, budget, data)
+    run, network = chosen.run, chosen.network
     network(run.example_images)
     written = _program(run, network, compacted)
     with written_whole(target) as temporary:
         temporary.write_bytes(written)
-    kind = "dense" if dense else "compact, one image at a time" if compacted else "gated, masked"
+    kind = "compact, one image at a time" if compacted else chosen.kind
     say(console, f"{run.config.model.name}, {kind}, for {', '.join(PLATFORMS)}: written to {target}")
     if compacted:
-        masked(run.example_images)
-        say(console, _compared(written, _program(run, masked, single=True), run))
+        chosen.masked(run.example_images)
+        say(console, _compared(written, _program(run, chosen.masked, single=True), run))
     return target
 
 

@@ -15,7 +15,7 @@ from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.gating.units import Outputs
 from ftwt_jax.inference.compact import compact, fold
 from ftwt_jax.training.run import Run, load_run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 
 # What is told of one file, see `Predictor.predict`.
 Answer = dict[str, Any]
@@ -70,10 +70,10 @@ class Predictor:
 def load_predictor(
     folder: str, best: bool = False, baseline: bool = False, budget: float | None = None, data: str | None = None
 ) -> Predictor:
-    """The newest (or best) gated network of a workdir, by compact execution; the dense one where there is none.
+    """The newest (or best) network of a workdir by compact execution: with subnets, else with gates, else dense.
 
     Args:
-      baseline: the dense baseline even where there is a gated network.
+      baseline: the dense baseline even where there is another network.
       budget: MACs reduction to bring the gates to; None: as they were trained, which takes no images.
       data: name of a data set to do that on, in place of the config's.
 
@@ -81,6 +81,8 @@ def load_predictor(
       UserError: there is no such network, or images are needed and are not on this machine.
     """
     run = load_run(folder, data, images=budget is not None)
+    if run.has(SUBNETS) and not baseline and budget is None:
+        return Predictor(run, SUBNETS, compact(run.models[SUBNETS], run.trained(SUBNETS, best)))
     if baseline or not run.has(GATED):
         if budget is not None:
             raise UserError(f"{run.workdir} holds no gated network yet, and --budget belongs to one")

@@ -1,0 +1,210 @@
+"""One network in several engines, side by side: what gates save where, against networks that save as much by width."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ftwt_jax.benchmark.inference import time_in_turns
+from ftwt_jax.budget.trained import Subject
+from ftwt_jax.engines import sessions
+from ftwt_jax.engines.graph import onnx_model
+from ftwt_jax.engines.packages import imported
+from ftwt_jax.errors import UserError, unknown_name
+from ftwt_jax.gating.macs import dense_macs, macs
+from ftwt_jax.inference import native
+from ftwt_jax.inference.compact import CompactNetwork, compact, fold
+from ftwt_jax.printing import four_digits, say
+
+XLA, NATIVE = "xla", "native"
+ENGINES = (XLA, NATIVE, *sessions.ENGINES)
+BATCHES = (1, 32)
+# A network's turns, and at most so many batches in each.
+_TURNS, _MOST = 3, 16
+# Threads that an engine leaves spinning would take cores from the next one.
+_PAUSE_S = 0.3
+# How near the MACs of a narrower network come to those wanted, where its widths allow.
+_NEAR = 0.02
+
+Run = Callable[[np.ndarray], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A network to time.
+
+    Attributes:
+      runs: images float32 [N, H, W, channels], prepared as the subject's are, to anything; by engine and dtype.
+      macs: exact MACs of an image, on average.
+    """
+
+    runs: Mapping[tuple[str, str], Run]
+    macs: float
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Refuses engines that are not known, not installed, or not for this machine, by a `UserError`."""
+    for engine in engines:
+        if engine not in ENGINES:
+            raise unknown_name("engine", engine, ENGINES)
+        if engine in sessions.ENGINES:
+            for package in ("onnx", engine):
+                imported(package, f"--engines={engine}", "bench")
+    if NATIVE in engines and (jax.default_backend() != "cpu" or not native.available()):
+        raise UserError(
+            "--engines=native is for a CPU, and needs a C++ compiler: install g++ or clang++, or leave it out"
+        )
+
+
+def time_engines(
+    subject: Subject,
+    engines: Sequence[str],
+    console: Console,
+    more: Mapping[str, Row] | None = None,
+    batches: Sequence[int] = BATCHES,
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """Times dense, narrower, masked and compact networks in these engines, in turns in this process; prints a table.
+
+    The narrower network is the dense one with fewer filters in every layer, at the MACs of the gated one, and random
+    weights.
+
+    Args:
+      engines: of `ENGINES`.
+      more: further rows by name, such as subnets.
+      batches: numbers of images at once.
+      threads: cores that an engine uses; None: all that this process may use.
+
+    Returns:
+      A dict for each time: "network", "engine", "dtype", "batch", "ms" (the median of a batch), "macs" (of an image).
+
+    Raises:
+      UserError: as `check_engines`, or an engine cannot run a network.
+    """
+    check_engines(engines)
+    threads = threads or len(os.sched_getaffinity(0))
+    images = np.asarray(subject.held_out)
+    say(console, f"preparing {subject.arch} for {', '.join(engines)}; this can take minutes")
+    rows = {**_rows(subject, engines, threads), **(more or {})}
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        enough = np.resize(images, (max(batch, len(images)), *images.shape[1:]))
+        parts = [enough[at : at + batch] for at in range(0, len(enough) - batch + 1, batch)][:_MOST]
+        runs = [(name, *key, run, row.macs) for name, row in rows.items() for key, run in row.runs.items()]
+        times = _times([run for *_, run, _ in runs], parts)
+        found += [
+            {"network": name, "engine": engine, "dtype": dtype, "batch": batch, "ms": ms, "macs": count}
+            for (name, engine, dtype, _, count), ms in zip(runs, times, strict=True)
+        ]
+    _print(found, subject, threads, console)
+    return found
+
+
+def _times(runs: Sequence[Run], parts: Sequence[np.ndarray]) -> list[float]:
+    medians: list[list[float]] = [[] for _ in runs]
+    for _ in range(_TURNS):
+        for run, times in zip(runs, medians, strict=True):
+            time.sleep(_PAUSE_S)
+            times += time_in_turns([run], parts)
+    return [statistics.median(times) for times in medians]
+
+
+def _rows(subject: Subject, engines: Sequence[str], threads: int) -> dict[str, Row]:
+    dense_variables = {kind: subject.dense_variables.get(kind, {}) for kind in ("params", "batch_stats")}
+    dense = fold(subject.dense, dense_variables)
+    masked = fold(subject.gated, subject.gated_variables)
+    outputs = [masked(subject.held_out[at : at + 1]) for at in range(len(subject.held_out))]
+    average = float(np.mean([macs(one) for one in outputs]))
+    whole, with_heads = network_macs(subject.dense, subject.held_out.shape[1:]), float(np.mean(dense_macs(outputs[0])))
+    shape = subject.held_out.shape[1:]
+    rows = {"dense": Row(_everywhere(dense, shape, engines, threads), whole)}
+    narrow = narrower(subject.dense, shape, average)
+    if narrow is not None:
+        variables = jax.jit(narrow.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+        rows["narrower"] = Row(
+            _everywhere(fold(narrow, variables), shape, engines, threads), network_macs(narrow, shape)
+        )
+    rows["masked"] = Row(_everywhere(masked, shape, engines, threads), with_heads)
+    quick: dict[tuple[str, str], Run] = {}
+    for engine, portable in ((XLA, True), (NATIVE, False)):
+        if engine in engines:
+            network = compact(subject.gated, subject.gated_variables, subject.calibration, portable=portable)
+            quick[engine, "float32"] = _waited(network)
+    if quick:
+        rows["compact"] = Row(quick, average)
+    return rows
+
+
+def _everywhere(
+    network: CompactNetwork, shape: Sequence[int], engines: Sequence[str], threads: int
+) -> dict[tuple[str, str], Run]:
+    """A network of images of this shape in all engines that run it."""
+    runs: dict[tuple[str, str], Run] = {(XLA, "float32"): _waited(network)} if XLA in engines else {}
+    others = [engine for engine in engines if engine in sessions.ENGINES]
+    if others:
+        images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        model = onnx_model(lambda images: network(images).logits, images, "network")
+        for engine in others:
+            for dtype in sessions.DTYPES[engine]:
+                runs[engine, dtype] = sessions.open_session(engine, model, threads, dtype)
+    return runs
+
+
+def _waited(network: Any) -> Run:
+    return lambda images: network.logits(jnp.asarray(images))
+
+
+def network_macs(model: nn.Module, shape: Sequence[int]) -> float:
+    """Exact MACs of a dense network for an image [H, W, channels]."""
+    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, *shape)))
+    return float(np.mean(dense_macs(outputs)))
+
+
+def narrower(model: nn.Module, shape: Sequence[int], wanted: float) -> nn.Module | None:
+    """The network whose `width` brings its exact MACs nearest to those wanted; None if it has no width.
+
+    Args:
+      shape: of an image, [H, W, channels].
+    """
+    if not hasattr(model, "width"):
+        return None
+    low, high = 0.0, float(model.width)
+    best, off = model, float("inf")
+    for _ in range(20):
+        middle = (low + high) / 2
+        tried = model.clone(width=middle)
+        count = network_macs(tried, shape)
+        if abs(count / wanted - 1) < off:
+            best, off = tried, abs(count / wanted - 1)
+        if off <= _NEAR / 4:
+            break
+        low, high = (middle, high) if count < wanted else (low, middle)
+    return best
+
+
+def _print(found: Sequence[Mapping[str, Any]], subject: Subject, threads: int, console: Console) -> None:
+    short = {"float32": "f32", "bfloat16": "bf16"}
+    batches = list(dict.fromkeys(one["batch"] for one in found))
+    keys = list(dict.fromkeys((one["engine"], one["dtype"]) for one in found))
+    for batch in batches:
+        table = Table(title=f"{subject.arch}, {subject.gates} gates: ms at batch {batch}, {threads} threads")
+        table.add_column("", no_wrap=True)
+        table.add_column("MMACs", justify="right")
+        for engine, dtype in keys:
+            table.add_column(f"{engine} · {short.get(dtype, dtype)}", justify="right")
+        here = [one for one in found if one["batch"] == batch]
+        for name in dict.fromkeys(one["network"] for one in here):
+            mine = {(one["engine"], one["dtype"]): one for one in here if one["network"] == name}
+            count = next(iter(mine.values()))["macs"] / 1e6
+            times = [four_digits(mine[key]["ms"]) if key in mine else "" for key in keys]
+            table.add_row(name, f"{count:.4g}", *times)
+        console.print(table)

@@ -1,0 +1,85 @@
+"""ONNX networks run by an engine: images in, logits out."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ftwt_jax.engines.packages import imported
+from ftwt_jax.errors import UserError, one_line, unknown_name
+
+ENGINES = ("onnxruntime", "openvino")
+# What each computes in; OpenVINO's bfloat16 is fast where the processor has instructions for it.
+DTYPES = {"onnxruntime": ("float32",), "openvino": ("float32", "bfloat16")}
+Session = Callable[[np.ndarray], np.ndarray]
+
+
+def open_session(engine: str, model: Any, threads: int, dtype: str = "float32") -> Session:
+    """An ONNX network, made ready on the CPU.
+
+    Args:
+      engine: "onnxruntime" or "openvino".
+      model: an `onnx.ModelProto`, or the path of a file.
+      threads: cores that one call uses.
+      dtype: what the engine computes in, one of `DTYPES[engine]`.
+
+    Returns:
+      A function of images [N, H, W, C], of the model's dtype, to logits float32 [N, classes]. OpenVINO compiles the
+      network for each N when it meets it first, which takes up to seconds. Not for several threads at once.
+
+    Raises:
+      UserError: the engine is unknown or not installed, does not compute in that dtype, or refuses the network.
+    """
+    if engine not in ENGINES:
+        raise unknown_name("engine", engine, ENGINES)
+    if dtype not in DTYPES[engine]:
+        raise UserError(f"{engine} computes in {' or '.join(DTYPES[engine])} here; got {dtype!r}")
+    if threads < 1:
+        raise UserError(f"an engine needs 1 thread or more; got {threads}")
+    package = imported(engine, f"the engine {engine}", "bench")
+    source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
+    make = _open_onnxruntime if engine == "onnxruntime" else _open_openvino
+    try:
+        return make(package, source, threads, dtype)
+    except Exception as error:
+        # Each engine has errors of its own, most of them bare RuntimeErrors.
+        what = source if isinstance(source, str) else "the network"
+        raise UserError(f"{engine} cannot run {what}: {one_line(error)}") from error
+
+
+def _open_onnxruntime(onnxruntime: Any, source: str | bytes, threads: int, dtype: str) -> Session:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {given.name: images})[0]
+
+    return run
+
+
+def _open_openvino(openvino: Any, source: str | bytes, threads: int, dtype: str) -> Session:
+    core = openvino.Core()
+    model = core.read_model(source)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+    }
+    requests: dict[tuple[int, ...], Any] = {}
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # A network of known shapes is faster than one of any.
+        if images.shape not in requests:
+            fixed = model.clone()
+            fixed.reshape(list(images.shape))
+            requests[images.shape] = core.compile_model(fixed, "CPU", settings).create_infer_request()
+        request = requests[images.shape]
+        request.infer([images], share_inputs=True)
+        return request.get_output_tensor(0).data.copy()
+
+    return run

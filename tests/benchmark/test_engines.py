@@ -1,0 +1,67 @@
+"""Networks timed in several engines side by side."""
+
+import io
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ftwt_jax.benchmark.engines import Row, check_engines, narrower, network_macs, time_engines
+from ftwt_jax.benchmark.synthetic import random_gates
+from ftwt_jax.budget.trained import Subject, random_images
+from ftwt_jax.errors import UserError
+from ftwt_jax.gating.gates import GateConfig
+from ftwt_jax.models import create_model
+from tests.conftest import fails
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+PLAN = (32, "M", 48)
+
+
+def test_each_engine_times_what_it_runs():
+    images = random_images(48, (16, 16, 3), jax.random.key(0))
+    dense = create_model("vgg_bn", 10, plan=PLAN)
+    gated = create_model("vgg_bn", 10, plan=PLAN, gates=GateConfig())
+    variables, _ = random_gates(gated, gated.init(jax.random.key(1), images[:1]), images[:32], 0.5)
+    subject = Subject(
+        "vgg_bn", "synthetic", dense, gated, variables, variables, images[:32], images[32:], lambda x: x / 128 - 1
+    )
+    printed = io.StringIO()
+    more = {"subnets": Row({("onnxruntime", "float32"): lambda images: np.zeros((len(images), 10))}, 1000.0)}
+    engines = ("xla", "onnxruntime", "openvino")
+    found = time_engines(subject, engines, Console(file=printed, width=200), more, batches=(1, 4), threads=1)
+    assert all(one.keys() == {"network", "engine", "dtype", "batch", "ms", "macs"} for one in found)
+    assert all(one["ms"] > 0 for one in found)
+    everywhere = {("xla", "float32"), ("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")}
+    expected = {(name, *key) for name in ("dense", "narrower", "masked") for key in everywhere}
+    expected |= {("compact", "xla", "float32"), ("subnets", "onnxruntime", "float32")}
+    for batch in (1, 4):
+        assert {(one["network"], one["engine"], one["dtype"]) for one in found if one["batch"] == batch} == expected
+    counts = {one["network"]: one["macs"] for one in found}
+    assert counts["narrower"] == pytest.approx(counts["compact"], rel=0.05)
+    assert counts["compact"] < counts["dense"] == counts["masked"]
+    for word in ("narrower", "subnets", "openvino · bf16", "ms at batch 4"):
+        assert word in printed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["resnet56", "vgg16_bn", "mobilenet_v1"])
+def test_a_narrower_network_has_the_macs_that_are_wanted(name):
+    model = create_model(name, 10)
+    wanted = 0.4 * network_macs(model, (32, 32, 3))
+    assert network_macs(narrower(model, (32, 32, 3), wanted), (32, 32, 3)) == pytest.approx(wanted, rel=0.02)
+
+
+def test_macs_of_a_dense_network_are_those_of_its_layers():
+    model = create_model("vgg_bn", 10, plan=(4, "M", 8))
+    assert network_macs(model, (8, 8, 3)) == 8 * 8 * 9 * 3 * 4 + 4 * 4 * 9 * 4 * 8 + 8 * 10
+
+
+def test_engines_are_known_and_there(capsys, monkeypatch):
+    arguments = ("benchmark", "--arch=resnet8", "--budget=0.4")
+    assert "did you mean 'openvino'" in fails(capsys, *arguments, "--engines=xla,openvine")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install -e '.[bench]'" in fails(capsys, *arguments, "--engines=onnxruntime")
+    with pytest.raises(UserError, match="onnxruntime"):
+        check_engines(["onnxruntime"])
