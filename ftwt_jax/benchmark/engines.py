@@ -1,10 +1,9 @@
 """One network in several engines, side by side: what gates save where, against networks that save as much by width."""
 
-import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ftwt_jax.benchmark.inference import time_in_turns
+from ftwt_jax.benchmark.rows import Row, Run, wait
+from ftwt_jax.benchmark.subnets import subnet_rows
 from ftwt_jax.budget.trained import Subject
 from ftwt_jax.engines import sessions
 from ftwt_jax.engines.graph import onnx_model
@@ -35,21 +36,6 @@ _PAUSE_S = 0.3
 # How near the MACs of a narrower network come to those wanted, where its widths allow.
 _NEAR = 0.02
 
-Run = Callable[[np.ndarray], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A network to time.
-
-    Attributes:
-      runs: images float32 [N, H, W, channels], prepared as the subject's are, to anything; by engine and dtype.
-      macs: exact MACs of an image, on average.
-    """
-
-    runs: Mapping[tuple[str, str], Run]
-    macs: float
-
 
 def check_engines(engines: Sequence[str]) -> None:
     """Refuses engines that are not known, not installed, or not for this machine, by a `UserError`."""
@@ -69,7 +55,6 @@ def time_engines(
     subject: Subject,
     engines: Sequence[str],
     console: Console,
-    more: Mapping[str, Row] | None = None,
     batches: Sequence[int] = BATCHES,
     threads: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -80,7 +65,6 @@ def time_engines(
 
     Args:
       engines: of `ENGINES`.
-      more: further rows by name, such as subnets.
       batches: numbers of images at once.
       threads: cores that an engine uses; None: all that this process may use.
 
@@ -94,7 +78,9 @@ def time_engines(
     threads = threads or len(os.sched_getaffinity(0))
     images = np.asarray(subject.held_out)
     say(console, f"preparing {subject.arch} for {', '.join(engines)}; this can take minutes")
-    rows = {**_rows(subject, engines, threads), **(more or {})}
+    rows = _rows(subject, engines, threads)
+    if subject.subnets is not None:
+        rows |= subnet_rows(*subject.subnets, subject, engines, threads)
     found: list[dict[str, Any]] = []
     for batch in batches:
         enough = np.resize(images, (max(batch, len(images)), *images.shape[1:]))
@@ -138,7 +124,7 @@ def _rows(subject: Subject, engines: Sequence[str], threads: int) -> dict[str, R
     for engine, portable in ((XLA, True), (NATIVE, False)):
         if engine in engines:
             network = compact(subject.gated, subject.gated_variables, subject.calibration, portable=portable)
-            quick[engine, "float32"] = _waited(network)
+            quick[engine, "float32"] = wait(network.logits)
     if quick:
         rows["compact"] = Row(quick, average)
     return rows
@@ -148,7 +134,7 @@ def _everywhere(
     network: CompactNetwork, shape: Sequence[int], engines: Sequence[str], threads: int
 ) -> dict[tuple[str, str], Run]:
     """A network of images of this shape in all engines that run it."""
-    runs: dict[tuple[str, str], Run] = {(XLA, "float32"): _waited(network)} if XLA in engines else {}
+    runs: dict[tuple[str, str], Run] = {(XLA, "float32"): wait(network.logits)} if XLA in engines else {}
     others = [engine for engine in engines if engine in sessions.ENGINES]
     if others:
         images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -157,10 +143,6 @@ def _everywhere(
             for dtype in sessions.DTYPES[engine]:
                 runs[engine, dtype] = sessions.open_session(engine, model, threads, dtype)
     return runs
-
-
-def _waited(network: Any) -> Run:
-    return lambda images: network.logits(jnp.asarray(images))
 
 
 def network_macs(model: nn.Module, shape: Sequence[int]) -> float:

@@ -13,8 +13,9 @@ from ftwt_jax.budget.estimate import known_estimate
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.data.source import Source
 from ftwt_jax.errors import UserError
+from ftwt_jax.subnets.network import SubnetNetwork
 from ftwt_jax.training.run import Run, load_run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 
 # Images that compact execution is calibrated with, and images to measure on; never the same.
 CALIBRATION, HELD_OUT = 256, 128
@@ -28,6 +29,7 @@ class Subject:
       gates: "trained", or "synthetic": random heads on random weights.
       calibration, held_out: images as the networks take them, float32 [S, H, W, channels].
       normalize: turns the data set's images, uint8, into such.
+      subnets: the network with subnets and its variables; None without such.
       note: why the images are random ones, where they should be those of a workdir.
     """
 
@@ -41,6 +43,7 @@ class Subject:
     held_out: jax.Array
     normalize: Callable[[jax.Array], jax.Array]
     note: str = ""
+    subnets: tuple[SubnetNetwork, Any] | None = None
 
 
 def trained_subject(folder: str, best: bool = False, budget: float | None = None, data: str | None = None) -> Subject:
@@ -76,7 +79,16 @@ def trained_subject(folder: str, best: bool = False, budget: float | None = None
         *parts,
         run.normalize,
         note,
+        _subnets(run, best),
     )
+
+
+def _subnets(run: Run, best: bool) -> tuple[SubnetNetwork, Any] | None:
+    if not run.has(SUBNETS):
+        return None
+    model = run.models[SUBNETS]
+    assert isinstance(model, SubnetNetwork)
+    return model, run.trained(SUBNETS, best)
 
 
 def _with_images_or_without(folder: str, data: str | None, must: bool) -> tuple[Run, str]:

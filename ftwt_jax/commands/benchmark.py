@@ -1,5 +1,7 @@
 """The command `benchmark`: time saved by gates, cost of training them, or images/s of the input."""
 
+import dataclasses
+
 from absl import flags
 from rich.console import Console
 
@@ -7,6 +9,7 @@ from ftwt_jax import workdir
 from ftwt_jax.benchmark.engines import ENGINES, check_engines, time_engines
 from ftwt_jax.benchmark.inference import benchmark
 from ftwt_jax.benchmark.input import benchmark_input
+from ftwt_jax.benchmark.subnets import synthetic_subnets
 from ftwt_jax.benchmark.synthetic import synthetic_subject
 from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.commands.command import WORKDIR, Arguments, Command, define_data, define_workdir
@@ -63,6 +66,8 @@ def run(arguments: Arguments, console: Console) -> None:
         subject = synthetic_subject(values.arch, arguments.need("budget", "--budget=0.73"), values.image_size)
     result = benchmark(subject, values.batch, console, values.torch, values.train, values.workdir)
     if values.engines:
+        if kind == SYNTHETIC:
+            subject = dataclasses.replace(subject, subnets=synthetic_subnets(subject, values.budget))
         result["engines"] = time_engines(subject, values.engines, console)
         if values.workdir:
             workdir.write_json(workdir.absolute(values.workdir) / workdir.BENCHMARK, result)

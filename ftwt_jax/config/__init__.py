@@ -32,7 +32,7 @@ BEFORE = {
     "steps_per_call": None,
     "data": {"on_device": None, "class_order": None, "max_pixels": None},
     "gates": {"calibrate": False, "static": False, "budgets": None},
-    "subnets": {"count": 0, "epochs": None, "multiple": 1},
+    "subnets": {"count": 0, "epochs": None, "multiple": 8},
 }
 # Side in pixels from which images are too large for CIFAR's networks, unless these are asked for.
 LARGE_IMAGES = 128

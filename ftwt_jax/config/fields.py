@@ -126,7 +126,7 @@ FIELDS: dict[str, Field] = {
     "gates.static": Field(False, "replace the gates by fixed masks of the same work when they freeze"),
     "subnets.count": Field(0, "dense subnets to cut the trained network into; 0: none", ", at least 0"),
     "subnets.epochs": Field(float, "length of their training, which follows gates.*; unset: gates.epochs", " above 0"),
-    "subnets.multiple": Field(1, "each layer of a subnet keeps a multiple of this many filters", ", at least 1"),
+    "subnets.multiple": Field(8, "each layer of a subnet keeps a multiple of this many filters", ", at least 1"),
 }
 
 

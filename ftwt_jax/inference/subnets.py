@@ -87,12 +87,13 @@ class CompactSubnets:
         """Compiles what batches of this size need, whichever subnets their images choose."""
         images, weights = jnp.asarray(images), self._packed(jnp.asarray(images))
         if len(images) == 1:
-            self._one.lower(weights, images).compile()
+            self._one(weights, images)
             return
         self._route(weights["router"], images)
-        for size in _sizes(len(images)):
+        host = np.asarray(images)
+        for size in part_sizes(len(images)):
             for subnet in range(self.count):
-                self._parts[subnet](weights["subnets"][subnet], images[:size])
+                self._parts[subnet](weights["subnets"][subnet], host[:size])
 
     def _all(self, images: Any) -> tuple[Array, Array]:
         """Logits of the classes, and of the router."""
@@ -109,7 +110,7 @@ class CompactSubnets:
         found: Any = None
         for subnet in np.unique(choice):
             rows = np.flatnonzero(choice == subnet)
-            for part, size in _cut(rows, _sizes(len(images))):
+            for part, size in cut_rows(rows, part_sizes(len(images))):
                 padded = np.resize(part, size)
                 logits = jax.device_get(self._parts[subnet](weights["subnets"][subnet], host[padded]))
                 found = np.zeros((len(images), *logits.shape[1:]), logits.dtype) if found is None else found
@@ -165,12 +166,12 @@ def _choice(routed: Any) -> Any:
     return (np if isinstance(routed, np.ndarray) else jnp).argmax(routed, axis=-1)
 
 
-def _sizes(images: int) -> list[int]:
+def part_sizes(images: int) -> list[int]:
     """The sizes of the parts that a batch is cut into, the largest first."""
     return sorted({max(images // part, 1) for part in _PARTS}, reverse=True)
 
 
-def _cut(rows: np.ndarray, sizes: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+def cut_rows(rows: np.ndarray, sizes: Sequence[int]) -> list[tuple[np.ndarray, int]]:
     """Rows in parts, each with the size that it is padded to: less than half of a part is padding, but for the last.
 
     With sizes 32, 8 and 2: 9 rows are cut into 8 and 1, 7 rows are padded to 8, 5 are cut into 2, 2 and 1.

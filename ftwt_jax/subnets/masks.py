@@ -34,7 +34,7 @@ def choose_groups(
     Args:
       rates: the share of a subnet's images that want each group.
       budget: MACs reduction of each subnet.
-      multiple: keep a multiple of this many groups in each block, or the whole block.
+      multiple: keep a multiple of this many groups in each block, in small ones of half their size; or the whole block.
 
     Raises:
       UserError: no choice of filters has this reduction; the message gives the range.
@@ -43,8 +43,10 @@ def choose_groups(
     sizes = np.array([len(block) for block in blocks])
     wanted = np.stack([rates[:, block].sum(axis=1) for block in blocks], axis=1)
 
+    multiples = np.clip(sizes // 2, 1, multiple)
+
     def rounded(counts: np.ndarray) -> np.ndarray:
-        steps = np.maximum(np.rint(counts / multiple), 1).astype(int) * multiple
+        steps = np.maximum(np.rint(counts / multiples), 1).astype(int) * multiples
         return np.minimum(steps, sizes)
 
     def kept(counts: np.ndarray, subnets: np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ def choose_groups(
         low, high = np.where(over, low, middle), np.where(over, middle, high)
     counts = rounded(wanted + low[:, None] * sizes)
     for subnet in range(len(rates)):
-        counts[subnet] = _closer(counts[subnet], subnet, sizes, multiple, budget, reduction)
+        counts[subnet] = _closer(counts[subnet], subnet, sizes, multiples, budget, reduction)
     return kept(counts, every)
 
 
@@ -79,7 +81,7 @@ def _closer(
     counts: np.ndarray,
     subnet: int,
     sizes: np.ndarray,
-    multiple: int,
+    multiples: np.ndarray,
     budget: float,
     reduction: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
@@ -92,10 +94,10 @@ def _closer(
     for _ in range(MOVES):
         if best <= CLOSE:
             break
-        moves = _moves(counts, sizes, multiple)
+        moves = _moves(counts, sizes, multiples)
         found = off(moves)
         if best > ENOUGH and found.min() >= best and len(sizes) <= _PAIRED:
-            moves = np.concatenate([_moves(move, sizes, multiple) for move in moves])
+            moves = np.concatenate([_moves(move, sizes, multiples) for move in moves])
             found = off(moves)
         if found.min() >= best:
             break
@@ -103,13 +105,13 @@ def _closer(
     return counts
 
 
-def _moves(counts: np.ndarray, sizes: np.ndarray, multiple: int) -> np.ndarray:
+def _moves(counts: np.ndarray, sizes: np.ndarray, multiples: np.ndarray) -> np.ndarray:
     """All counts with one block a step larger or smaller; [moves, blocks]."""
     moves = []
-    for block, size in enumerate(sizes):
+    for block, (size, multiple) in enumerate(zip(sizes, multiples, strict=True)):
         # A whole block need not be a multiple.
         down = (size - 1) // multiple * multiple if counts[block] == size else counts[block] - multiple
         for target in (down, min(counts[block] + multiple, size)):
-            if min(multiple, size) <= target != counts[block]:
+            if multiple <= target != counts[block]:
                 moves.append(np.concatenate([counts[:block], [target], counts[block + 1 :]]))
     return np.stack(moves) if moves else counts[None]

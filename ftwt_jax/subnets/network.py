@@ -21,7 +21,7 @@ from ftwt_jax.subnets.find import Subnets
 # Name of the router among the parameters of a network.
 ROUTER_NAME = "router"
 # What a router may cost, as a share of the dense network's MACs, and the widest one.
-ROUTER_SHARE, WIDEST = 0.02, 64
+ROUTER_SHARE, WIDEST = 0.02, 32
 # Larger images are pooled to at most this side first.
 _LARGEST_SIDE = 64
 
@@ -133,7 +133,7 @@ def init_subnets(
     fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
     known = flatten_dict({kind: dict(variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
     found = {name: value if f"/{ROUTER_NAME}/" in name else known.get(name) for name, value in fresh.items()}
-    wrong = [name for name, value in found.items() if jnp.shape(value) != fresh[name].shape]
+    wrong = [name for name, value in found.items() if value is None or jnp.shape(value) != fresh[name].shape]
     if wrong:
         raise UserError(f"the variables are of another network than the subnets: {listed(wrong, LISTED)}")
     return unflatten_dict(found, sep="/")

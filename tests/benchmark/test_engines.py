@@ -1,14 +1,15 @@
 """Networks timed in several engines side by side."""
 
+import dataclasses
 import io
 import sys
 
 import jax
-import numpy as np
 import pytest
 from rich.console import Console
 
-from ftwt_jax.benchmark.engines import Row, check_engines, narrower, network_macs, time_engines
+from ftwt_jax.benchmark.engines import check_engines, narrower, network_macs, time_engines
+from ftwt_jax.benchmark.subnets import synthetic_subnets
 from ftwt_jax.benchmark.synthetic import random_gates
 from ftwt_jax.budget.trained import Subject, random_images
 from ftwt_jax.errors import UserError
@@ -29,14 +30,14 @@ def test_each_engine_times_what_it_runs():
         "vgg_bn", "synthetic", dense, gated, variables, variables, images[:32], images[32:], lambda x: x / 128 - 1
     )
     printed = io.StringIO()
-    more = {"subnets": Row({("onnxruntime", "float32"): lambda images: np.zeros((len(images), 10))}, 1000.0)}
+    subject = dataclasses.replace(subject, subnets=synthetic_subnets(subject, 0.4))
     engines = ("xla", "onnxruntime", "openvino")
-    found = time_engines(subject, engines, Console(file=printed, width=200), more, batches=(1, 4), threads=1)
+    found = time_engines(subject, engines, Console(file=printed, width=200), batches=(1, 4), threads=1)
     assert all(one.keys() == {"network", "engine", "dtype", "batch", "ms", "macs"} for one in found)
     assert all(one["ms"] > 0 for one in found)
     everywhere = {("xla", "float32"), ("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")}
-    expected = {(name, *key) for name in ("dense", "narrower", "masked") for key in everywhere}
-    expected |= {("compact", "xla", "float32"), ("subnets", "onnxruntime", "float32")}
+    expected = {(name, *key) for name in ("dense", "narrower", "masked", "subnets", "one subnet") for key in everywhere}
+    expected |= {("compact", "xla", "float32")}
     for batch in (1, 4):
         assert {(one["network"], one["engine"], one["dtype"]) for one in found if one["batch"] == batch} == expected
     counts = {one["network"]: one["macs"] for one in found}

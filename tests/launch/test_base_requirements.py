@@ -67,6 +67,8 @@ COMMANDS: dict[str, tuple[list[str], str | None]] = {
     "report": (["report", "run"], None),
     "export weights": (["export", WORKDIR, "--out=network.safetensors"], None),
     "export a program": (["export", WORKDIR, "--out=network.stablehlo"], None),
+    "export onnx": (["export", WORKDIR, "--out=network.onnx"], "[onnx]"),
+    "benchmark engines": (["benchmark", WORKDIR, "--engines=onnxruntime"], "[bench]"),
     "convert safetensors": (["convert", *TINY[:2], "--checkpoint=network.safetensors", "--out=converted"], None),
     "convert torch.save": (["convert", *TINY[:2], "--checkpoint=network.pt", "--out=other"], "[convert]"),
     "benchmark training": (["benchmark", WORKDIR, "--train"], None),

@@ -12,7 +12,7 @@ from ftwt_jax.training.run import load_run
 from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
 
 pytestmark = pytest.mark.long
-ARGUMENTS = (*TINY, "--config.subnets.count=3", "--config.gates.budget=0.3")
+ARGUMENTS = (*TINY, "--config.subnets.count=3", "--config.subnets.multiple=1", "--config.gates.budget=0.3")
 
 
 @pytest.fixture(scope="module")
@@ -136,4 +136,5 @@ def test_without_gates_they_are_found_by_targets(program, tmp_path):
     assert "subnets: 3 found by targets" in printed
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["gate_accuracy"] is None
-    assert abs(found["subnets"]["macs_reduction"] - 0.3) < 0.01
+    # One filter of the first layer's eight is a twentieth of the work.
+    assert abs(found["subnets"]["macs_reduction"] - 0.3) < 0.03
