@@ -37,11 +37,11 @@ class SubnetFinder:
     Args:
       variables: of the network with gates, or of the dense one.
       r: mass threshold of the targets.
+      source: `heads` or `targets`.
     """
 
-    def __init__(self, run: Run, variables: Any, r: float):
-        self.run, self._variables, self._r = run, variables, r
-        self.source = "heads" if run.config.gates.epochs > 0 else "targets"
+    def __init__(self, run: Run, variables: Any, r: float, source: str):
+        self.run, self._variables, self._r, self.source = run, variables, r, source
         self._model = run.models[GATED]
         self.ties: Ties = find_ties(self._model, variables, run.example_images)
         whole = replicated(run.mesh)
@@ -94,7 +94,8 @@ def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: C
     if SUBNETS in run.models:
         return
     say_compiling(console, f"the search for subnets of {run.config.model.name}")
-    started, finder = time.perf_counter(), SubnetFinder(run, variables, r)
+    source = "heads" if run.config.gates.epochs > 0 else "targets"
+    started, finder = time.perf_counter(), SubnetFinder(run, variables, r, source)
     subnets = finder.find(budget)
     write_subnets(run.workdir, subnets)
     run.add_subnets(subnets)
@@ -155,7 +156,7 @@ def look_at_subnets(run: Run, variables: Any, source: Any, r: float) -> dict[str
     """
     model, mesh = run.models[SUBNETS], run.mesh
     assert isinstance(model, SubnetNetwork)
-    finder = SubnetFinder(run, source, r)
+    finder = SubnetFinder(run, source, r, model.subnets.source)
     own = finder.labels(model.subnets, run.test_batches())
     whole = replicated(mesh)
 
@@ -176,7 +177,9 @@ def look_at_subnets(run: Run, variables: Any, source: Any, r: float) -> dict[str
 
 def one_subnet(run: Run, variables: Any, source: Any, r: float, budget: float) -> dict[str, Any]:
     """The accuracy of a single subnet for all images, with statistics of its own and without further training."""
-    subnets = SubnetFinder(run, source, r).find(budget, count=1)
+    known = run.models[SUBNETS]
+    assert isinstance(known, SubnetNetwork)
+    subnets = SubnetFinder(run, source, r, known.subnets.source).find(budget, count=1)
     model = SubnetNetwork(run.models[GATED], subnets)
     calibration = Calibration(run)
     network, _ = split_variables(variables)

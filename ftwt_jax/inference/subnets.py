@@ -13,7 +13,7 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.gating.activations import Layers
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.units import Outputs, Routes
-from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward
+from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward, copied
 from ftwt_jax.inference.packing import Weights
 from ftwt_jax.ops.compiling import compiler_options
 from ftwt_jax.subnets.network import SubnetNetwork, split_variables, train_option
@@ -35,16 +35,16 @@ class CompactSubnets:
     """
 
     def __init__(self, model: SubnetNetwork, variables: Any):
-        if "params" not in variables:
-            raise UserError("compact execution takes all variables, {'params': …, 'batch_stats': …}")
-        network, router = split_variables(variables)
+        network, router = split_variables(copied(variables))
+        if model.router is not None and "params" not in router:
+            raise UserError("these variables hold no router: make them by ftwt.init_subnets, or train them")
         self._model, self.count, self.macs = model, model.subnets.count, model.subnets.macs
-        options = train_option(model.network, False)
+        whole = Forward(model.network, network, train_option(model.network, False))
         self._forwards, self._executions = [], []
         for subnet in range(self.count):
             masks = {name: np.asarray(mask[subnet]) for name, mask in model.subnets.masks.items()}
             kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
-            self._forwards.append(Forward(model.network, network, options, masks))
+            self._forwards.append(whole.in_subnet(masks))
             self._executions.append(Execution(kept, fixed=True))
         self._router = Forward(model.router, router, {}) if model.router is not None else None
         self._weights: dict[str, Any] = {}
@@ -172,9 +172,10 @@ def part_sizes(images: int) -> list[int]:
 
 
 def cut_rows(rows: np.ndarray, sizes: Sequence[int]) -> list[tuple[np.ndarray, int]]:
-    """Rows in parts, each with the size that it is padded to: less than half of a part is padding, but for the last.
+    """Rows in parts, each with the size that it is padded to: less than half of a part is padding.
 
-    With sizes 32, 8 and 2: 9 rows are cut into 8 and 1, 7 rows are padded to 8, 5 are cut into 2, 2 and 1.
+    With sizes 32, 8 and 2: 9 rows are cut into 8 and 1, 5 to 7 are padded to 8, 3 are cut into 2 and 1. A single row is
+    padded to the smallest size.
     """
     parts = []
     while len(rows):

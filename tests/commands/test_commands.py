@@ -62,7 +62,7 @@ DIGITS = "--config=configs/digits.py"
         (["train", DIGITS, "--gates.r=0.8"], "unknown flag --gates.r; did you mean --config.gates.r?"),
         (["benchmark", "--arch=resnet20", "--budget=x"], "--budget takes a number; got 'x'"),
         (["benchmark", "--arch=resnet20", "--batch=1.5"], "--batch takes a whole number; got '1.5'"),
-        (["export", "--workdir=w", "--format=onnx"], "--format takes one of safetensors, stablehlo; got 'onnx'"),
+        (["export", "--workdir=w", "--format=pickle"], "--format takes one of safetensors, stablehlo, onnx; got 'pickle'"),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir="], "--workdir is missing"),
         (["evaluate", "--r=0.5", "--workdir=w"], "unknown flag --r; known: --best, --budgets"),
@@ -322,7 +322,7 @@ def test_what_get_config_returns_must_be_a_config(capsys, tmp_path):
         (["report", "--workdir=missing"], "there is no workdir"),
         (["estimate", "missing", "--budget=0.5"], "there is no workdir"),
         (["export", "missing", "--out=x.stablehlo"], "there is no workdir"),
-        (["export", "w", "--out=x.onnx"], ".safetensors (weights for PyTorch) or .stablehlo (a program that needs JAX"),
+        (["export", "w", "--out=x.tflite"], ".stablehlo (a program that needs JAX alone) or .onnx (for ONNX Runtime"),
         (
             ["export", "w", "--out=x.pt", "--format=stablehlo"],
             "ends in .stablehlo (a program that needs JAX alone)",
