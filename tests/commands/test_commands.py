@@ -62,7 +62,10 @@ DIGITS = "--config=configs/digits.py"
         (["train", DIGITS, "--gates.r=0.8"], "unknown flag --gates.r; did you mean --config.gates.r?"),
         (["benchmark", "--arch=resnet20", "--budget=x"], "--budget takes a number; got 'x'"),
         (["benchmark", "--arch=resnet20", "--batch=1.5"], "--batch takes a whole number; got '1.5'"),
-        (["export", "--workdir=w", "--format=pickle"], "--format takes one of safetensors, stablehlo, onnx; got 'pickle'"),
+        (
+            ["export", "--workdir=w", "--format=pickle"],
+            "--format takes one of safetensors, stablehlo, onnx; got 'pickle'",
+        ),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir="], "--workdir is missing"),
         (["evaluate", "--r=0.5", "--workdir=w"], "unknown flag --r; known: --best, --budgets"),

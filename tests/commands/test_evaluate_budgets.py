@@ -21,7 +21,7 @@ from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.commands.command import parse_numbers
 from ftwt_jax.commands.estimate import SWEEP
 from ftwt_jax.training.run import open_run
-from ftwt_jax.training.settings import GATED, STAGES
+from ftwt_jax.training.settings import BASELINE, GATED
 from tests.budget.test_keeper import NEAR, SMALL, assert_measured
 from tests.conftest import config_of, fails, random_like
 
@@ -44,7 +44,7 @@ def trained(tmp_path_factory) -> pathlib.Path:
     variables = random_like(run.abstract_variables(GATED))
     calibration = Calibration(run)
     variables = calibration.statistics.renewed(variables, calibration.batches)
-    for stage in STAGES:
+    for stage in (BASELINE, GATED):
         wanted = flatten_dict(run.abstract_variables(stage))
         network = unflatten_dict({path: flatten_dict(variables)[path] for path in wanted})
         with contextlib.closing(run.checkpoints(stage, create=True)) as checkpoints:
