@@ -23,6 +23,7 @@ from ftwt_jax.report.images import find_extremes, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
+from ftwt_jax.report.subnets import subnet_plots
 from ftwt_jax.training.run import load_run
 from ftwt_jax.training.settings import GATED
 from ftwt_jax.workdir import REPORT, as_dict
@@ -123,6 +124,7 @@ def _section(run: RecordedRun, seen: Seen) -> Section:
         corruptions=figures.corruption_plot(run) if run.corruptions else None,
         confusion=confusion_plot(run),
         classes=class_figures(run),
+        subnets=subnet_plots(run),
         train_command=train_command(run),
         evaluate_commands=evaluate_commands(run),
         config=json.dumps(as_dict(run.config), indent=2),

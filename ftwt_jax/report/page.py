@@ -56,6 +56,7 @@ class Section:
     corruptions: Plot | None
     confusion: Plot | None
     classes: Sequence[ClassFigures]
+    subnets: Sequence[Plot]
     train_command: str | None
     evaluate_commands: Sequence[str]
     config: str
@@ -69,7 +70,7 @@ class Section:
     def plots(self) -> list[Plot]:
         """The plots of this run alone."""
         single = [plot for plot in (self.seen.macs, self.corruptions, self.confusion) if plot is not None]
-        return [*single, *self.seen.co_activation, *self.training]
+        return [*single, *self.subnets, *self.seen.co_activation, *self.training]
 
 
 def embed(plot: Plot) -> str:

@@ -89,7 +89,7 @@ def legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def _mark(label: str, **options: Any) -> Line2D:
+def mark(label: str, **options: Any) -> Line2D:
     return Line2D([], [], label=label, **options)
 
 
@@ -112,12 +112,12 @@ def accuracy_plot(runs: Sequence[RecordedRun]) -> Plot:
             static = [row for row in run.budgets if is_number(row.get("static_accuracy"))]
             line = _curve(static, "static_macs_reduction", "static_accuracy")
             axes.plot(*line, "--", color=color, linewidth=1, alpha=0.8, zorder=1)
-        handles.append(_mark(plain(run.label), color=color, marker=marker, linestyle="none", markersize=7))
-    kinds = [_mark("dense", color=INK, marker="s", markerfacecolor="none", linestyle="none", markersize=7)]
+        handles.append(mark(plain(run.label), color=color, marker=marker, linestyle="none", markersize=7))
+    kinds = [mark("dense", color=INK, marker="s", markerfacecolor="none", linestyle="none", markersize=7)]
     if any(run.budgets for run in runs):
-        kinds.append(_mark("other budgets, without more training", color=INK, marker="."))
+        kinds.append(mark("other budgets, without more training", color=INK, marker="."))
     if any("static_accuracy" in row for run in runs for row in run.budgets):
-        kinds.append(_mark("fixed masks", color=INK, linestyle="--", linewidth=1))
+        kinds.append(mark("fixed masks", color=INK, linestyle="--", linewidth=1))
     axes.set_xlim(left=-0.02)
     _cut_off_low(axes)
     legend(figure, [*handles, *kinds], columns=2)
@@ -191,9 +191,9 @@ def density_plots(runs: Sequence[RecordedRun]) -> list[Plot]:
                 axes.bar(places, values, color=color)
             else:
                 axes.plot(places, values, marker="o", markersize=4, color=color)
-        _name_ticks(axes, units)
+        name_ticks(axes, units)
         axes.set_ylim(0, 1)
-        handles = [_mark(plain(run.label), color=color_of(run), linewidth=4) for run in group]
+        handles = [mark(plain(run.label), color=color_of(run), linewidth=4) for run in group]
         legend(figure, handles, columns=2)
         means = "; ".join(f"{run.name}: {min(d := run.evaluation['density']):.2f} to {max(d):.2f}" for run in group)
         network = f"{group[0].config.model.name}, {len(units)} gated units"
@@ -209,7 +209,7 @@ def density_plots(runs: Sequence[RecordedRun]) -> list[Plot]:
     return plots
 
 
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
     many = len(names) > 6 or max(map(len, names)) > 8
     axes.set_xticks(
         range(len(names)),
@@ -261,7 +261,7 @@ def training_plots(run: RecordedRun) -> list[Plot]:
                 ends.append(f"{label}: {rows[-1][key]:.3f} at the end of stage {stage}")
                 drawn = True
             if drawn:
-                handles.append(_mark(label, color=color))
+                handles.append(mark(label, color=color))
         if not handles:
             continue
         axes.set_xlim(-0.02 * sum(last.values()), 1.02 * sum(last.values()))
@@ -310,9 +310,9 @@ def corruption_plot(run: RecordedRun) -> Plot:
         axes.set_xlabel("severity (0: original)" if clean else "severity")
         axes.tick_params(labelbottom=True)
     figure.supylabel("held-out accuracy", fontsize=10)
-    handles = [_mark("dense", color=INK, linestyle="--", marker=".")]
+    handles = [mark("dense", color=INK, linestyle="--", marker=".")]
     if run.gated:
-        handles.append(_mark("gated", color=color_of(run), marker="."))
+        handles.append(mark("gated", color=color_of(run), marker="."))
     legend(figure, handles, columns=2)
     worst = min(named or run.corruptions, key=lambda row: row["dense_accuracy"])
     return Plot(

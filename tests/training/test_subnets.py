@@ -46,7 +46,9 @@ def test_its_figures(trained):
     assert 0 <= found["router_accuracy"] <= 1
     for name, mask in load_file(workdir / "subnets.safetensors").items():
         if name.startswith("masks/"):
-            assert found["units"][name.removeprefix("masks/")] == mask.sum(axis=1).tolist()
+            unit = found["units"][name.removeprefix("masks/")]
+            assert unit["kept"] == mask.sum(axis=1).tolist()
+            assert unit["all"] <= min(unit["kept"]) <= max(unit["kept"]) <= unit["any"] <= unit["filters"]
 
 
 def test_it_resumes_with_the_same_subnets(trained, program, tmp_path):
@@ -119,6 +121,8 @@ def test_other_commands_take_it(trained, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert all(row["subnet"] in (0, 1, 2) for row in rows)
     assert main(["report", str(workdir), f"--out={tmp_path / 'report'}"]) == 0
+    assert {path.name for path in (tmp_path / "report").glob("run1_*.png")} >= {"run1_routes.png", "run1_shared.png"}
+    assert "A router sends each image" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_what_cannot_work_is_refused(trained, tiny_run, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """What `evaluate` says of subnets: accuracy, work and images of each, and what other numbers of them would give."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from ftwt_jax.budget.subnets import look_at_subnets, one_subnet
 from ftwt_jax.subnets.network import SubnetNetwork
+from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 
@@ -24,7 +26,8 @@ def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] |
       one_accuracy, one_macs_reduction: of a single subnet for all images, not trained further.
       subnets: for each, images, accuracy (null without images), macs_reduction without the router, and the number of
         images of each class.
-      shared: share of the filters of all subnets that all of them keep, and `filters` that any of them keeps.
+      shared: of the filters that any subnet keeps, the share that all of them keep.
+      units: for each layer, `filters` in the dense network, `kept` by each subnet, and by `all` and by `any` of them.
     """
     if not run.has(SUBNETS):
         return None
@@ -37,7 +40,7 @@ def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] |
     source = run.trained(GATED if subnets.source == "heads" else BASELINE)
     one = one_subnet(run, variables, source, r, found.macs_reduction)
     looked = look_at_subnets(run, variables, source, r)
-    kept = [mask for mask in subnets.masks.values()]
+    kept = list(subnets.masks.values())
     rows = [
         {
             "images": images,
@@ -59,11 +62,25 @@ def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] |
         "one_macs_reduction": one["macs_reduction"],
         "source": subnets.source,
         "shared": float(sum(mask.all(axis=0).sum() for mask in kept) / sum(mask.any(axis=0).sum() for mask in kept)),
-        "units": {name: [int(row.sum()) for row in mask] for name, mask in subnets.masks.items()},
+        "units": {
+            name: {
+                "filters": mask.shape[1],
+                "kept": [int(row.sum()) for row in mask],
+                "all": int(mask.all(axis=0).sum()),
+                "any": int(mask.any(axis=0).sum()),
+            }
+            for name, mask in _in_order(found, subnets.masks)
+        },
         "subnets": rows,
         "class_accuracy": found.class_accuracy,
         "confusion": found.confusion,
     }
+
+
+def _in_order(found: Evaluation, masks: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """The masks of layers, in the order in which the network runs them."""
+    names = dict.fromkeys(work.layer.name for work in found.layers)
+    return [(name, masks[name]) for name in names if name in masks]
 
 
 def subnet_table(result: dict[str, Any], class_names: list[str]) -> Table:
