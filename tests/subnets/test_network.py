@@ -17,7 +17,7 @@ IMAGES = random_images(32, side=16)
 def routed(request, quick_compilation):
     """A network with three subnets, variables whose router uses them all, and its outputs."""
     model, variables = make(request.param)
-    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3)
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3, multiple=1)
     network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
     made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
     router = random_like(jax.eval_shape(lambda: {kind: made[kind]["router"] for kind in made}), seed=3)
@@ -61,7 +61,7 @@ def test_compact_execution_is_the_masked_network(routed, batch):
 
 def test_nothing_is_compiled_in_steady_state(quick_compilation):
     model, variables = make("vgg")
-    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3)
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 3, 0.3, multiple=1)
     network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(3, (16, 16, 3), subnets.dense_macs))
     made = ftwt.init_subnets(network, variables, IMAGES[:1], KEY)
     compact = ftwt.compact(network, made)
