@@ -56,6 +56,27 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def folder_written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder to write into; it becomes `folder` if all goes well, else it is removed.
+
+    Raises:
+      UserError: the operating system refuses, as when the disk is full.
+    """
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {os_reason(error)}") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def local_copy(path: AnyPath) -> Iterator[pathlib.Path]:
     """A file of the file system with the contents of `path`: itself, unless it is in a bucket."""
     if isinstance(path, pathlib.Path):

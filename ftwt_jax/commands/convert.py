@@ -5,7 +5,6 @@ import dataclasses
 import pathlib
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from ftwt_jax.commands.command import Arguments, Command, parse_numbers
 from ftwt_jax.data import absolute_paths, load_dataset
 from ftwt_jax.data.build import IMAGENET_MEAN, IMAGENET_STD, for_channels
 from ftwt_jax.data.source import Dataset
-from ftwt_jax.errors import UserError, one_line, os_reason
-from ftwt_jax.files import AnyPath, as_text, list_folder, remove_folder
+from ftwt_jax.errors import UserError, one_line
+from ftwt_jax.files import AnyPath, as_text, folder_written_whole, list_folder, remove_folder
 from ftwt_jax.gating.gates import HEAD_NAME, GateConfig, current_fields
 from ftwt_jax.models import options_of
 from ftwt_jax.models.mobilenet import MobileNetV1
@@ -304,21 +303,12 @@ def _appearing(folder: AnyPath) -> Iterator[AnyPath]:
             remove_folder(folder)
             raise
         return
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        yield partial
-        partial.chmod(0o755)
-        partial.replace(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {os_reason(error)}") from None
-    except UserError as error:
-        # The name of the unfinished folder would tell the user nothing.
-        raise UserError(str(error).replace(str(partial), str(folder))) from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+    with folder_written_whole(folder) as partial:
+        try:
+            yield partial
+        except UserError as error:
+            # The name of the unfinished folder would tell the user nothing.
+            raise UserError(str(error).replace(str(partial), str(folder))) from None
 
 
 def _write(

@@ -5,14 +5,14 @@ import os
 import pathlib
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
 
 from rich.console import Console
 
 from ftwt_jax.data.annotations import read_classes
 from ftwt_jax.data.class_folders import Classes, LeftOut, find_classes, first_of, natural_key, with_images
-from ftwt_jax.errors import UserError, os_reason, printable
+from ftwt_jax.errors import UserError, printable
+from ftwt_jax.files import folder_written_whole
 from ftwt_jax.printing import say
 
 # What is added to the folder's name for the sorted one.
@@ -115,20 +115,11 @@ def _find(root: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
 
 def _write(target: pathlib.Path, found: Mapping[str, str]) -> int:
     """Makes the folder, whole or not at all; returns how many images had to be copied."""
-    copied, partial = 0, None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    copied = 0
+    with folder_written_whole(target) as partial:
         for image, name in found.items():
             (partial / name).mkdir(exist_ok=True)
             copied += _link(image, partial / name / os.path.basename(image))
-        partial.chmod(0o755)
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {os_reason(error)}") from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return copied
 
 

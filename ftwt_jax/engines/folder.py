@@ -1,14 +1,12 @@
 """A folder of a router and the subnets between which it chooses, which `launch/run_onnx.py` runs."""
 
-import contextlib
 import json
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ftwt_jax.errors import UserError, os_reason
+from ftwt_jax.errors import UserError
+from ftwt_jax.files import folder_written_whole
 from ftwt_jax.version import __version__
 
 MANIFEST = "manifest.json"
@@ -46,27 +44,10 @@ def write_folder(folder: pathlib.Path, files: Mapping[str, bytes], description: 
         "router": router,
         "subnets": [{"file": file, "macs": int(count)} for file, count in zip(subnets, macs, strict=True)],
     }
-    with _folder_whole(folder) as temporary:
+    if folder.exists():
+        raise UserError(f"{folder} already exists: name another folder, or remove it")
+    with folder_written_whole(folder) as temporary:
         for file, contents in files.items():
             (temporary / file).write_bytes(contents)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
-
-
-@contextlib.contextmanager
-def _folder_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder to write into, which becomes `folder` if all goes well and goes away otherwise."""
-    if folder.exists():
-        raise UserError(f"{folder} already exists: name another folder, or remove it")
-    temporary = None
-    try:
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-        temporary = None
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {os_reason(error)}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
