@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from ftwt_jax.engines.layers import mean_of, scaled, with_bias
-from ftwt_jax.engines.nodes import Tensor
+from ftwt_jax.engines.nodes import NoOperatorError, Tensor
 from ftwt_jax.engines.tracing import Translation, Value, rule
 
 _UNARY = {
     **{"exp": "Exp", "log": "Log", "tanh": "Tanh", "sqrt": "Sqrt", "neg": "Neg", "abs": "Abs", "sign": "Sign"},
     **{"floor": "Floor", "ceil": "Ceil", "logistic": "Sigmoid", "erf": "Erf", "sin": "Sin", "cos": "Cos"},
 }
-_BINARY = {"pow": "Pow", "rem": "Mod", "xor": "Xor", "or": "Or", "and": "And", "eq": "Equal"}
+_BINARY = {"pow": "Pow", "xor": "Xor", "or": "Or", "and": "And", "eq": "Equal"}
 _COMPARED = {"gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual"}
 
 
@@ -26,7 +26,7 @@ def _unary(t: Translation, equation: Any, x: Tensor) -> Tensor:
 def _binary(t: Translation, equation: Any, a: Value, b: Value) -> Tensor:
     name = equation.primitive.name
     if name in ("or", "and", "xor") and equation.outvars[0].aval.dtype != bool:
-        raise NotImplementedError("it works on bits")
+        raise NoOperatorError("it works on bits")
     return t.elementwise({**_BINARY, **_COMPARED}[name], equation, a, b)
 
 
@@ -38,7 +38,7 @@ def _unequal(t: Translation, equation: Any, a: Value, b: Value) -> Tensor:
 @rule("not")
 def _not(t: Translation, equation: Any, x: Tensor) -> Tensor:
     if x.dtype != bool:
-        raise NotImplementedError("it works on bits")
+        raise NoOperatorError("it works on bits")
     return t.unary(x, "Not")
 
 
@@ -102,12 +102,10 @@ def _multiply(t: Translation, equation: Any, a: Value, b: Value) -> Tensor:
     if not isinstance(other, Tensor):
         with np.errstate(divide="ignore"):
             mean = mean_of(t, x, 1 / np.asarray(other)) if x.dtype == np.float32 else None
-        name = scaled(t, x, other)
         if mean is not None:
             return mean
-        if name is not None:
-            return dataclasses.replace(x, name=name)
-        return t.elementwise("Mul", equation, a, b)
+        name = scaled(t, x, other)
+        return t.elementwise("Mul", equation, a, b) if name is None else dataclasses.replace(x, name=name)
     for one, factor in ((x, other), (other, x)):
         # x * rsqrt(v)
         root = t.graph.maker(factor.name, "Reciprocal")
@@ -196,7 +194,7 @@ def _number(value: Value) -> float | None:
 @rule("select_n")
 def _select(t: Translation, equation: Any, which: Value, *cases: Value) -> Value:
     if len(cases) != 2:
-        raise NotImplementedError("it has more than two cases")
+        raise NoOperatorError("it has more than two cases")
     if not isinstance(which, Tensor):
         if which.size and np.all(which == which.flat[0]):
             return cases[int(which.flat[0])]

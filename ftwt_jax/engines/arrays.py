@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ftwt_jax.engines.layers import weight
-from ftwt_jax.engines.nodes import Tensor, natural_order
+from ftwt_jax.engines.nodes import NoOperatorError, Tensor, natural_order
 from ftwt_jax.engines.tracing import Translation, Value, rule, sizes
 
 
@@ -70,7 +70,7 @@ def _stack(t: Translation, equation: Any, *values: Value) -> Tensor:
     shape = sizes(equation.outvars[0].aval.shape)
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     if not all(isinstance(value, Tensor) for value in values):
-        raise NotImplementedError("a part of it does not depend on the images")
+        raise NoOperatorError("a part of it does not depend on the images")
     parts = [t.graph.full(t.graph.reshaped(value, one)) for value in values if isinstance(value, Tensor)]
     names = [t.graph.stored_as(part, parts[0].order).name for part in parts]
     order = parts[0].order
@@ -93,7 +93,7 @@ def _unstack(t: Translation, equation: Any, x: Tensor) -> list[Value]:
 def _pad(t: Translation, equation: Any, x: Value, value: Value) -> Tensor:
     config = equation.params["padding_config"]
     if any(inner for *_, inner in config) or isinstance(value, Tensor) or not isinstance(x, Tensor):
-        raise NotImplementedError("it pads between elements, or with what depends on the images")
+        raise NoOperatorError("it pads between elements, or with what depends on the images")
     shape = sizes(equation.outvars[0].aval.shape)
     x = t.graph.full(x)
     crops = [(max(0, -low), max(0, -high)) for low, high, _ in config]
@@ -145,7 +145,7 @@ def _sliced(t: Translation, x: Tensor, starts: Any, ends: Any, steps: Any) -> Te
     if not axes:
         return x
     if any(isinstance(x.shape[axis], str) for axis in axes):
-        raise NotImplementedError("it takes some of the images")
+        raise NoOperatorError("it takes some of the images")
     parts = [[which[axis] for axis in axes] for which in (starts, ends)]
     numbers = [*parts, [x.place(axis) for axis in axes], [steps[axis] for axis in axes]]
     name = t.graph.op("Slice", x.name, *(t.graph.constant(np.array(part, np.int64)) for part in numbers))
@@ -177,17 +177,17 @@ def _gather(t: Translation, equation: Any, x: Tensor, indices: Value) -> Tensor:
         at = dict(zip(numbers.start_index_map, places.tolist(), strict=True))
         return _slice_from(t, x, [at.get(axis, 0) for axis in range(len(x.shape))], lengths)
     if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map or batched:
-        raise NotImplementedError("it chooses along several axes")
+        raise NoOperatorError("it chooses along several axes")
     axis = numbers.start_index_map[0]
     shape = sizes(equation.outvars[0].aval.shape)
     whole = all(size == length for at, (size, length) in enumerate(zip(x.shape, lengths, strict=True)) if at != axis)
     places = places.reshape(places.shape[:-1])
     (gone,) = [at for at in range(len(shape)) if at not in numbers.offset_dims] or (None,)
     if not whole or places.ndim > 1 or (places.ndim and gone != axis):
-        raise NotImplementedError("it does more than to choose along an axis")
+        raise NoOperatorError("it does more than to choose along an axis")
     x = t.graph.full(x)
     if places.size and not 0 <= places.min() <= places.max() < int(x.shape[axis]):
-        raise NotImplementedError("it chooses what is not there")
+        raise NoOperatorError("it chooses what is not there")
     if places.ndim and np.array_equal(places, np.arange(int(x.shape[axis]))):
         return x
     if places.ndim:
@@ -227,7 +227,7 @@ def _add_at(t: Translation, equation: Any, x: Value, indices: Value, updates: Va
     simple = numbers.scatter_dims_to_operand_dims == numbers.inserted_window_dims == (axis,) and places.ndim == 2
     places = places.reshape(-1)
     if not simple or not isinstance(updates, Tensor) or len(set(places.tolist())) != places.size:
-        raise NotImplementedError("it adds at more than some channels, each once")
+        raise NoOperatorError("it adds at more than some channels, each once")
     size = int(shape[axis])
     if not np.array_equal(places, np.arange(size)):
         updates = t.graph.full(updates)

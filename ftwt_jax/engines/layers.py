@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ftwt_jax.engines.nodes import CHANNELS_FIRST, Graph, Size, Tensor, count
+from ftwt_jax.engines.nodes import CHANNELS_FIRST, Graph, NoOperatorError, Size, Tensor, count
 from ftwt_jax.engines.tracing import Translation, Value, rule, sizes
 
 
@@ -24,7 +24,7 @@ class Sum:
 def weight(value: Value, what: str) -> np.ndarray:
     """A value that has to be known before the images are."""
     if isinstance(value, Tensor):
-        raise NotImplementedError(f"its {what} depends on the images")
+        raise NoOperatorError(f"its {what} depends on the images")
     return value
 
 
@@ -39,9 +39,9 @@ def _convolution(t: Translation, equation: Any, x: Tensor, kernel: Value) -> Ten
     numbers = params["dimension_numbers"]
     kernel = weight(kernel, "kernel")
     if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-        raise NotImplementedError("its inputs are dilated, or its images in groups")
+        raise NoOperatorError("its inputs are dilated, or its images in groups")
     if any(pad < 0 for pads in params["padding"] for pad in pads):
-        raise NotImplementedError("its padding is negative")
+        raise NoOperatorError("its padding is negative")
     x = t.graph.full(t.graph.stored_as(x, numbers.lhs_spec))
     kernel = kernel.transpose(numbers.rhs_spec)
     name = t.graph.op(
@@ -107,7 +107,7 @@ def _product(t: Translation, equation: Any, a: Value, b: Value) -> Tensor:
         assert isinstance(b, np.ndarray)
         return _dense(t, a, b if b_sum[0] == 0 else b.T, shape)
     if len(a_sum) != 1:
-        raise NotImplementedError("it sums over several axes")
+        raise NoOperatorError("it sums over several axes")
 
     x, y = _bare(t, a, a_batch, a_sum[0], last=True), _bare(t, b, b_batch, b_sum[0], last=False)
     inner = (*x.shape[:-1], y.shape[-1])
@@ -123,7 +123,7 @@ def _bare(t: Translation, value: Value, batch: Sequence[int], summed: int, last:
     free = [axis for axis in range(len(value.shape)) if axis not in (*batch, summed)]
     gone = [axis for axis in free if value.shape[axis] == 1][: len(free) - 1] if free else []
     if len(free) - len(gone) != 1:
-        raise NotImplementedError("one of its operands is a vector, or has too many axes")
+        raise NoOperatorError("one of its operands is a vector, or has too many axes")
     kept = [axis for axis in range(len(value.shape)) if axis not in gone]
     value = t.graph.full(t.graph.reshaped(value, tuple(value.shape[axis] for axis in kept)))
     (rest,) = [axis for axis in free if axis not in gone]
@@ -154,7 +154,7 @@ def _pool(t: Translation, equation: Any, x: Tensor) -> Tensor:
     dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
     outside = [(window[a], strides[a], tuple(padding[a])) for a in (0, len(window) - 1)]
     if dilated or outside != [(1, 1, (0, 0))] * 2 or any(pad < 0 for pads in padding for pad in pads):
-        raise NotImplementedError("its windows are dilated, or reach over images or channels")
+        raise NoOperatorError("its windows are dilated, or reach over images or channels")
     first = (0, len(window) - 1, *range(1, len(window) - 1))
     x = t.graph.full(t.graph.stored_as(x, first))
     shape = sizes(equation.outvars[0].aval.shape)

@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 
+
+class NoOperatorError(Exception):
+    """ONNX has no operator, or none of ours, for what an equation does; the message says what that is."""
+
+
 # The size of an axis; text for one that is open, such as "N".
 Size = int | str
 # Images are stored channels first, as engines want them; the function itself counts its axes channels last.
@@ -177,7 +182,7 @@ class Graph:
             return x
         for held, size in zip(x.held, x.shape, strict=True):
             if held != size and isinstance(size, str):
-                raise NotImplementedError("an array is repeated for every image")
+                raise NoOperatorError("an array is repeated for every image")
         sizes = [size if isinstance(size, int) else 1 for size in (x.shape[axis] for axis in x.order)]
         name = self.op("Expand", x.name, self.constant(np.array(sizes, np.int64)))
         return dataclasses.replace(x, name=name, held=x.shape)
@@ -196,7 +201,7 @@ class Graph:
             return self.restored(x, shape, natural_order([axes[a] for a in x.order if a in axes], len(shape)), held)
         x = self.full(self.stored_as(x, range(len(x.shape))))
         if sum(isinstance(size, str) and x.shape[i : i + 1] != (size,) for i, size in enumerate(shape)) > 1:
-            raise NotImplementedError("a reshape leaves two sizes open")
+            raise NoOperatorError("a reshape leaves two sizes open")
         return Tensor(self._reshaped(x.name, x.shape, shape), shape, tuple(range(len(shape))), shape, x.dtype)
 
 
@@ -225,5 +230,5 @@ def stored_dtype(array: np.ndarray) -> np.ndarray:
 def count(sizes: Sequence[Size]) -> int:
     """The product of sizes, none of them open."""
     if any(isinstance(size, str) for size in sizes):
-        raise NotImplementedError("a number of images is part of a computation")
+        raise NoOperatorError("a number of images is part of a computation")
     return math.prod(int(size) for size in sizes)

@@ -42,16 +42,17 @@ def open_session(engine: str, model: Any, threads: int, dtype: str = "float32", 
         raise UserError(f"an engine needs 1 thread or more; got {threads}")
     package = imported(engine, f"the engine {engine}", "bench")
     source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
-    make = _open_onnxruntime if engine == "onnxruntime" else _open_openvino
     try:
-        return make(package, source, threads, dtype, alone)
+        if engine == "onnxruntime":
+            return _open_onnxruntime(package, source, threads, alone)
+        return _open_openvino(package, source, threads, dtype)
     except Exception as error:
         # Each engine has errors of its own, most of them bare RuntimeErrors.
         what = source if isinstance(source, str) else "the network"
         raise UserError(f"{engine} cannot run {what}: {one_line(error)}") from error
 
 
-def _open_onnxruntime(onnxruntime: Any, source: str | bytes, threads: int, dtype: str, alone: bool) -> Session:
+def _open_onnxruntime(onnxruntime: Any, source: str | bytes, threads: int, alone: bool) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -67,7 +68,7 @@ def _open_onnxruntime(onnxruntime: Any, source: str | bytes, threads: int, dtype
     return run
 
 
-def _open_openvino(openvino: Any, source: str | bytes, threads: int, dtype: str, alone: bool) -> Session:
+def _open_openvino(openvino: Any, source: str | bytes, threads: int, dtype: str) -> Session:
     core = openvino.Core()
     model = core.read_model(source)
     settings = {

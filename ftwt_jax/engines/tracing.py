@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from ftwt_jax.engines.nodes import Graph, Size, Tensor, stored_dtype
+from ftwt_jax.engines.nodes import Graph, NoOperatorError, Size, Tensor, stored_dtype
 from ftwt_jax.errors import UserError, one_line
 
 # The name of the open axis.
@@ -69,7 +69,7 @@ def _closed(value: Any) -> Any:
     if not export.is_symbolic_dim(value):
         return value
     if str(value) != OPEN:
-        raise NotImplementedError("a constant has a size that depends on the number of images")
+        raise NoOperatorError("a constant has a size that depends on the number of images")
     return 1
 
 
@@ -99,7 +99,7 @@ class Translation:
             self.graph.label = layer
             try:
                 made = self._equation(equation, [read(atom) for atom in equation.invars], used, layer)
-            except NotImplementedError as error:
+            except (NoOperatorError, NotImplementedError) as error:  # The latter is JAX's.
                 what = f" of {layer}" if layer else ""
                 reason = f": {one_line(error)}" if str(error) else ""
                 name = equation.primitive.name
@@ -125,7 +125,7 @@ class Translation:
         if not any(isinstance(value, Tensor) for value in values):
             return self._computed(equation, values)
         if name not in RULES:
-            raise NotImplementedError("no ONNX operator is known for it")
+            raise NoOperatorError("no ONNX operator is known for it")
         made = RULES[name](self, equation, *values)
         return made if isinstance(made, list) else [made]
 
@@ -188,7 +188,7 @@ class Translation:
             moved = self.graph.full(self.graph.stored_as(value, range(len(shape))))
             return dataclasses.replace(moved, name=self.graph.op("Identity", moved.name))
         if any(isinstance(size, str) for size in shape):
-            raise NotImplementedError("a branch returns what does not depend on the images")
+            raise NoOperatorError("a branch returns what does not depend on the images")
         array = stored_dtype(np.broadcast_to(value, aval.shape))
         name = self.graph.op("Identity", self.graph.constant(array))
         return Tensor(name, shape, tuple(range(len(shape))), shape, array.dtype)
