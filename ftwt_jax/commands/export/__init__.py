@@ -5,11 +5,21 @@ import pathlib
 from absl import flags
 from rich.console import Console
 
-from ftwt_jax.commands.command import WORKDIR, Arguments, Command, define_best, define_data, define_workdir
+from ftwt_jax.commands.command import (
+    WORKDIR,
+    Arguments,
+    Command,
+    define_best,
+    define_data,
+    define_workdir,
+    file_to_write,
+)
 from ftwt_jax.commands.export import graph
+from ftwt_jax.commands.export.network import choose_network
 from ftwt_jax.commands.export.program import SUFFIX, export_program
 from ftwt_jax.commands.export.subnets import export_subnets
 from ftwt_jax.commands.export.weights import export_weights
+from ftwt_jax.engines.packages import imported
 from ftwt_jax.errors import UserError
 from ftwt_jax.weights.files import SAFETENSORS
 
@@ -71,9 +81,12 @@ def run(arguments: Arguments, console: Console) -> None:
     if kind != "safetensors":
         if values.layout is not None:
             raise UserError("--layout names tensors, and a program shows none: leave it out")
-        options = values.compact, values.baseline, values.best, values.budget, values.data
+        target = file_to_write(out, new=True)
+        if kind == "onnx":
+            imported("onnx", "--format=onnx", "onnx")  # Before anything is loaded.
         write = export_program if kind == "stablehlo" else graph.export_graph
-        write(folder, out, console, *options)
+        options = values.compact, values.baseline, values.best, values.budget, values.data
+        write(choose_network(folder, *options), target, console)
         return
     for flag in ("budget", "compact", "data"):
         if values[flag].value:

@@ -1,6 +1,5 @@
 """`export` to .stablehlo: a network as one file that runs wherever JAX does, without this package."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -10,15 +9,12 @@ from jaxtyping import Array
 from rich.console import Console
 
 from ftwt_jax.benchmark.inference import time_in_turns
-from ftwt_jax.budget.trained import CALIBRATION, first_images, gated_variables
-from ftwt_jax.commands.command import file_to_write
+from ftwt_jax.commands.export.network import Chosen
 from ftwt_jax.data.pipeline import eval_batches
-from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath, written_whole
-from ftwt_jax.inference.compact import CompactNetwork, compact, fold
+from ftwt_jax.inference.compact import CompactNetwork
 from ftwt_jax.printing import say
-from ftwt_jax.training.run import Run, load_run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.run import Run
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -26,94 +22,25 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _TIMED = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A network of a workdir that runs by itself.
-
-    Attributes:
-      network: of images that `run.normalize` has prepared.
-      masked: the same with nothing left out.
-      kind: "dense", "gated, masked", or "compact".
-    """
-
-    run: Run
-    network: Any
-    masked: CompactNetwork
-    kind: str
-
-
-def choose_network(
-    folder: str,
-    compacted: bool = False,
-    baseline: bool = False,
-    best: bool = False,
-    budget: float | None = None,
-    data: str | None = None,
-) -> Chosen:
-    """The network of a workdir that flags ask for, which `export_program` explains.
-
-    Raises:
-      UserError: there is no such network, or the flags do not go together.
-    """
-    if compacted and baseline:
-        raise UserError("--compact belongs to a gated network, and --baseline exports the dense one")
-    if budget is not None and baseline:
-        raise UserError("--budget moves gates, and --baseline exports the dense network, which has none")
-    needs_images = compacted or budget is not None
-    if data is not None and not needs_images:
-        raise UserError("--data names images to calibrate on, which only --compact and --budget do: leave it out")
-    run = load_run(folder, data, images=needs_images)
-    dense = baseline or not run.has(GATED)
-    if dense and needs_images:
-        raise UserError(f"{run.workdir} holds no gated network yet, and --compact and --budget belong to one")
-    if dense:
-        network = fold(run.models[BASELINE], run.trained(BASELINE, best))
-        return Chosen(run, network, network, "dense")
-    variables = gated_variables(run, best, budget)
-    masked = fold(run.models[GATED], variables)
-    if not compacted:
-        return Chosen(run, masked, masked, "gated, masked")
-    calibration = first_images(run, run.dataset.train, CALIBRATION)
-    return Chosen(run, compact(run.models[GATED], variables, calibration, portable=True), masked, "compact")
-
-
-def export_program(
-    folder: str,
-    out: str,
-    console: Console,
-    compacted: bool = False,
-    baseline: bool = False,
-    best: bool = False,
-    budget: float | None = None,
-    data: str | None = None,
-) -> AnyPath:
+def export_program(chosen: Chosen, target: AnyPath, console: Console) -> None:
     """Writes a workdir's network as StableHLO with its weights, for cpu, cuda and tpu.
 
     The program takes images uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns
-    logits float32 [N, classes]. N is open, or 1 if `compacted`. A compact program is timed against the masked one.
-
-    Args:
-      compacted: leave out filters as `compact` does, calibrated on training images, for one image at a time.
-      baseline: the dense baseline even where there is a gated network.
-      budget: MACs reduction to bring the gates to; None: as they were trained.
-      data: name of a data set to calibrate on, in place of the config's; only `compacted` and `budget` need images.
+    logits float32 [N, classes]. N is open, or 1 if filters are left out; that program is timed against the masked one.
 
     Raises:
-      UserError: there is no such network, or the file already exists or cannot be written.
+      UserError: the file cannot be written.
     """
-    target = file_to_write(out, new=True)
-    chosen = choose_network(folder, compacted, baseline, best, budget, data)
     run, network = chosen.run, chosen.network
     network(run.example_images)
-    written = _program(run, network, compacted)
+    written = _program(run, network, chosen.compacted)
     with written_whole(target) as temporary:
         temporary.write_bytes(written)
-    kind = "compact, one image at a time" if compacted else chosen.kind
+    kind = "compact, one image at a time" if chosen.compacted else chosen.kind
     say(console, f"{run.config.model.name}, {kind}, for {', '.join(PLATFORMS)}: written to {target}")
-    if compacted:
+    if chosen.compacted:
         chosen.masked(run.example_images)
         say(console, _compared(written, _program(run, chosen.masked, single=True), run))
-    return target
 
 
 def _program(run: Run, network: CompactNetwork, single: bool) -> bytearray:

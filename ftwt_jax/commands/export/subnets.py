@@ -9,6 +9,7 @@ from jax import export
 from jaxtyping import Array
 from rich.console import Console
 
+from ftwt_jax.budget.subnets import subnet_network
 from ftwt_jax.commands.export.program import PLATFORMS
 from ftwt_jax.engines.folder import write_folder
 from ftwt_jax.engines.graph import onnx_model
@@ -17,7 +18,6 @@ from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath, in_bucket
 from ftwt_jax.inference.subnets import CompactSubnets
 from ftwt_jax.printing import say
-from ftwt_jax.subnets.network import SubnetNetwork
 from ftwt_jax.training.run import load_run
 from ftwt_jax.training.settings import SUBNETS
 from ftwt_jax.workdir import absolute
@@ -47,8 +47,7 @@ def export_subnets(folder: str, out: str, kind: str, console: Console, best: boo
     run = load_run(folder, images=False)
     if not run.has(SUBNETS):
         raise UserError(f"{run.workdir} holds no subnets, which --out=FOLDER is for: name a file with --out")
-    model = run.models[SUBNETS]
-    assert isinstance(model, SubnetNetwork)
+    model = subnet_network(run)
     if model.router is None:
         raise UserError("a single subnet has no router, and --out=FOLDER is for several: train more of them")
     network = CompactSubnets(model, run.trained(SUBNETS, best))
