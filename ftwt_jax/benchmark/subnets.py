@@ -13,7 +13,7 @@ from ftwt_jax.budget.trained import Subject
 from ftwt_jax.engines import sessions
 from ftwt_jax.engines.graph import onnx_model
 from ftwt_jax.errors import UserError
-from ftwt_jax.inference.subnets import CompactSubnets, cut_rows, part_sizes
+from ftwt_jax.inference.subnets import CompactSubnets, cut_by_choice, merged
 from ftwt_jax.subnets.find import find_subnets
 from ftwt_jax.subnets.network import SubnetNetwork, init_subnets, make_router
 
@@ -44,7 +44,6 @@ def subnet_rows(
     if network.router is None:
         raise UserError("--engines times a router and its subnets, and this network has a single one")
     compact, shape = CompactSubnets(network, variables), image_of(subject)
-    compact.logits(subject.held_out[:1])
     biggest = int(np.argmax(compact.macs))
     choice = np.concatenate([np.argmax(compact.route(image[None]), axis=-1) for image in subject.held_out])
     runs: dict[tuple[str, str], Run] = {}
@@ -76,10 +75,5 @@ def _routed(router: Run, subnets: Sequence[Callable[[np.ndarray], np.ndarray]], 
     choice = router(images).argmax(axis=-1)
     if len(images) == 1:
         return subnets[choice[0]](images)
-    found: Any = None
-    for subnet in np.unique(choice):
-        for rows, size in cut_rows(np.flatnonzero(choice == subnet), part_sizes(len(images))):
-            logits = subnets[subnet](images[np.resize(rows, size)])
-            found = np.empty((len(images), *logits.shape[1:]), logits.dtype) if found is None else found
-            found[rows] = logits[: len(rows)]
-    return found
+    parts = cut_by_choice(choice)
+    return merged(parts, [subnets[subnet](images[padded]) for subnet, _, padded in parts])

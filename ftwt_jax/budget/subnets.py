@@ -41,7 +41,7 @@ class SubnetFinder:
     """
 
     def __init__(self, run: Run, variables: Any, r: float, source: str):
-        self.run, self._variables, self._r, self.source = run, variables, r, source
+        self.run, self._variables, self.r, self.source = run, variables, r, source
         self._model = run.models[GATED]
         self.ties: Ties = find_ties(self._model, variables, run.example_images)
         whole = replicated(run.mesh)
@@ -58,7 +58,7 @@ class SubnetFinder:
 
     def _each(self, program: Any, batches: Iterable[Any], *more: Any) -> np.ndarray:
         """What a program makes of all images of these batches, in their order."""
-        run, r = self.run, self.run.replicated(np.float32(self._r))
+        run, r = self.run, self.run.replicated(np.float32(self.r))
 
         def step(batch: dict[str, Any]) -> Any:
             return program(self._variables, put_batch(batch["image"], run.mesh), r, *more)
@@ -74,19 +74,26 @@ class SubnetFinder:
         train, size = run.dataset.train, run.eval_batch_size
         grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
         wanted = self._each(self._look, eval_batches(run.dataset, grouped, size))[: len(grouped)]
-        router = make_router(count, run.dataset.image_shape, self.ties.dense_macs)
-        extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
-        seed = run.config.seed
+        shape, seed = run.dataset.image_shape, run.config.seed
+        extra = router_macs(make_router(count, shape, self.ties.dense_macs), shape)
         subnets = cut(wanted, self.ties, count, budget, self.source, multiple=multiple, seed=seed, extra_macs=extra)
-        labels = self.labels(subnets, eval_batches(run.dataset, train, size))[: len(train)]
+        if count == 1:
+            labels = np.zeros(len(train), np.int32)
+        else:
+            labels = self.labels(subnets, eval_batches(run.dataset, train, size))[: len(train)]
         return dataclasses.replace(subnets, assignment=labels)
 
     def labels(self, subnets: Subnets, batches: Iterable[Any]) -> np.ndarray:
         """The subnet that each image of these batches belongs to, int32, by the filters that it wants."""
-        if subnets.count == 1:
-            return np.concatenate([np.zeros(self.run.eval_batch_size, np.int32) for _ in batches])
         groups = self.run.replicated((subnets.centers, subnets.weights))
         return self._each(self._label, batches, groups).astype(np.int32)
+
+
+def subnet_network(run: Run) -> SubnetNetwork:
+    """The network of a run that has been cut into subnets."""
+    model = run.models[SUBNETS]
+    assert isinstance(model, SubnetNetwork)
+    return model
 
 
 def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: Console) -> None:
@@ -99,19 +106,14 @@ def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: C
     subnets = finder.find(budget)
     write_subnets(run.workdir, subnets)
     run.add_subnets(subnets)
+    extra = router_macs(subnet_network(run).router, run.dataset.image_shape)
     images = np.bincount(subnets.assignment, minlength=subnets.count)
     say(
         console,
         f"subnets: {subnets.count} found by {finder.source} in {time.perf_counter() - started:.1f} s, images of each "
-        f"{', '.join(f'{count:,}' for count in images)}; MACs reduction {_reduction(run, subnets):.3f} exact",
+        f"{', '.join(f'{count:,}' for count in images)}; MACs reduction "
+        f"{subnets.macs_reduction - extra / subnets.dense_macs:.3f} exact",
     )
-
-
-def _reduction(run: Run, subnets: Subnets) -> float:
-    """The MACs reduction of the training images, their router's MACs included."""
-    router = make_router(subnets.count, run.dataset.image_shape, subnets.dense_macs)
-    extra = 0.0 if router is None else router_macs(router, run.dataset.image_shape)
-    return subnets.macs_reduction - extra / subnets.dense_macs
 
 
 class SubnetKeeper(Hook):
@@ -144,19 +146,19 @@ class SubnetKeeper(Hook):
         return state.replace(batch_stats=statistics)
 
 
-def look_at_subnets(run: Run, variables: Any, source: Any, r: float) -> dict[str, float]:
+def look_at_subnets(finder: SubnetFinder, variables: Any) -> dict[str, float]:
     """How well the router knows the subnets of held-out images, and what its mistakes cost.
 
     Args:
-      source: the network that the subnets were found in.
+      finder: of the network that the subnets were found in.
+      variables: of the network with subnets.
 
     Returns:
       `router_accuracy`: share of images that the router sends to the subnet that their own filters ask for;
       `own_accuracy`: accuracy with each image in that subnet; fractions.
     """
-    model, mesh = run.models[SUBNETS], run.mesh
-    assert isinstance(model, SubnetNetwork)
-    finder = SubnetFinder(run, source, r, model.subnets.source)
+    run = finder.run
+    model, mesh = subnet_network(run), run.mesh
     own = finder.labels(model.subnets, run.test_batches())
     whole = replicated(mesh)
 
@@ -175,14 +177,18 @@ def look_at_subnets(run: Run, variables: Any, source: Any, r: float) -> dict[str
     return {"router_accuracy": float(sums[0] / sums[2]), "own_accuracy": float(sums[1] / sums[2])}
 
 
-def one_subnet(run: Run, variables: Any, source: Any, r: float, budget: float) -> dict[str, Any]:
-    """The accuracy of a single subnet for all images, with statistics of its own and without further training."""
-    known = run.models[SUBNETS]
-    assert isinstance(known, SubnetNetwork)
-    subnets = SubnetFinder(run, source, r, known.subnets.source).find(budget, count=1)
-    model = SubnetNetwork(run.models[GATED], subnets)
+def one_subnet(finder: SubnetFinder, variables: Any, budget: float) -> dict[str, Any]:
+    """The accuracy of a single subnet for all images, with statistics of its own and without further training.
+
+    Args:
+      finder, variables: as of `look_at_subnets`.
+    """
+    run = finder.run
+    model = SubnetNetwork(run.models[GATED], finder.find(budget, count=1))
     calibration = Calibration(run)
     network, _ = split_variables(variables)
     renewed = BatchStatistics(model, run.normalize, run.mesh, run.preemption).renewed(network, calibration.batches)
-    found = Evaluator(model, run.normalize, run.mesh, preemption=run.preemption).run(renewed, run.test_batches(), r)
+    found = Evaluator(model, run.normalize, run.mesh, preemption=run.preemption).run(
+        renewed, run.test_batches(), finder.r
+    )
     return {"accuracy": found.accuracy, "macs_reduction": found.macs_reduction}

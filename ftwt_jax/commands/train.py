@@ -12,13 +12,13 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.estimate import check_budgets, choose_r
 from ftwt_jax.budget.keeper import BudgetKeeper
-from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets
+from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets, subnet_network
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.variables import init_from_dense
 from ftwt_jax.printing import say
-from ftwt_jax.subnets.network import SubnetNetwork, init_subnets
+from ftwt_jax.subnets.network import init_subnets
 from ftwt_jax.training.loop import Hook, Variables, train_stage
 from ftwt_jax.training.run import Adopted, Run, open_run
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES, SUBNETS
@@ -159,6 +159,4 @@ def _init_gated(run: Run, baseline: Variables) -> Variables:
 
 def _init_subnets(run: Run, network: Variables) -> Variables:
     """The variables of the network that was cut, with a fresh router."""
-    model = run.models[SUBNETS]
-    assert isinstance(model, SubnetNetwork)
-    return init_subnets(model, network, run.example_images, run.key(SUBNETS))
+    return init_subnets(subnet_network(run), network, run.example_images, run.key(SUBNETS))

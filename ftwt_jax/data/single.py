@@ -35,7 +35,7 @@ class FileBatch(NamedTuple):
 
     Attributes:
       images: uint8 [B, H, W, channels]; zeros where there is none, and behind the last.
-      errors: for each file why there is no image of it; empty where there is.
+      errors: for each file, why it could not be read; empty if it was.
     """
 
     images: np.ndarray

@@ -233,13 +233,11 @@ class GatedUnit(_Convolved, nn.Module):
             )
             logits = logits if control.offset is None else logits + control.offset
         mask = control.subnet_mask("/".join(self.path))
-        if mask is not None:
-            pass
-        elif control.masks == "heads" and logits is not None:
+        if control.masks == "heads" and logits is not None:
             mask = logits > 0
         elif control.masks == "targets" and target is not None:
             mask = target
-        else:
+        elif mask is None:
             mask = jnp.ones((y.shape[0], self.features), bool)
         return GateOutput(logits, mask, target)
 

@@ -18,6 +18,8 @@ from ftwt_jax.inference.packing import Weights
 from ftwt_jax.ops.compiling import compiler_options
 from ftwt_jax.subnets.network import SubnetNetwork, split_variables, train_option
 
+# A subnet, the places of images in a batch, and these again, repeated up to the size of the part.
+Part = tuple[int, np.ndarray, np.ndarray]
 # A group of images is cut into parts of a batch's size divided by one of these, so that few shapes are compiled.
 _PARTS = (1, 4, 16)
 
@@ -54,7 +56,7 @@ class CompactSubnets:
         self._route = jax.jit(self._routed, **compiled)
         self._one = jax.jit(self._single, **compiled)
         self._parts = [
-            jax.jit(lambda weights, images, subnet=subnet: self._run(subnet, weights, images), **compiled)
+            jax.jit(lambda weights, images, rows, subnet=subnet: self._run(subnet, weights, images[rows]), **compiled)
             for subnet in range(self.count)
         ]
 
@@ -81,7 +83,7 @@ class CompactSubnets:
         weights = self._packed(images)["subnets"][index]
         if isinstance(images, jax.core.Tracer):
             return self._run(index, weights, images)
-        return self._parts[index](weights, images)
+        return self._parts[index](weights, images, np.arange(len(images), dtype=np.int32))
 
     def prepare(self, images: Float[Array, "N H W channels"]) -> None:
         """Compiles what batches of this size need, whichever subnets their images choose."""
@@ -90,10 +92,9 @@ class CompactSubnets:
             self._one(weights, images)
             return
         self._route(weights["router"], images)
-        host = np.asarray(images)
         for size in part_sizes(len(images)):
             for subnet in range(self.count):
-                self._parts[subnet](weights["subnets"][subnet], host[:size])
+                self._parts[subnet](weights["subnets"][subnet], images, np.arange(size, dtype=np.int32))
 
     def _all(self, images: Any) -> tuple[Array, Array]:
         """Logits of the classes, and of the router."""
@@ -101,25 +102,23 @@ class CompactSubnets:
         weights = self._packed(images)
         if isinstance(images, jax.core.Tracer):
             routed = self._routed(weights["router"], images)
-            rows = lax.map(lambda row: self._switched(weights, row[0][None], row[1])[0], (images, _choice(routed)))
+            choice = jnp.argmax(routed, axis=-1)
+            rows = lax.map(lambda row: self._switched(weights, row[0][None], row[1])[0], (images, choice))
             return rows, routed
         if len(images) == 1:
             return self._one(weights, images)
         routed = self._route(weights["router"], images)
-        choice, host = np.asarray(_choice(jax.device_get(routed))), np.asarray(images)
-        found: Any = None
-        for subnet in np.unique(choice):
-            rows = np.flatnonzero(choice == subnet)
-            for part, size in cut_rows(rows, part_sizes(len(images))):
-                padded = np.resize(part, size)
-                logits = jax.device_get(self._parts[subnet](weights["subnets"][subnet], host[padded]))
-                found = np.zeros((len(images), *logits.shape[1:]), logits.dtype) if found is None else found
-                found[part] = logits[: len(part)]
-        return jnp.asarray(found), routed
+        parts = cut_by_choice(np.argmax(jax.device_get(routed), axis=-1))
+        # All of them are under way before the first is waited for.
+        made = [
+            self._parts[subnet](weights["subnets"][subnet], images, padded.astype(np.int32))
+            for subnet, _, padded in parts
+        ]
+        return jnp.asarray(merged(parts, jax.device_get(made))), routed
 
     def _single(self, weights: dict[str, Any], images: Array) -> tuple[Array, Array]:
         routed = self._routed(weights["router"], images)
-        return self._switched(weights, images, _choice(routed)[0]), routed
+        return self._switched(weights, images, jnp.argmax(routed, axis=-1)[0]), routed
 
     def _switched(self, weights: dict[str, Any], images: Array, choice: Int[Array, ""]) -> Array:
         branches = [
@@ -162,13 +161,27 @@ class CompactSubnets:
         return outputs.layers
 
 
-def _choice(routed: Any) -> Any:
-    return (np if isinstance(routed, np.ndarray) else jnp).argmax(routed, axis=-1)
-
-
 def part_sizes(images: int) -> list[int]:
     """The sizes of the parts that a batch is cut into, the largest first."""
     return sorted({max(images // part, 1) for part in _PARTS}, reverse=True)
+
+
+def cut_by_choice(choice: Int[np.ndarray, " N"]) -> list[Part]:
+    """The images of a batch in parts, by the subnets that they are to run in."""
+    sizes = part_sizes(len(choice))
+    return [
+        (int(subnet), rows, np.resize(rows, size))
+        for subnet in np.unique(choice)
+        for rows, size in cut_rows(np.flatnonzero(choice == subnet), sizes)
+    ]
+
+
+def merged(parts: Sequence[Part], logits: Sequence[np.ndarray]) -> np.ndarray:
+    """The logits [N, classes] of all images from those of their parts."""
+    found = np.empty((sum(len(rows) for _, rows, _ in parts), *logits[0].shape[1:]), logits[0].dtype)
+    for (_, rows, _), part in zip(parts, logits, strict=True):
+        found[rows] = part[: len(rows)]
+    return found
 
 
 def cut_rows(rows: np.ndarray, sizes: Sequence[int]) -> list[tuple[np.ndarray, int]]:

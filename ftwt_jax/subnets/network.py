@@ -49,8 +49,10 @@ class Router(nn.Module):
         return Classifier(self.count, name="classifier")(x)
 
 
-def router_macs(router: nn.Module, image_shape: Sequence[int]) -> float:
-    """Exact MACs of a router for an image [H, W, channels]."""
+def router_macs(router: nn.Module | None, image_shape: Sequence[int]) -> float:
+    """Exact MACs of a router for an image [H, W, channels]; 0 for none."""
+    if router is None:
+        return 0.0
     images = jnp.zeros((1, *image_shape))
     outputs, _ = jax.eval_shape(router.init_with_output, jax.random.key(0), images)
     return float(macs(outputs)[0])

@@ -126,11 +126,9 @@ def find_ties(model: nn.Module, variables: Any, images: Any, **options: Any) -> 
     return finder.ties()
 
 
-def call_network(
-    model: nn.Module, variables: Any, images: Array, control: GateControl, mutable: Any = False, **options: Any
-) -> Any:
+def call_network(model: nn.Module, variables: Any, images: Array, control: GateControl, **options: Any) -> Any:
     """Runs a network under a control, which is handed to its first layer together with the images."""
-    return model.apply(variables, Activations(images, control=control), mutable=mutable, **options)
+    return model.apply(variables, Activations(images, control=control), **options)
 
 
 class _Finder:

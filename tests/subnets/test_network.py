@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
+from ftwt_jax.inference.subnets import cut_by_choice, cut_rows, merged, part_sizes
 from tests.conftest import random_like
 from tests.helpers.compact import KEY, assert_close, random_images
 from tests.subnets.test_find import make
@@ -113,3 +114,15 @@ def test_masks_of_subnets_need_a_choice():
     model, variables = make("vgg")
     with pytest.raises(ftwt.UserError, match="choice="):
         model.apply(variables, IMAGES[:1], control=ftwt.GateControl(masks="subnets"))
+
+
+def test_a_batch_is_cut_by_subnet_and_put_together_again():
+    sizes = part_sizes(32)
+    assert sizes == [32, 8, 2]
+    lengths = {number: [len(rows) for rows, _ in cut_rows(np.arange(number), sizes)] for number in (1, 3, 5, 9, 17, 32)}
+    assert lengths == {1: [1], 3: [2, 1], 5: [5], 9: [8, 1], 17: [17], 32: [32]}
+    choice = np.random.default_rng(0).integers(0, 3, 32)
+    parts = cut_by_choice(choice)
+    assert all(len(padded) in sizes and set(padded) == set(rows) for _, rows, padded in parts)
+    logits = [np.stack([padded, np.full(len(padded), subnet)], axis=1) for subnet, _, padded in parts]
+    np.testing.assert_array_equal(merged(parts, logits), np.stack([np.arange(32), choice], axis=1))

@@ -7,8 +7,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ftwt_jax.budget.subnets import look_at_subnets, one_subnet
-from ftwt_jax.subnets.network import SubnetNetwork
+from ftwt_jax.budget.subnets import SubnetFinder, look_at_subnets, one_subnet, subnet_network
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
@@ -31,15 +30,14 @@ def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] |
     """
     if not run.has(SUBNETS):
         return None
-    model = run.models[SUBNETS]
-    assert isinstance(model, SubnetNetwork)
-    variables, subnets = run.trained(SUBNETS, best), model.subnets
+    variables, subnets = run.trained(SUBNETS, best), subnet_network(run).subnets
     found = run.evaluator(SUBNETS).run(variables, run.test_batches(), r)
     assert found.routes is not None
     # The network in which they were found.
     source = run.trained(GATED if subnets.source == "heads" else BASELINE)
-    one = one_subnet(run, variables, source, r, found.macs_reduction)
-    looked = look_at_subnets(run, variables, source, r)
+    finder = SubnetFinder(run, source, r, subnets.source)
+    one = one_subnet(finder, variables, found.macs_reduction)
+    looked = look_at_subnets(finder, variables)
     kept = list(subnets.masks.values())
     rows = [
         {

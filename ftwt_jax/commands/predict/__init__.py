@@ -38,7 +38,9 @@ def _define(values: flags.FlagValues) -> None:
     define_workdir(values)
     define_best(values)
     define_data(values)
-    flags.DEFINE_bool("baseline", False, "the dense baseline, not the gated network", flag_values=values)
+    flags.DEFINE_bool(
+        "baseline", False, "the dense baseline, not the network with subnets or gates", flag_values=values
+    )
     flags.DEFINE_float(
         "budget", None, "MACs reduction to bring the gates to, which takes images of the run's data", flag_values=values
     )

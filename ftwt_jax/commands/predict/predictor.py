@@ -26,7 +26,7 @@ class Predictor:
     """A run's network, ready to tell the classes of image files.
 
     Attributes:
-      stage: "gated" or "baseline".
+      stage: "subnets", "gated" or "baseline".
       network: from images as the run normalises them to `Outputs`.
     """
 
@@ -78,7 +78,7 @@ def load_predictor(
       data: name of a data set to do that on, in place of the config's.
 
     Raises:
-      UserError: there is no such network, or images are needed and are not on this machine.
+      UserError: the workdir has no such network, or it takes images that are not on this machine.
     """
     run = load_run(folder, data, images=budget is not None)
     if run.has(SUBNETS) and not baseline and budget is None:
