@@ -1,4 +1,4 @@
-"""The command `plan`: what a config's training step needs on a TPU slice that you need not have."""
+"""The command `plan`: what a config's training steps, and its subnets, need on a TPU slice that you need not have."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from rich.console import Console
 from ftwt_jax.commands.command import Arguments, Command, define_workdir
 from ftwt_jax.files import AnyPath
 from ftwt_jax.plan.compile import Step, compile_step, label, make_run_on
+from ftwt_jax.plan.inference import add_subnets, compile_inference, inference_figures
 from ftwt_jax.plan.roofline import Slice, list_slices, parse_slice
 from ftwt_jax.plan.tables import print_plan
 from ftwt_jax.printing import say
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 from ftwt_jax.workdir import PLAN, absolute, write_json
 
 
@@ -30,37 +31,54 @@ def run(arguments: Arguments, console: Console) -> None:
     values = arguments.flags
     topology = arguments.need("topology", "--topology=v5e:16x16")
     config = arguments.config("--config=configs/imagenet.py:resnet34")
-    out = absolute(values.out) if values.out else absolute(values.workdir) / PLAN if values.workdir else None
-    plan(config, topology, console, values.num_classes, out)
+    workdir = absolute(values.workdir) if values.workdir else None
+    out = absolute(values.out) if values.out else workdir / PLAN if workdir else None
+    plan(config, topology, console, values.num_classes, out, workdir)
 
 
 COMMAND = Command(_define, run, takes_config=True)
 
 
 def plan(
-    config: ConfigDict, topology: str, console: Console, num_classes: int | None = None, out: AnyPath | None = None
+    config: ConfigDict,
+    topology: str,
+    console: Console,
+    num_classes: int | None = None,
+    out: AnyPath | None = None,
+    workdir: AnyPath | None = None,
 ) -> dict[str, Any]:
-    """Compiles the gated and the dense training step for a slice; prints what they need and how fast they can be.
+    """Compiles a config's training steps for a slice; prints what they need and how fast they can be.
+
+    With `config.subnets.count`, also inference: of the dense network, and of a subnet and its router.
 
     Args:
       topology: the slice, such as v5e:16x16.
       num_classes: number of classes, for a data set that is not on this machine and whose description is unknown.
       out: file to write the figures to, as JSON.
+      workdir: the folder of a run; if there are subnets in it, these are planned for.
 
     Returns:
       The figures, as written to `out`.
 
     Raises:
-      UserError: the slice does not exist, its compiler is not installed, the config cannot work there, or a step does
-        not fit into the memory of the chips.
+      UserError: the slice does not exist, its compiler is not installed, the config cannot work there, the subnets in
+        the workdir are of another network, or a step does not fit into the memory of the chips.
     """
     tpu_slice = parse_slice(topology)
     run = make_run_on(config, tpu_slice, num_classes)
+    stages = [GATED, BASELINE] if config.gates.epochs > 0 else [BASELINE]
+    budget = None
+    if config.subnets.count:
+        budget = add_subnets(run, workdir)
+        stages.append(SUBNETS)
     steps = []
-    for name in (GATED, BASELINE) if config.gates.epochs > 0 else (BASELINE,):
+    for name in stages:
         with console.status(f"compiling the {label(name)} step for {tpu_slice.size} chips; this can take minutes"):
             steps.append(compile_step(run, name, tpu_slice))
     result = _result(config, tpu_slice, steps)
+    if config.subnets.count:
+        with console.status(f"compiling inference for {tpu_slice.size} chips; this can take minutes"):
+            result["inference"] = inference_figures(run, compile_inference(run, tpu_slice), budget, tpu_slice)
     print_plan(result, tpu_slice, console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,15 +43,15 @@ REMEDY = (
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a compiled training step needs on each chip.
+    """What a compiled step, of training or of inference, needs on each chip.
 
     Attributes:
-      name: "gated" or "baseline".
+      name: a stage of training ("baseline", "gated" or "subnets"), or a network of `inference.compile_inference`.
       arguments, outputs, temporaries, program: bytes of HBM; outputs without those that overwrite arguments.
       flops: floating point operations of convolutions and matrix products.
       traffic: bytes to and from HBM.
       accessed: bytes to and from HBM and on-chip memory.
-      parameters: number of elements of each parameter.
+      parameters: number of elements of each parameter that is trained.
     """
 
     name: str
@@ -132,10 +132,28 @@ def find_devices(tpu_slice: Slice) -> Sequence[Any]:
 def compile_step(run: Run, name: str, tpu_slice: Slice) -> Step:
     """Compiles the training step of a stage; raises `UserError` if it does not fit into the memory of a chip."""
     stage = make_stage(run, name)
+    lowered = stage.step.lower(stage.state, stage.batch, stage.control)
+    parameters = frozenset(leaf.size for leaf in jax.tree.leaves(stage.state.params))
+    return compile_lowered(lowered, name, f"the {label(name)} step", REMEDY, tpu_slice, parameters)
+
+
+def compile_lowered(
+    lowered: Any, name: str, what: str, remedy: str, tpu_slice: Slice, parameters: frozenset[int] = frozenset()
+) -> Step:
+    """Compiles a step that was lowered for the chips of a slice.
+
+    Args:
+      lowered: what `jax.jit(…).lower(…)` returns.
+      name, parameters: see `Step`.
+      what, remedy: of the message where it does not fit: what that is, and what would help.
+
+    Raises:
+      UserError: it does not fit into the memory of a chip, or the compiler refuses it.
+    """
     try:
-        compiled = stage.step.lower(stage.state, stage.batch, stage.control).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _explain_refusal(error, name, tpu_slice) from None
+        raise _explain_refusal(error, what, remedy, tpu_slice) from None
     memory = compiled.memory_analysis()
     text = hlo.parse(compiled.as_text())
     found = Step(
@@ -148,27 +166,27 @@ def compile_step(run: Run, name: str, tpu_slice: Slice) -> Step:
         traffic=count_traffic(text),
         accessed=count_traffic(text, on_chip=True),
         collectives=find_collectives(text),
-        parameters=frozenset(leaf.size for leaf in jax.tree.leaves(stage.state.params)),
+        parameters=parameters,
     )
     if found.memory > tpu_slice.chip.memory:
-        raise _too_large(name, tpu_slice, found.memory, tpu_slice.chip.memory)
+        raise _too_large(what, remedy, tpu_slice, found.memory, tpu_slice.chip.memory)
     return found
 
 
-def _explain_refusal(error: Exception, name: str, tpu_slice: Slice) -> UserError:
+def _explain_refusal(error: Exception, what: str, remedy: str, tpu_slice: Slice) -> UserError:
     """The error to raise when the compiler refuses a program."""
     text = one_line(error)
     # RESOURCE_EXHAUSTED: ... Used 17.21G of 15.75G hbm. Exceeded hbm capacity by 1.46G.
     sizes = [float(number) * _UNITS[unit] for number, unit in re.findall(r"\b([\d.]+)([KMGT])i?B?\b", text)]
     if "RESOURCE_EXHAUSTED" in text and len(sizes) > 1:
-        return _too_large(name, tpu_slice, sizes[0], sizes[1])
-    return UserError(f"cannot compile the {label(name)} step for {tpu_slice}: {shortened(error, 600)}")
+        return _too_large(what, remedy, tpu_slice, sizes[0], sizes[1])
+    return UserError(f"cannot compile {what} for {tpu_slice}: {shortened(error, 600)}")
 
 
-def _too_large(name: str, tpu_slice: Slice, needed: float, available: float) -> UserError:
+def _too_large(what: str, remedy: str, tpu_slice: Slice, needed: float, available: float) -> UserError:
     return UserError(
-        f"the {label(name)} step does not fit on {tpu_slice}: it needs {needed / GIB:.2f} GiB per chip, "
-        f"and a chip has {available / GIB:.2f} GiB; {REMEDY}"
+        f"{what} does not fit on {tpu_slice}: it needs {needed / GIB:.2f} GiB per chip, "
+        f"and a chip has {available / GIB:.2f} GiB; {remedy}"
     )
 
 

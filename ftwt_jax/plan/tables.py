@@ -10,6 +10,13 @@ from ftwt_jax.plan.collectives import OTHER
 from ftwt_jax.plan.roofline import GIB, Slice
 from ftwt_jax.printing import say
 
+_NETWORKS = {
+    "dense": "dense",
+    "router": "router alone",
+    "subnet": "largest subnet alone",
+    "subnets": "subnets, router included",
+}
+
 
 def print_plan(result: dict[str, Any], tpu_slice: Slice, console: Console) -> None:
     """Prints the figures of a plan as tables, with notes on how to read them.
@@ -42,7 +49,11 @@ def print_plan(result: dict[str, Any], tpu_slice: Slice, console: Console) -> No
         size = row["topology"], str(row["chips"]), f"{row['batch_size']:,}"
         table.add_row(*size, *_times(row), f"{row['efficiency']:.1%}")
     _show(table, console)
+    if "inference" in result:
+        _print_inference(result["inference"], console)
     _print_notes(steps, tpu_slice, console)
+    if "inference" in result:
+        _print_inference_notes(result["inference"], console)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -90,6 +101,16 @@ def _print_collectives(steps: dict[str, Any], console: Console) -> None:
     _show(table, console)
 
 
+def _print_inference(found: dict[str, Any], console: Console) -> None:
+    columns = ("\nGFLOP", "HBM traffic\nGB", "lower bound\nms", "\nimages/s")
+    table = _table("Inference per chip and batch", "\nnetwork", *columns)
+    for name, row in found["networks"].items():
+        work = row["flops"] / 1e9, row["hbm_traffic_bytes"] / 1e9, row["bound_s"] * 1e3
+        table.add_row(_NETWORKS[name], *map(_figure, work), f"{row['images_per_second']:,.0f}")
+    table.add_row("saved by subnets", *(f"{share:.1%}" for share in found["saved"].values()), "")
+    _show(table, console)
+
+
 def _times(row: dict[str, Any]) -> list[str]:
     seconds = (row[name] for name in ("compute_s", "hbm_s", "interconnect_s", "step_s"))
     return [*(_figure(value * 1e3) for value in seconds), f"{row['images_per_second']:,.0f}"]
@@ -111,3 +132,18 @@ def _print_notes(steps: dict[str, Any], tpu_slice: Slice, console: Console) -> N
         for group in step["collectives"]:
             for source in group["sources"] if group["carries"] == OTHER else ():
                 say(console, f"warning: the {name} step has an unexpected {group['kind']}: {source}")
+
+
+def _print_inference_notes(found: dict[str, Any], console: Console) -> None:
+    if found["masks"] == "random":
+        assumed = ", which is assumed because config.gates.budget is not set" if found["budget_assumed"] else ""
+        masks = f"cut from random masks at a MACs reduction of {found['budget']:g}{assumed}"
+    else:
+        masks = f"those of {found['masks']} in the workdir"
+    say(
+        console,
+        f"Inference: {found['batch_per_chip']:,} images per chip, batch norm folded in. The {found['count']} subnets "
+        f"are {masks}. The largest, with the router, saves {found['macs_reduction']:.1%} of the exact MACs. All images "
+        "run in it, as one batch; gathering those of each subnet, and reading the weights of several, is not included. "
+        "Peak rates flatter subnets: their narrower layers fill less of the chip's matrix unit.",
+    )
