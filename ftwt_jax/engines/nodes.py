@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from ftwt_jax.errors import UserError
+
 
 class NoOperatorError(Exception):
     """ONNX has no operator, or none of ours, for what an equation does; the message says what that is."""
+
+
+class UnknownOperatorError(UserError):
+    """An engine has no function for an operator of a graph; the message names it."""
 
 
 # The size of an axis; text for one that is open, such as "N".

@@ -9,9 +9,11 @@ import numpy as np
 from ftwt_jax.engines.packages import imported
 from ftwt_jax.errors import UserError, one_line, unknown_name
 
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "torch")
 # What each computes in; OpenVINO's bfloat16 is fast where the processor has instructions for it.
-DTYPES = {"onnxruntime": ("float32",), "openvino": ("float32", "bfloat16")}
+DTYPES = {"onnxruntime": ("float32",), "openvino": ("float32", "bfloat16"), "torch": ("float32",)}
+# Our extras that install them.
+EXTRAS = {"onnxruntime": "bench", "openvino": "bench", "torch": "convert"}
 Session = Callable[[np.ndarray], np.ndarray]
 
 
@@ -19,7 +21,7 @@ def open_session(engine: str, model: Any, threads: int, dtype: str = "float32", 
     """An ONNX network, made ready on the CPU.
 
     Args:
-      engine: "onnxruntime" or "openvino".
+      engine: "onnxruntime", "openvino", or "torch", PyTorch run eagerly, which knows networks of `onnx_model` alone.
       model: an `onnx.ModelProto`, or the path of a file.
       threads: cores that one call uses.
       dtype: what the engine computes in, one of `DTYPES[engine]`.
@@ -32,7 +34,8 @@ def open_session(engine: str, model: Any, threads: int, dtype: str = "float32", 
       network for each N when it meets it first, which takes up to seconds. Not for several threads at once.
 
     Raises:
-      UserError: the engine is unknown or not installed, does not compute in that dtype, or refuses the network.
+      UserError: the engine is unknown or not installed, does not compute in that dtype, or refuses the network; an
+        `UnknownOperatorError` where that is for want of an operator.
     """
     if engine not in ENGINES:
         raise unknown_name("engine", engine, ENGINES)
@@ -40,12 +43,19 @@ def open_session(engine: str, model: Any, threads: int, dtype: str = "float32", 
         raise UserError(f"{engine} computes in {' or '.join(DTYPES[engine])} here; got {dtype!r}")
     if threads < 1:
         raise UserError(f"an engine needs 1 thread or more; got {threads}")
-    package = imported(engine, f"the engine {engine}", "bench")
+    package = imported(engine, f"the engine {engine}", EXTRAS[engine])
     source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
     try:
         if engine == "onnxruntime":
             return _open_onnxruntime(package, source, threads, alone)
-        return _open_openvino(package, source, threads, dtype)
+        if engine == "openvino":
+            return _open_openvino(package, source, threads, dtype)
+        imported("onnx", f"the engine {engine}", "onnx")
+        from ftwt_jax.engines.torch_session import open_torch
+
+        return open_torch(source, threads)
+    except UserError:
+        raise
     except Exception as error:
         # Each engine has errors of its own, most of them bare RuntimeErrors.
         what = source if isinstance(source, str) else "the network"

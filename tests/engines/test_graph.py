@@ -1,4 +1,4 @@
-"""Networks as ONNX graphs: how clean they are, and that two engines return what JAX does."""
+"""Networks as ONNX graphs: how clean they are, and that engines return what JAX does."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ from ftwt_jax.models import create_model
 from tests.conftest import random_like
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino", "torch")
 SMALL_VGG = {"name": "vgg_bn", "plan": (8, 16, "M", 24)}
 
 
@@ -46,7 +46,7 @@ def kinds(model) -> collections.Counter:
 
 
 def agree(function, images, shape=None, batches=(1, 3, 32), few=0.0):
-    """The model, once both engines return JAX's logits but for the share `few` of images, whose gates lie at zero."""
+    """The model, once all engines return JAX's logits but for the share `few` of images, whose gates lie at zero."""
     model = onnx_model(function, jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype), "network")
     jitted = jax.jit(function)
     for engine in ENGINES:
@@ -121,7 +121,7 @@ def test_a_compact_network_takes_the_way_back_where_filters_were_left_out():
     assert kinds(model)["If"] == 1
     shapes = [tuple(held.dims) for held in model.graph.initializer]
     assert any(len(shape) == 4 and shape[0] < 24 for shape in shapes), "no convolution became smaller"
-    # Nothing like what it has seen: both engines compute all filters.
+    # Nothing like what it has seen: all engines compute all filters.
     strange = 40 * random_images(32, (32, 32, 3), jax.random.key(9))
     agree(logits_of(network), strange, few=0.1)
 
