@@ -1,8 +1,8 @@
 """One network in several engines, side by side: what gates save where, against networks that save as much by width."""
 
+import contextlib
 import os
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,15 +13,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ftwt_jax.benchmark.inference import time_in_turns
 from ftwt_jax.benchmark.rows import Row, Run, wait
 from ftwt_jax.benchmark.subnets import subnet_rows
+from ftwt_jax.benchmark.synthetic import random_variables
 from ftwt_jax.budget.trained import Subject
 from ftwt_jax.engines import sessions
 from ftwt_jax.engines.graph import onnx_model
+from ftwt_jax.engines.nodes import UnknownOperatorError
 from ftwt_jax.engines.packages import imported
+from ftwt_jax.engines.timing import time_engines_in_turns
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.gating.macs import dense_macs, macs
+from ftwt_jax.gating.macs import dense_macs
 from ftwt_jax.inference import native
 from ftwt_jax.inference.compact import CompactNetwork, compact, fold
 from ftwt_jax.printing import four_digits, say
@@ -29,12 +31,12 @@ from ftwt_jax.printing import four_digits, say
 XLA, NATIVE = "xla", "native"
 ENGINES = (XLA, NATIVE, *sessions.ENGINES)
 BATCHES = (1, 32)
-# A network's turns, and at most so many batches in each.
-_TURNS, _MOST = 3, 16
-# Threads that an engine leaves spinning would take cores from the next one.
-_PAUSE_S = 0.3
+# Batches in each of a network's turns, at most.
+_MOST = 16
 # How near the MACs of a narrower network come to those wanted, where its widths allow.
 _NEAR = 0.02
+# Widths that are tried for that, each half as far from the one before: the last moves a layer of 4,096 by one filter.
+_WIDTHS = 12
 
 
 def check_engines(engines: Sequence[str]) -> None:
@@ -43,8 +45,8 @@ def check_engines(engines: Sequence[str]) -> None:
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ENGINES)
         if engine in sessions.ENGINES:
-            for package in ("onnx", engine):
-                imported(package, f"--engines={engine}", "bench")
+            for package, extra in ((engine, sessions.EXTRAS[engine]), ("onnx", "onnx")):
+                imported(package, f"--engines={engine}", extra)
     if NATIVE in engines and (jax.default_backend() != "cpu" or not native.available()):
         raise UserError(
             "--engines=native is for a CPU, and needs a C++ compiler: install g++ or clang++, or leave it out"
@@ -53,6 +55,7 @@ def check_engines(engines: Sequence[str]) -> None:
 
 def time_engines(
     subject: Subject,
+    reduction: float,
     engines: Sequence[str],
     console: Console,
     batches: Sequence[int] = BATCHES,
@@ -64,12 +67,14 @@ def time_engines(
     weights.
 
     Args:
+      reduction: the share of its MACs that the gated network saves on the images held out, as `benchmark` measures it.
       engines: of `ENGINES`.
       batches: numbers of images at once.
       threads: cores that an engine uses; None: all that this process may use.
 
     Returns:
-      A dict for each time: "network", "engine", "dtype", "batch", "ms" (the median of a batch), "macs" (of an image).
+      A dict for each time: "network", "engine", "dtype", "batch", "ms" (the median of a batch), "macs" (of an image);
+      none for a network with an operator that the engine torch does not know.
 
     Raises:
       UserError: as `check_engines`, or an engine cannot run a network.
@@ -78,15 +83,20 @@ def time_engines(
     threads = threads or len(os.sched_getaffinity(0))
     images = np.asarray(subject.held_out)
     say(console, f"preparing {subject.arch} for {', '.join(engines)}; this can take minutes")
-    rows = _rows(subject, engines, threads)
+    rows = _rows(subject, reduction, engines, threads)
     if subject.subnets is not None:
         rows |= subnet_rows(*subject.subnets, subject, engines, threads)
     found: list[dict[str, Any]] = []
     for batch in batches:
         enough = np.resize(images, (max(batch, len(images)), *images.shape[1:]))
         parts = [enough[at : at + batch] for at in range(0, len(enough) - batch + 1, batch)][:_MOST]
-        runs = [(name, *key, run, row.macs) for name, row in rows.items() for key, run in row.runs.items()]
-        times = _times([run for *_, run, _ in runs], parts)
+        runs = [
+            (name, *key, run, row.macs)
+            for name, row in rows.items()
+            if row.most is None or batch <= row.most
+            for key, run in row.runs.items()
+        ]
+        times = map(statistics.median, time_engines_in_turns([run for *_, run, _ in runs], parts))
         found += [
             {"network": name, "engine": engine, "dtype": dtype, "batch": batch, "ms": ms, "macs": count}
             for (name, engine, dtype, _, count), ms in zip(runs, times, strict=True)
@@ -95,31 +105,19 @@ def time_engines(
     return found
 
 
-def _times(runs: Sequence[Run], parts: Sequence[np.ndarray]) -> list[float]:
-    medians: list[list[float]] = [[] for _ in runs]
-    for _ in range(_TURNS):
-        for run, times in zip(runs, medians, strict=True):
-            time.sleep(_PAUSE_S)
-            times += time_in_turns([run], parts)
-    return [statistics.median(times) for times in medians]
-
-
-def _rows(subject: Subject, engines: Sequence[str], threads: int) -> dict[str, Row]:
+def _rows(subject: Subject, reduction: float, engines: Sequence[str], threads: int) -> dict[str, Row]:
     dense_variables = {kind: subject.dense_variables.get(kind, {}) for kind in ("params", "batch_stats")}
     dense = fold(subject.dense, dense_variables)
     masked = fold(subject.gated, subject.gated_variables)
-    outputs = [masked(subject.held_out[at : at + 1]) for at in range(len(subject.held_out))]
-    average = float(np.mean([macs(one) for one in outputs]))
-    whole, with_heads = network_macs(subject.dense, subject.held_out.shape[1:]), float(np.mean(dense_macs(outputs[0])))
     shape = subject.held_out.shape[1:]
+    whole, gated = network_macs(subject.dense, shape), network_macs(subject.gated, shape)
+    average = (1 - reduction) * gated
     rows = {"dense": Row(_everywhere(dense, shape, engines, threads), whole)}
     narrow = narrower(subject.dense, shape, average)
     if narrow is not None:
-        variables = jax.jit(narrow.init)(jax.random.key(0), jnp.zeros((1, *shape)))
-        rows["narrower"] = Row(
-            _everywhere(fold(narrow, variables), shape, engines, threads), network_macs(narrow, shape)
-        )
-    rows["masked"] = Row(_everywhere(masked, shape, engines, threads), with_heads)
+        drawn = fold(narrow, random_variables(narrow, shape))
+        rows["narrower"] = Row(_everywhere(drawn, shape, engines, threads), network_macs(narrow, shape))
+    rows["masked"] = Row(_everywhere(masked, shape, engines, threads), gated)
     quick: dict[tuple[str, str], Run] = {}
     for engine, portable in ((XLA, True), (NATIVE, False)):
         if engine in engines:
@@ -141,7 +139,8 @@ def _everywhere(
         model = onnx_model(lambda images: network(images).logits, images, "network")
         for engine in others:
             for dtype in sessions.DTYPES[engine]:
-                runs[engine, dtype] = sessions.open_session(engine, model, threads, dtype)
+                with contextlib.suppress(UnknownOperatorError):
+                    runs[engine, dtype] = sessions.open_session(engine, model, threads, dtype)
     return runs
 
 
@@ -161,7 +160,7 @@ def narrower(model: nn.Module, shape: Sequence[int], wanted: float) -> nn.Module
         return None
     low, high = 0.0, float(model.width)
     best, off = model, float("inf")
-    for _ in range(20):
+    for _ in range(_WIDTHS):
         middle = (low + high) / 2
         tried = model.clone(width=middle)
         count = network_macs(tried, shape)

@@ -15,13 +15,14 @@ from ftwt_jax import workdir
 from ftwt_jax.benchmark.feeds import time_feeds
 from ftwt_jax.benchmark.training import time_steps
 from ftwt_jax.budget.trained import Subject
+from ftwt_jax.engines.timing import time_in_turns
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.macs import dense_macs, macs
 from ftwt_jax.inference.compact import compact, fold
 from ftwt_jax.printing import four_digits, say, say_compiling
 
-# Batches that each network runs before the next one's turn: in use, too, it would find its weights in the caches.
-_BLOCK, _ROUNDS = 16, 3
+# Turns of ours and of PyTorch's.
+_ROUNDS = 3
 
 
 def benchmark(
@@ -107,23 +108,6 @@ def _compare(masked: Any, compacted: Any, outside: Any) -> dict[str, Any]:
         "reduction": float(np.mean(1 - macs(masked) / dense_macs(masked))),
         "outside": float(np.mean(outside)),
     }
-
-
-def time_in_turns(
-    functions: Sequence[Callable], batches: Sequence[Any], wait: Callable = jax.block_until_ready
-) -> list[float]:
-    """Median milliseconds of each function over all batches, a block of calls of each after the other."""
-    for function in functions:
-        wait(function(batches[0]))
-    milliseconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(_ROUNDS):
-        for first in range(0, len(batches), _BLOCK):
-            for function, times in zip(functions, milliseconds, strict=True):
-                for images in batches[first : first + _BLOCK]:
-                    start = time.perf_counter()
-                    wait(function(images))
-                    times.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(times) for times in milliseconds]
 
 
 def _against_torch(subject: Subject, quick: Callable, batches: Sequence[Any]) -> tuple[float, float]:

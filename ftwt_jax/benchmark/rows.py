@@ -19,10 +19,12 @@ class Row:
     Attributes:
       runs: images float32 [N, H, W, channels], prepared as the subject's are, to anything; by engine and dtype.
       macs: exact MACs of an image, on average.
+      most: images that it takes at once; None: any number.
     """
 
     runs: Mapping[tuple[str, str], Run]
     macs: float
+    most: int | None = None
 
 
 def image_of(subject: Subject) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def run(arguments: Arguments, console: Console) -> None:
     if values.engines:
         if kind == SYNTHETIC:
             subject = dataclasses.replace(subject, subnets=synthetic_subnets(subject, values.budget))
-        result["engines"] = time_engines(subject, values.engines, console)
+        result["engines"] = time_engines(subject, result["macs_reduction"], values.engines, console)
         if values.workdir:
             workdir.write_json(workdir.absolute(values.workdir) / workdir.BENCHMARK, result)
 

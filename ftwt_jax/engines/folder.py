@@ -18,12 +18,14 @@ def write_folder(folder: pathlib.Path, files: Mapping[str, bytes], description: 
     """Writes a router, its subnets and `manifest.json`; all of them or nothing.
 
     The manifest holds "version" (of this package), "model", "image" ({"shape": [H, W, C], "dtype"}), "classes" (names,
-    or null), "router" (its file), "subnets" (a list of {"file", "macs"}), "dense_macs" and "router_macs".
+    or null), "router" and "one_image" (their files), "subnets" (a list of {"file", "macs"}), "dense_macs" and
+    "router_macs".
 
     Args:
       folder: must not be there yet; the one that it lies in must.
-      files: by name, the contents of the router's file and then of each subnet's. The router turns images into logits
-        [N, K], the largest of which says which subnet an image takes; a subnet turns them into logits [N, classes].
+      files: by name, the contents of the router's file, of each subnet's, and of that of all in one, for one image.
+        The router turns images into logits [N, K], the largest of which says which subnet an image takes; a subnet
+        turns them into logits [N, classes].
       description: the manifest's "model", "image", "classes", "dense_macs" and "router_macs", and "subnet_macs", the
         MACs of each subnet.
 
@@ -35,13 +37,14 @@ def write_folder(folder: pathlib.Path, files: Mapping[str, bytes], description: 
     """
     if set(description) != set(KEYS):
         raise UserError(f"a folder of subnets is described by {', '.join(KEYS)}; got {', '.join(sorted(description))}")
-    macs, (router, *subnets) = description["subnet_macs"], files
+    macs, (router, *subnets, one_image) = description["subnet_macs"], files
     if not subnets or len(macs) != len(subnets):
         raise UserError(f"a folder holds one subnet or more, each with its MACs; got {len(subnets)}, {len(macs)}")
     manifest = {
         "version": __version__,
         **{name: value for name, value in description.items() if name != "subnet_macs"},
         "router": router,
+        "one_image": one_image,
         "subnets": [{"file": file, "macs": int(count)} for file, count in zip(subnets, macs, strict=True)],
     }
     if folder.exists():

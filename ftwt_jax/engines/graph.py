@@ -18,7 +18,7 @@ RULES_OF = (arithmetic, arrays, layers)
 IMAGES, LOGITS = "images", "logits"
 
 
-def onnx_model(function: Callable, images: jax.ShapeDtypeStruct, name: str) -> Any:
+def onnx_model(function: Callable, images: jax.ShapeDtypeStruct, name: str, any_number: bool = True) -> Any:
     """A function of images as an ONNX model, for any number of images.
 
     Its input "images" is [N, H, W, C] as the function's, its output "logits" float32 [N, classes]. Weights are float32,
@@ -29,6 +29,7 @@ def onnx_model(function: Callable, images: jax.ShapeDtypeStruct, name: str) -> A
         `lambda images: network(normalize(images)).logits` with a network of `fold`, or of `compact(portable=True)`.
       images: their shape, with any number of images, and dtype, uint8 or float32.
       name: of the graph, such as the network's.
+      any_number: False: for as many images as `images` are, N, and no other number.
 
     Returns:
       An `onnx.ModelProto` that `onnx.checker` has checked.
@@ -40,8 +41,8 @@ def onnx_model(function: Callable, images: jax.ShapeDtypeStruct, name: str) -> A
     onnx = imported("onnx", "a network as ONNX", "onnx")
     if len(images.shape) != 4 or images.dtype not in (np.uint8, np.float32):
         raise UserError(f"an ONNX network takes images [N, H, W, C], uint8 or float32; got {images}")
-    program = traced(function, images)
-    shape = (OPEN, *sizes(images.shape[1:]))
+    program = traced(function, images) if any_number else jax.make_jaxpr(function)(images)
+    shape = (OPEN, *sizes(images.shape[1:])) if any_number else sizes(images.shape)
     translation = Translation(Graph())
     first = Tensor(IMAGES, shape, (0, 1, 2, 3), shape, np.dtype(images.dtype))
     given = translation.graph.stored_as(first, CHANNELS_FIRST)

@@ -85,6 +85,10 @@ class CompactSubnets:
             return self._run(index, weights, images)
         return self._parts[index](weights, images, np.arange(len(images), dtype=np.int32))
 
+    def one_image(self, image: Float[Array, "1 H W channels"]) -> Float[Array, "1 classes"]:
+        """The logits of a single image by router and subnet in one program, also inside of another."""
+        return self._single(self._packed(image), image)[0]
+
     def prepare(self, images: Float[Array, "N H W channels"]) -> None:
         """Compiles what batches of this size need, whichever subnets their images choose."""
         images, weights = jnp.asarray(images), self._packed(jnp.asarray(images))
@@ -108,7 +112,7 @@ class CompactSubnets:
         if len(images) == 1:
             return self._one(weights, images)
         routed = self._route(weights["router"], images)
-        parts = cut_by_choice(np.argmax(jax.device_get(routed), axis=-1))
+        parts = cut_by_choice(np.argmax(jax.device_get(routed), axis=-1), part_sizes(len(images)))
         # All of them are under way before the first is waited for.
         made = [
             self._parts[subnet](weights["subnets"][subnet], images, padded.astype(np.int32))
@@ -118,7 +122,7 @@ class CompactSubnets:
 
     def _single(self, weights: dict[str, Any], images: Array) -> tuple[Array, Array]:
         routed = self._routed(weights["router"], images)
-        return self._switched(weights, images, jnp.argmax(routed, axis=-1)[0]), routed
+        return self._switched(weights, images, jnp.argmax(routed, axis=-1).reshape(())), routed
 
     def _switched(self, weights: dict[str, Any], images: Array, choice: Int[Array, ""]) -> Array:
         branches = [
@@ -166,14 +170,16 @@ def part_sizes(images: int) -> list[int]:
     return sorted({max(images // part, 1) for part in _PARTS}, reverse=True)
 
 
-def cut_by_choice(choice: Int[np.ndarray, " N"]) -> list[Part]:
-    """The images of a batch in parts, by the subnets that they are to run in."""
-    sizes = part_sizes(len(choice))
-    return [
-        (int(subnet), rows, np.resize(rows, size))
-        for subnet in np.unique(choice)
-        for rows, size in cut_rows(np.flatnonzero(choice == subnet), sizes)
-    ]
+def cut_by_choice(choice: Int[np.ndarray, " N"], sizes: Sequence[int] | None) -> list[Part]:
+    """The images of a batch in parts, by the subnets that they are to run in.
+
+    Args:
+      sizes: those that a part may have; None: any, so that each subnet is given its images at once.
+    """
+    groups = [(int(subnet), np.flatnonzero(choice == subnet)) for subnet in np.unique(choice)]
+    if sizes is None:
+        return [(subnet, rows, rows) for subnet, rows in groups]
+    return [(subnet, part, np.resize(part, size)) for subnet, rows in groups for part, size in cut_rows(rows, sizes)]
 
 
 def merged(parts: Sequence[Part], logits: Sequence[np.ndarray]) -> np.ndarray:

@@ -132,18 +132,38 @@ def init_subnets(
     Raises:
       UserError: the variables are of another network.
     """
-    fresh = flatten_dict(jax.jit(model.init)(rng, images), sep="/")
+    shapes = flatten_dict(jax.eval_shape(model.init, rng, images), sep="/")
     known = flatten_dict({kind: dict(variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
-    found = {name: value if f"/{ROUTER_NAME}/" in name else known.get(name) for name, value in fresh.items()}
-    wrong = [name for name, value in found.items() if value is None or jnp.shape(value) != fresh[name].shape]
+    found = {name: known.get(name) for name in shapes if f"/{ROUTER_NAME}/" not in name}
+    wrong = [name for name, value in found.items() if value is None or jnp.shape(value) != shapes[name].shape]
     if wrong:
         raise UserError(f"the variables are of another network than the subnets: {listed(wrong, LISTED)}")
-    return unflatten_dict(found, sep="/")
+    return with_router(unflatten_dict(found, sep="/"), {} if model.router is None else _init(model.router, images, rng))
+
+
+def even_router(router: nn.Module, images: Float[Array, "N H W channels"], rng: Array) -> dict[str, Any]:
+    """Variables of a router that nobody trained and that sends images to all subnets, for timings."""
+    variables = _init(router, images, rng)
+    head = variables["params"]["classifier"]["dense"]
+    head["bias"] = head["bias"] - jnp.mean(jax.jit(router.apply)(variables, images).logits, axis=0)
+    return variables
+
+
+def _init(router: nn.Module, images: Array, rng: Array) -> dict[str, Any]:
+    return dict(jax.jit(router.init)(rng, images))
 
 
 def train_option(network: nn.Module, train: bool) -> dict[str, bool]:
     """`train` as an argument of a network, if it takes one."""
     return {"train": train} if "train" in inspect.signature(type(network).__call__).parameters else {}
+
+
+def with_router(variables: Mapping[str, Any], router: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a network and those of a router as those of a `SubnetNetwork`."""
+    return {
+        kind: {**variables.get(kind, {}), **({ROUTER_NAME: router[kind]} if kind in router else {})}
+        for kind in {**variables, **router}
+    }
 
 
 def split_variables(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:

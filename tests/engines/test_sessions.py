@@ -50,7 +50,7 @@ DESCRIPTION = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    functions = {"router": route, **{f"subnet{index}": subnet(index) for index in range(3)}}
+    functions = {"router": route, **{f"subnet{index}": subnet(index) for index in range(3)}, "one_image": subnet(0)}
     files = {f"{name}.onnx": onnx_model(fn, IMAGES, name).SerializeToString() for name, fn in functions.items()}
     return write_folder(tmp_path_factory.mktemp("written") / "subnets", files, DESCRIPTION)
 
@@ -104,17 +104,18 @@ def test_the_manifest_says_what_is_in_the_folder(folder):
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",
         "router.onnx",
+        "one_image.onnx",
         *(f"subnet{index}.onnx" for index in range(3)),
     }
     assert manifest["subnets"][1] == {"file": "subnet1.onnx", "macs": 1100}
     assert manifest["router"] == "router.onnx"
     assert set(manifest) == {
-        *("version", "model", "image", "classes", "router", "subnets", "dense_macs", "router_macs"),
+        *("version", "model", "image", "classes", "router", "one_image", "subnets", "dense_macs", "router_macs"),
     }
 
 
 def test_a_folder_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
-    files = {"router.onnx": b"1", "subnet0.onnx": b"2"}
+    files = {"router.onnx": b"1", "subnet0.onnx": b"2", "one_image.onnx": b"3"}
     with pytest.raises(UserError, match="already exists"):
         write_folder(folder, files, {**DESCRIPTION, "subnet_macs": [1]})
     with pytest.raises(UserError, match="MACs"):

@@ -122,7 +122,7 @@ def test_a_batch_is_cut_by_subnet_and_put_together_again():
     lengths = {number: [len(rows) for rows, _ in cut_rows(np.arange(number), sizes)] for number in (1, 3, 5, 9, 17, 32)}
     assert lengths == {1: [1], 3: [2, 1], 5: [5], 9: [8, 1], 17: [17], 32: [32]}
     choice = np.random.default_rng(0).integers(0, 3, 32)
-    parts = cut_by_choice(choice)
+    parts = cut_by_choice(choice, part_sizes(len(choice)))
     assert all(len(padded) in sizes and set(padded) == set(rows) for _, rows, padded in parts)
     logits = [np.stack([padded, np.full(len(padded), subnet)], axis=1) for subnet, _, padded in parts]
     np.testing.assert_array_equal(merged(parts, logits), np.stack([np.arange(32), choice], axis=1))

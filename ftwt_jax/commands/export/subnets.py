@@ -1,19 +1,17 @@
 """`export` of a network with subnets: a folder of its router and of each subnet, as ONNX or as StableHLO programs."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import export
-from jaxtyping import Array
 from rich.console import Console
 
 from ftwt_jax.budget.subnets import subnet_network
 from ftwt_jax.commands.export.program import PLATFORMS
 from ftwt_jax.engines.folder import write_folder
-from ftwt_jax.engines.graph import onnx_model
 from ftwt_jax.engines.packages import imported
+from ftwt_jax.engines.routed import ONE_IMAGE, Function, subnet_functions, subnet_graphs
 from ftwt_jax.errors import UserError
 from ftwt_jax.files import AnyPath, in_bucket
 from ftwt_jax.inference.subnets import CompactSubnets
@@ -22,14 +20,13 @@ from ftwt_jax.training.run import load_run
 from ftwt_jax.training.settings import SUBNETS
 from ftwt_jax.workdir import absolute
 
-Function = Callable[[Array], Array]
-
 
 def export_subnets(folder: str, out: str, kind: str, console: Console, best: bool = False) -> AnyPath:
     """Writes a workdir's subnets and their router into a new folder, with a `manifest.json` that says what they are.
 
     Each takes images uint8 [N, H, W, channels] as the data set gives them, normalises them itself, and returns logits
-    float32, the router's [N, K], a subnet's [N, classes]; N is open.
+    float32, the router's [N, K], a subnet's [N, classes]; N is open. One more file takes a single image, routes it and
+    runs its subnet.
 
     Args:
       kind: `onnx` or `stablehlo`.
@@ -52,20 +49,12 @@ def export_subnets(folder: str, out: str, kind: str, console: Console, best: boo
         raise UserError("a single subnet has no router, and --out=FOLDER is for several: train more of them")
     network = CompactSubnets(model, run.trained(SUBNETS, best))
     network.route(run.example_images)
-
-    def router(images: Array) -> Array:
-        return network.route(run.normalize(images))
-
-    def subnet(images: Array, index: int) -> Array:
-        return network.subnet(index, run.normalize(images))
-
     shape, name = run.dataset.image_shape, run.config.model.name
-    functions = {"router": router}
-    functions |= {f"subnet{index}": functools.partial(subnet, index=index) for index in range(network.count)}
     write = _onnx if kind == "onnx" else _stablehlo
+    written = write(subnet_functions(network, run.normalize), shape, name)
     write_folder(
         target,
-        {f"{part}.{kind}": write(function, shape, f"{name} {part}") for part, function in functions.items()},
+        {f"{part}.{kind}": contents for part, contents in written.items()},
         {
             "model": name,
             "image": {"shape": list(shape), "dtype": "uint8"},
@@ -79,10 +68,15 @@ def export_subnets(folder: str, out: str, kind: str, console: Console, best: boo
     return target
 
 
-def _onnx(function: Function, shape: tuple[int, ...], name: str) -> bytes:
-    return onnx_model(function, jax.ShapeDtypeStruct((1, *shape), jnp.uint8), name).SerializeToString()
+def _onnx(functions: Mapping[str, Function], shape: tuple[int, ...], name: str) -> dict[str, bytes]:
+    graphs = subnet_graphs(functions, shape, jnp.uint8, name)
+    return {part: graph.SerializeToString() for part, graph in graphs.items()}
 
 
-def _stablehlo(function: Function, shape: tuple[int, ...], name: str) -> bytes:
-    images = jax.ShapeDtypeStruct((export.symbolic_shape("samples")[0], *shape), jnp.uint8)
-    return bytes(export.export(jax.jit(function), platforms=PLATFORMS)(images).serialize())
+def _stablehlo(functions: Mapping[str, Function], shape: tuple[int, ...], name: str) -> dict[str, bytes]:
+    (any_number,) = export.symbolic_shape("samples")
+    written = {}
+    for part, function in functions.items():
+        images = jax.ShapeDtypeStruct((1 if part == ONE_IMAGE else any_number, *shape), jnp.uint8)
+        written[part] = bytes(export.export(jax.jit(function), platforms=PLATFORMS)(images).serialize())
+    return written
