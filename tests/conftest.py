@@ -43,6 +43,10 @@ TINY = (
     "--config.gates.epochs=2",
 )
 TINY_STEPS = 22
+# The same, then as many steps of three subnets.
+TINY_SUBNETS = (*TINY, "--config.subnets.count=3", "--config.subnets.multiple=1", "--config.gates.budget=0.3")
+# What a fixture takes as its `params`, so that the tests that use it are those that take minutes.
+SLOW_FIXTURE = [pytest.param("", marks=pytest.mark.slow)]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [plan]")
 
 
@@ -105,16 +109,25 @@ def program(shared, tmp_path_factory) -> Program:
 @pytest.fixture(scope="session")
 def tiny_run(program, shared, tmp_path_factory) -> tuple[pathlib.Path, str]:
     """A finished tiny run: its workdir, a copy for each worker, and what it printed."""
-    trained, printed = shared / "tiny" / "run", shared / "tiny" / "printed.txt"
-    trained.parent.mkdir(exist_ok=True)
+    return trained_once(TINY, program, shared / "tiny", tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny_subnets(program, shared, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The same of a run with subnets."""
+    return trained_once(TINY_SUBNETS, program, shared / "subnets", tmp_path_factory.mktemp("subnets") / "run")
+
+
+def trained_once(arguments, program, folder: pathlib.Path, copy: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """A copy of the run that all workers share in this folder, and what its training printed."""
+    printed = folder / "printed.txt"
+    folder.mkdir(exist_ok=True)
     # The first worker to come here trains; the others wait for it.
-    with (shared / "tiny" / "lock").open("w") as lock:
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
-            printed.write_text(program.run("train", *TINY, f"--workdir={trained}"))
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    shutil.copytree(trained, workdir)
-    return workdir, printed.read_text()
+            printed.write_text(program.run("train", *arguments, f"--workdir={folder / 'run'}"))
+    return shutil.copytree(folder / "run", copy), printed.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from ftwt_jax.report import mask_plots as images
 from ftwt_jax.report import run_plots as figures
 from ftwt_jax.report.classes import class_figures, confusion_plot
 from ftwt_jax.report.co_activation import measure_co_activation
-from ftwt_jax.report.images import find_extremes, measure_images
+from ftwt_jax.report.images import find_extremes, find_routed, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
 from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
 from ftwt_jax.report.subnets import subnet_plots
-from ftwt_jax.training.run import load_run
-from ftwt_jax.training.settings import GATED
+from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.settings import GATED, SUBNETS
 from ftwt_jax.workdir import REPORT, as_dict
 from ftwt_jax.workdir.checkpoints import has_checkpoint
 from ftwt_jax.workdir.environment import environment
@@ -34,8 +34,9 @@ from ftwt_jax.workdir.environment import environment
 PROBE = ".writable"
 # So many runs are looked at image by image; of more, the first.
 MOST_SEEN = 6
-# Images shown of each kind.
-SHOWN = 6
+# Images shown of each kind, and of each subnet.
+SHOWN, SHOWN_ROUTED = 6, 8
+NO_GATES = "there is no gated network yet; these are the figures of the baseline"
 # How far what is measured may lie from `evaluation.json`: gates within rounding of zero fall on either side.
 CLOSE = 0.005
 
@@ -132,19 +133,29 @@ def _section(run: RecordedRun, seen: Seen) -> Section:
 
 
 def _see(run: RecordedRun, unit: str | None, data: str | None) -> Seen:
-    """Runs the gated network of a run; without one, or where data or checkpoint are not here, a note says so."""
-    if not run.gated:
-        return Seen(note="there is no gated network yet; these are the figures of the baseline")
+    """Runs the gated network of a run, and its subnets; where they, data or checkpoint are not here, a note says so."""
+    has_subnets = bool(run.evaluation.get("subnets"))
+    if not (run.gated or has_subnets):
+        return Seen(note=NO_GATES)
     if run.number > MOST_SEEN:
         return Seen(note=f"only the first {MOST_SEEN} runs are looked at image by image")
-    if not has_checkpoint(run.path, GATED):
+    if run.gated and not has_checkpoint(run.path, GATED):
         return Seen(note=f"its images were not examined: there is no {GATED} checkpoint in {run.path}")
+    best = run.evaluation.get("checkpoint") == "best"
     try:
         made = load_run(str(run.path), data)
-        samples = measure_images(made, best=run.evaluation.get("checkpoint") == "best")
+        seen = _see_gates(run, made, best, unit) if run.gated else Seen(note=NO_GATES)
+        if has_subnets and made.has(SUBNETS):
+            routed = find_routed(measure_images(made, best, SUBNETS), made.dataset, SHOWN_ROUTED)
+            seen = dataclasses.replace(seen, routed=routed)
     except (UserError, ModuleNotFoundError) as error:
         return Seen(note=f"its images were not examined: {error}")
-    note = ""
+    return seen
+
+
+def _see_gates(run: RecordedRun, made: Run, best: bool, unit: str | None) -> Seen:
+    """Runs the gated network over the held-out images."""
+    samples, note = measure_images(made, best), ""
     reduction = 1 - samples.macs.mean() / samples.dense_macs
     if abs(reduction - run.evaluation["macs_reduction"]) > CLOSE:
         note = (

@@ -1,4 +1,4 @@
-"""MACs, masks and predictions of each held-out image, from one pass of a gated network over the split."""
+"""MACs, masks and predictions of each held-out image, from one pass of a network over the split."""
 
 import base64
 import dataclasses
@@ -37,6 +37,7 @@ class ImageMeasurements:
       packed: the masks of each unit, uint8 [n, ceil(C / 8)], one bit per filter: 70 MB for the largest network
         here on ImageNet.
       class_names: by label.
+      choice: int32 [n], the subnet that each image is sent to; None without subnets.
     """
 
     indices: np.ndarray
@@ -48,6 +49,7 @@ class ImageMeasurements:
     widths: tuple[int, ...]
     packed: tuple[np.ndarray, ...]
     class_names: tuple[str, ...]
+    choice: np.ndarray | None = None
 
     def masks(self, unit: str) -> np.ndarray:
         """The masks of a unit, bool [n, C]."""
@@ -65,9 +67,13 @@ class ImageMeasurements:
         return max(self.units, key=self.dynamic)
 
 
-def measure_images(run: Run, best: bool) -> ImageMeasurements:
-    """Runs the newest (or best) gated network of a run over its held-out split; for a single process."""
-    model, mesh = run.models[GATED], run.mesh
+def measure_images(run: Run, best: bool, stage: str = GATED) -> ImageMeasurements:
+    """Runs the newest (or best) gated network of a run over its held-out split; for a single process.
+
+    Args:
+      stage: `subnets` for the network with subnets in its place, whose masks are those of the chosen subnet.
+    """
+    model, mesh = run.models[stage], run.mesh
     known: dict[str, Any] = {}
 
     def step(variables: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
@@ -80,11 +86,12 @@ def measure_images(run: Run, best: bool) -> ImageMeasurements:
             "macs": macs(applied),
             "predicted": jnp.argmax(applied.logits, axis=-1),
             "packed": tuple(jnp.packbits(gate.mask, axis=1) for gate in applied.gates),
+            "choice": applied.routes and applied.routes.choice,
         }
 
     whole, parts = replicated(mesh), split(mesh)
     jitted = jit_on(mesh, step, in_shardings=(whole, parts), out_shardings=parts)
-    variables = run.trained(GATED, best)
+    variables = run.trained(stage, best)
     outputs, counted, labels = [], [], []
     for batch in run.test_batches():
         inputs = {name: batch[name] for name in ("image", "label")}
@@ -104,6 +111,7 @@ def measure_images(run: Run, best: bool) -> ImageMeasurements:
         widths=known["widths"],
         packed=columns["packed"],
         class_names=names,
+        choice=columns["choice"],
     )
 
 
@@ -122,6 +130,15 @@ def find_extremes(measured: ImageMeasurements, dataset: Dataset, count: int) -> 
     count = min(count, len(measured.macs) // 2)
     order = np.argsort(measured.macs, kind="stable")
     return _make_thumbnails(measured, dataset, order[:count]), _make_thumbnails(measured, dataset, order[::-1][:count])
+
+
+def find_routed(measured: ImageMeasurements, dataset: Dataset, count: int) -> list[list[Thumbnail]]:
+    """For each subnet up to the last that is given images, at most `count` of them, spread evenly over all of them."""
+    choice = measured.choice
+    assert choice is not None
+    groups = [np.flatnonzero(choice == subnet) for subnet in range(int(choice.max()) + 1)]
+    spread = (group[np.linspace(0, len(group) - 1, min(count, len(group)), dtype=int)] for group in groups)
+    return [_make_thumbnails(measured, dataset, places) for places in spread]
 
 
 def _make_thumbnails(measured: ImageMeasurements, dataset: Dataset, places: np.ndarray) -> list[Thumbnail]:

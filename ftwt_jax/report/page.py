@@ -24,7 +24,7 @@ MANY = 7
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the page shows of a run's gated network on the held-out images.
+    """What the page shows of a run's gated network, and of its subnets, on the held-out images.
 
     Attributes:
       macs: histogram of the MACs per image.
@@ -33,6 +33,7 @@ class Seen:
       unit: the unit whose masks are shown.
       units: name, number of filters and number of dynamic filters of each unit.
       co_activation: plots of the masks of `unit`.
+      routed: some of the images that each subnet is given.
       note: why something is missing; empty if nothing is.
     """
 
@@ -43,6 +44,7 @@ class Seen:
     unit: str = ""
     units: Sequence[tuple[str, int, int]] = ()
     co_activation: Sequence[Plot] = ()
+    routed: Sequence[Sequence[Thumbnail]] = ()
     note: str = ""
 
 

@@ -61,8 +61,8 @@ def evaluate_commands(run: RecordedRun) -> list[str]:
         return ["--best"] if table.get("checkpoint") == "best" else []
 
     commands = [[*start, *best(run.evaluation)]]
-    if run.budgets:
-        budgets = ",".join(f"{row.get('budget', row['macs_reduction']):g}" for row in run.budgets)
+    if run.curve.get("rows"):
+        budgets = ",".join(f"{row.get('budget', row.get('macs_reduction')):g}" for row in run.curve["rows"])
         commands.append([*start, *best(run.curve), f"--budgets={budgets}"])
     if run.corruptions:
         source = run.sweep.get("source", APPLIED)

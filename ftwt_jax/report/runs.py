@@ -19,9 +19,10 @@ Row = dict[str, Any]
 # Fields that must be numbers, and fields that are null without a gated network.
 FIGURES = ("accuracy", "dense_accuracy", "macs_reduction", "macs_reduction_published", "samples")
 GATE_FIGURES = ("gate_accuracy", "static_gate_accuracy", "dynamic_filters")
-CURVE_FIGURES = ("accuracy", "macs_reduction")
+# Of these groups, a row holds one at least.
+CURVE_FIGURES = ("accuracy", "macs_reduction"), ("budget", "subnets_accuracy", "subnets_macs_reduction")
+CORRUPTION_FIGURES = (("severity", "dense_accuracy"),)
 TIMES = ("batch", "macs_reduction", "dense_ms", "masked_ms", "compact_ms")
-CORRUPTION_FIGURES = ("severity", "dense_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,8 @@ class RecordedRun:
 
     @property
     def budgets(self) -> list[Row]:
-        """The figures of the network at other budgets, a row for each."""
-        return self.curve.get("rows", [])
+        """The figures of the gated network at other budgets, a row for each."""
+        return [row for row in self.curve.get("rows", []) if _has(row, CURVE_FIGURES[0])]
 
     @property
     def corruptions(self) -> list[Row]:
@@ -177,17 +178,21 @@ def _read_timing(path: AnyPath) -> Row:
     return found
 
 
-def _read_table(path: AnyPath, figures: Sequence[str], command: str) -> Row:
+def _read_table(path: AnyPath, figures: Sequence[Sequence[str]], command: str) -> Row:
     if not path.exists():
         return {}
     found = workdir.read_json(path, "table")
     rows = _get(found, "rows")
-    if not (isinstance(rows, list) and all(is_number(_get(row, name)) for row in rows for name in figures)):
+    if not (isinstance(rows, list) and all(any(_has(row, group) for group in figures) for row in rows)):
         raise UserError(
-            f"{path} must hold rows with the numbers {', '.join(figures)}; write it again with "
+            f"{path} must hold rows with the numbers {', '.join(figures[0])}; write it again with "
             f"`{command}`, or delete it"
         )
     return found
+
+
+def _has(entry: Any, figures: Sequence[str]) -> bool:
+    return all(is_number(_get(entry, name)) for name in figures)
 
 
 def _get(entry: Any, name: str, default: Any = None) -> Any:

@@ -140,9 +140,27 @@ def cut(
     """Groups images by the filters that they want, as `wanted_groups` tells it, and cuts the network; see there."""
     weights, dense = ties.costs(), ties.dense_macs
     assignment = _clustered(wanted, weights, int(count), seed)
-    centers = np.stack([wanted[assignment == subnet].mean(axis=0) for subnet in range(count)])
-    kept = choose_groups(centers, ties.blocks(), lambda kept: ties.macs(kept) + extra_macs, dense, budget, multiple)
-    return Subnets(ties.masks(kept), ties.macs(kept), dense, assignment, centers.astype(np.float32), weights, source)
+    centers = np.stack([wanted[assignment == subnet].mean(axis=0) for subnet in range(count)]).astype(np.float32)
+    masks, macs = _keep(centers, ties, budget, multiple, extra_macs)
+    return Subnets(masks, macs, dense, assignment, centers, weights, source)
+
+
+def cut_again(
+    subnets: Subnets, ties: Ties, budget: float, *, multiple: int = MULTIPLE, extra_macs: float = 0.0
+) -> Subnets:
+    """The subnets of the same groups of images at another budget; arguments and errors are those of `find_subnets`."""
+    masks, macs = _keep(subnets.centers, ties, budget, multiple, extra_macs)
+    return dataclasses.replace(subnets, masks=masks, macs=macs)
+
+
+def _keep(
+    centers: Float[np.ndarray, "K G"], ties: Ties, budget: float, multiple: int, extra_macs: float
+) -> tuple[dict[str, Bool[np.ndarray, "K C"]], Float[np.ndarray, " K"]]:
+    """Masks and MACs, without the extra ones, of subnets whose images want groups of filters as often as this."""
+    kept = choose_groups(
+        centers, ties.blocks(), lambda kept: ties.macs(kept) + extra_macs, ties.dense_macs, budget, multiple
+    )
+    return ties.masks(kept), ties.macs(kept)
 
 
 def wanted_groups(

@@ -16,12 +16,14 @@ from PIL import Image
 import ftwt_jax as ftwt
 from ftwt_jax import workdir as workdirs
 from ftwt_jax.__main__ import main
+from ftwt_jax.budget.batch_statistics import BatchStatistics
 from ftwt_jax.budget.calibrate import CalibratedNetwork, Calibration
+from ftwt_jax.budget.subnets import cut_to_budgets
 from ftwt_jax.budget.trained import trained_subject
 from ftwt_jax.commands.command import parse_numbers
 from ftwt_jax.commands.estimate import SWEEP
-from ftwt_jax.training.run import open_run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.run import load_run, open_run
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 from tests.budget.test_keeper import NEAR, SMALL, assert_measured
 from tests.conftest import config_of, fails, random_like
 
@@ -160,6 +162,56 @@ def test_a_budget_out_of_reach_is_refused_with_the_range_and_nothing_is_written(
     error = fails(capsys, "evaluate", f"--workdir={workdir}", "--budgets=0.5,0.9999")
     assert "no offset of the gates gives a MACs reduction of 0.9999: this network can be cut by 0.00 to 0.9" in error
     assert not (workdir / "budgets.json").exists()
+
+
+@pytest.fixture(scope="module")
+def cut(program, tiny_subnets, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A workdir with subnets that was evaluated at two budgets, and what was printed."""
+    workdir = shutil.copytree(tiny_subnets[0], tmp_path_factory.mktemp("cut") / "run")
+    return workdir, program.run("evaluate", str(workdir), "--budgets=0.25,0.4")
+
+
+def test_subnets_are_cut_again_at_each_budget(cut):
+    workdir, printed = cut
+    for row in json.loads((workdir / "budgets.json").read_text())["rows"]:
+        assert row.keys() == {"budget", "offset", *FIGURES, "subnets_accuracy", "subnets_macs_reduction"}
+        assert row["macs_reduction"] == pytest.approx(row["budget"], abs=NEAR)
+        assert row["subnets_macs_reduction"] == pytest.approx(row["budget"], abs=A_FILTER)
+        assert f"{row['subnets_accuracy']:.4f} │          {row['subnets_macs_reduction']:.3f} │" in printed
+
+
+def test_subnets_at_a_budget_have_statistics_of_their_own_and_the_same_router(cut, quick_compilation):
+    """Against a count by hand over the whole held-out split."""
+    workdir, _ = cut
+    run, rows = load_run(str(workdir)), json.loads((workdir / "budgets.json").read_text())["rows"]
+    variables, calibration = run.trained(SUBNETS), Calibration(run)
+    images, labels = run.normalize(jnp.asarray(run.dataset.test.images)), run.dataset.test.labels
+    routes = run.models[SUBNETS].apply(variables, images).routes
+    networks = cut_to_budgets(run, variables, [row["budget"] for row in rows])
+    for row, network in zip(rows, networks, strict=True):
+        measured = BatchStatistics(network, run.normalize, run.mesh).renewed(variables, calibration.batches)
+        statistics = measured["batch_stats"] | {"router": variables["batch_stats"]["router"]}
+        found = jax.jit(network.apply)(variables | {"batch_stats": statistics}, images)
+        np.testing.assert_array_equal(found.routes.choice, routes.choice)
+        assert np.mean(np.argmax(found.logits, -1) == labels) == pytest.approx(
+            row["subnets_accuracy"], abs=1 / HELD_OUT
+        )
+        reduction = np.mean(1 - ftwt.macs(found) / ftwt.dense_macs(found))
+        assert reduction == pytest.approx(row["subnets_macs_reduction"], abs=1e-5)
+
+
+def test_subnets_at_the_budget_they_were_trained_for_are_those_of_the_run(tiny_subnets):
+    run = load_run(str(tiny_subnets[0]))
+    trained = json.loads((tiny_subnets[0] / "estimate.json").read_text())["macs_reduction"]
+    (network,) = cut_to_budgets(run, run.trained(SUBNETS), [trained])
+    for name, mask in run.models[SUBNETS].subnets.masks.items():
+        np.testing.assert_array_equal(network.subnets.masks[name], mask)
+
+
+def test_a_budget_out_of_reach_of_subnets_is_refused(capsys, tiny_subnets):
+    error = fails(capsys, "evaluate", str(tiny_subnets[0]), "--budgets=0.3,0.98")
+    assert "no subnets have a MACs reduction of 0.98: those of this network can have" in error
+    assert not (tiny_subnets[0] / "budgets.json").exists()
 
 
 @pytest.mark.parametrize("budgets", ["", "x", "0.5,x", "0.5,", "0", "1", "0.3,1.5", "-0.5", "nan", "0.3;0.5"])

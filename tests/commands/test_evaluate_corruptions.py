@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ftwt_jax import workdir as workdirs
-from ftwt_jax.commands.evaluate.corruptions import applied, sweep
+from ftwt_jax.commands.evaluate.corruptions import SUBNETS_FIGURES, applied, sweep
 from ftwt_jax.data import load_dataset
 from ftwt_jax.data.build import Selection
 from ftwt_jax.data.corrupted_sets import open_corrupted
@@ -176,6 +176,21 @@ def test_without_gates_their_figures_are_left_out(program, tiny_run, swept, tmp_
         assert row["density"] is None
         assert row["macs_reduction"] == row["macs_reduction_published"] == 0
     assert {len(row) for row in cells(printed)} == {3}
+
+
+def test_subnets_have_figures_of_their_own_in_every_row(program, tiny_subnets, tmp_path):
+    workdir = copied(tiny_subnets, tmp_path)
+    found = Swept(workdir, program.run("evaluate", f"--workdir={workdir}", "--corruptions"))
+    clean, routed = found.result["rows"][0], json.loads((workdir / "evaluation.json").read_text())["subnets"]
+    for key in ("accuracy", "macs_reduction"):
+        name = f"subnets_{key}"
+        assert clean[name] == routed[key]
+        assert found.result["mean"][name] == pytest.approx(np.mean([row[name] for row in found.result["rows"][1:]]))
+    means = found.result["mean_by_corruption"]
+    assert all(row.keys() >= {*FIGURES, *SUBNETS_FIGURES} for row in (*found.result["rows"], *means.values()))
+    rows = [*found.result["rows"], *means.values(), found.result["mean"]]
+    wanted = {(*shown(row), f"{row['subnets_accuracy']:.4f}", f"{row['subnets_macs_reduction']:.3f}") for row in rows}
+    assert {tuple(row[2:]) for row in cells(found.printed)} == wanted
 
 
 def test_the_whole_sweep_compiles_each_network_once(tiny_run, tmp_path):

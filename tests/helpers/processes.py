@@ -7,10 +7,13 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.subnets_file import read_subnets
 from ftwt_jax.workdir.checkpoints import cut_off
 from tests.commands.test_train import assert_same, variables
 from tests.conftest import Program, read_metrics
@@ -86,11 +89,18 @@ def evaluation(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "evaluation.json").read_text())
 
 
-def assert_ends_like(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
+def assert_ends_like(workdir: pathlib.Path, undisturbed: pathlib.Path, stages: Sequence[str] = STAGES) -> None:
     """The same parameters and the same evaluation."""
-    for stage in STAGES:
+    for stage in stages:
         assert_same(variables(workdir, stage), variables(undisturbed, stage))
     assert evaluation(workdir) == evaluation(undisturbed)
+
+
+def assert_same_subnets(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """The same masks, and every image in the same group."""
+    found, wanted = read_subnets(workdir), read_subnets(other)
+    np.testing.assert_array_equal(found.assignment, wanted.assignment)
+    assert_same(dict(found.masks), dict(wanted.masks))
 
 
 def figures(workdir: pathlib.Path) -> list[dict]:

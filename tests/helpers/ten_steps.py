@@ -93,8 +93,9 @@ def assert_close(ours, theirs, tolerance):
     """Equal up to rounding relative to the largest number of each array."""
     assert ours.keys() == theirs.keys()
     for name, wanted in theirs.items():
-        # Batch norm removes the mean, so a bias before it, and its momentum, change only by rounding.
-        least = 0.1 if "['conv']['bias']" in name else 0
+        # Batch norm removes the mean, so a bias before it, and its momentum, change only by rounding. It divides by the
+        # deviation, so the scale before it of the single filter that a very small router begins with hardly changes.
+        least = 0.1 if "['conv']['bias']" in name or "['router']['conv0']['bn']['scale']" in name else 0
         # A momentum is a sum of gradients that cancel each other.
         factor = 10 if ".trace[" in name else 1
         bound = factor * tolerance * max(least, np.abs(wanted).max())

@@ -20,26 +20,27 @@ from ftwt_jax.__main__ import main
 from ftwt_jax.parallel import processes
 from ftwt_jax.training import feed
 from ftwt_jax.training.run import open_run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 from ftwt_jax.training.stage import make_stage
 from tests.conftest import TINY, Program, fails, read_metrics
-from tests.helpers.processes import two_processes
+from tests.helpers.processes import assert_same_subnets, two_processes
 from tests.helpers.ten_steps import STEPS, assert_close, named
 
 pytestmark = pytest.mark.long
 
-STAGES = BASELINE, GATED
+STAGES = BASELINE, GATED, SUBNETS
 BATCH, HELD_OUT = 136, 450
 # Ten steps per stage. Heads learn fast enough for some gates to close; the rest as slowly as in helpers/ten_steps.py.
 RUN = (
     *("train", *TINY, f"--config.batch_size={BATCH}", "--config.log_every=1", "--config.checkpoint_every=5"),
     *("--config.baseline.epochs=1", "--config.gates.epochs=1"),
     *("--config.baseline.lr=0.01", "--config.gates.lr=0.01", "--config.gates.head_lr=0.3"),
+    *("--config.subnets.count=3", "--config.subnets.multiple=1"),
     "--config.data.on_device=False",
 )
 # On images that are on the devices, three steps in a call.
 DIVIDED = (
-    *(*RUN, "--config.gates.epochs=0", "--config.shard_optimizer=True"),
+    *(*RUN, "--config.gates.epochs=0", "--config.subnets.count=0", "--config.shard_optimizer=True"),
     *("--config.data.on_device=True", "--config.steps_per_call=3"),
 )
 
@@ -69,7 +70,7 @@ class Trained:
 
     Attributes:
       printed: the output of each process.
-      images: int [steps, share] of each process: the indices of the images of both stages.
+      images: int [steps, share] of each process: the indices of the images of all stages.
     """
 
     workdir: pathlib.Path
@@ -124,6 +125,10 @@ def test_two_processes_end_with_the_parameters_of_one(together, alone, stage):
     assert_close(together.state(stage), alone.state(stage), 1e-5)
 
 
+def test_two_processes_find_the_subnets_of_one(together, alone):
+    assert_same_subnets(together.workdir, alone.workdir)
+
+
 def test_two_processes_report_the_figures_of_one_and_every_step_once(together, alone):
     both, one = read_metrics(together.workdir), read_metrics(alone.workdir)
     assert [(m["stage"], m["step"]) for m in both] == [(stage, n + 1) for stage in STAGES for n in range(STEPS)]
@@ -133,7 +138,7 @@ def test_two_processes_report_the_figures_of_one_and_every_step_once(together, a
         for name in ours.keys() - timed:
             # A small reduction is the difference of two large numbers.
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (ours["stage"], ours["step"], name)
-    assert both[-1]["density"] < 0.99, "some gates have closed"
+    assert [m for m in both if m["stage"] == GATED][-1]["density"] < 0.99, "some gates have closed"
 
 
 def test_held_out_images_that_fill_no_batch_are_counted_once(together, alone):
@@ -142,9 +147,9 @@ def test_held_out_images_that_fill_no_batch_are_counted_once(together, alone):
     assert both["samples"] == one["samples"] == HELD_OUT
     for name in ("accuracy", "dense_accuracy"):
         assert both[name] == one[name]
-    assert both.keys() == one.keys()
-    for name, value in one.items():
-        assert both[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), name
+    assert jax.tree.structure(both) == jax.tree.structure(one)
+    for (path, value), found in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(both), strict=True):
+        assert found == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), path
 
 
 def test_each_process_reads_half_of_each_batch(together, alone):

@@ -17,11 +17,12 @@ from PIL import Image
 from ftwt_jax import workdir
 from ftwt_jax.printing import shorten_data
 from ftwt_jax.report.co_activation import average_blocks, measure_co_activation
-from ftwt_jax.report.images import measure_images
+from ftwt_jax.report.images import find_routed, measure_images, to_png
 from ftwt_jax.report.reproduce import train_command
 from ftwt_jax.report.run_plots import Plot, accuracy_plot, distinct
 from ftwt_jax.report.runs import read_runs
-from ftwt_jax.training.run import open_run
+from ftwt_jax.training.run import load_run, open_run
+from ftwt_jax.training.settings import SUBNETS
 from tests.conftest import config_of, fails
 from tests.helpers.reports import MOVED, STRANGE, change_json, copies
 
@@ -238,6 +239,40 @@ def test_macs_and_masks_of_single_images_add_up_to_the_evaluation(tiny_run):
     dynamic, filters = (sum(xs) for xs in (map(measured.dynamic, measured.units), measured.widths))
     assert dynamic / filters == pytest.approx(found["dynamic_filters"])
     np.testing.assert_array_equal(measured.labels, run.dataset.test.labels[measured.indices])
+
+
+def test_images_are_those_that_the_router_sends_to_a_subnet(tiny_subnets):
+    run = load_run(str(tiny_subnets[0]))
+    found = json.loads((tiny_subnets[0] / "evaluation.json").read_text())["subnets"]
+    measured = measure_images(run, best=False, stage=SUBNETS)
+    images = run.normalize(run.dataset.test.images)
+    routes = run.models[SUBNETS].apply(run.trained(SUBNETS), images).routes
+    np.testing.assert_array_equal(measured.choice, routes.choice)
+    assert np.bincount(measured.choice, minlength=3).tolist() == [row["images"] for row in found["subnets"]]
+    assert np.mean(measured.labels == measured.predicted) == pytest.approx(found["accuracy"])
+    assert 1 - measured.macs.mean() / measured.dense_macs == pytest.approx(found["macs_reduction"], abs=1e-5)
+    uris = np.array([to_png(image) for image in run.dataset.test.images])
+    for subnet, shown in enumerate(find_routed(measured, run.dataset, 8)):
+        there = measured.choice == subnet
+        assert len({one.uri for one in shown}) == min(8, there.sum())
+        for one in shown:
+            places = np.flatnonzero(there & (uris == one.uri))
+            assert one.name in {run.dataset.class_names[label] for label in run.dataset.test.labels[places]}
+
+
+def test_the_page_shows_subnets_and_some_images_of_each(program, tiny_subnets, tmp_path):
+    program.run("report", str(tiny_subnets[0]), f"--out={tmp_path / 'report'}")
+    assert {path.name for path in (tmp_path / "report").glob("run1_*.png")} >= {"run1_routes.png", "run1_shared.png"}
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "A router sends each image" in text
+    assert '<a href="#subnets">' in text
+    section = Page(text.partition('<h2 id="subnets">')[2].partition("</section>")[0])
+    rows = json.loads((tiny_subnets[0] / "evaluation.json").read_text())["subnets"]["subnets"]
+    shown = [image for image in section.attributes("img") if image["src"].startswith("data:image/png")]
+    assert len(shown) == sum(min(8, row["images"]) for row in rows)
+    assert all(re.fullmatch("An image of class [0-9]", image["alt"]) for image in shown)
+    for subnet, row in enumerate(rows):
+        assert (f"Some of the images in subnet {subnet}: true class." in section.text) == (row["images"] > 0)
 
 
 def test_filters_that_fire_together_are_neighbors():

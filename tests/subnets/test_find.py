@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import ftwt_jax as ftwt
+from ftwt_jax.subnets.find import cut_again
+from ftwt_jax.subnets.ties import find_ties
 from tests.helpers.compact import KEY, random_images, random_variables
 
 GATES = ftwt.GateConfig()
@@ -92,6 +94,16 @@ def test_router_and_budget_together(quick_compilation):
     model, variables = make("vgg")
     subnets = ftwt.find_subnets(model, variables, IMAGES, 2, 0.4, extra_macs=20_000.0, multiple=1)
     assert np.abs(1 - (subnets.macs + 20_000) / subnets.dense_macs - 0.4).max() < 0.005
+
+
+def test_the_same_groups_of_images_are_cut_at_another_budget(quick_compilation):
+    model, variables = make("resnet")
+    subnets, wanted = (ftwt.find_subnets(model, variables, IMAGES, 3, budget, multiple=1) for budget in (0.45, 0.2))
+    again = cut_again(subnets, find_ties(model, variables, IMAGES[:1]), 0.2, multiple=1)
+    assert again.assignment is subnets.assignment
+    np.testing.assert_array_equal(again.macs, wanted.macs)
+    for name, mask in wanted.masks.items():
+        np.testing.assert_array_equal(again.masks[name], mask)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,29 @@ import dataclasses
 import functools
 import pathlib
 import random
+import shutil
 import signal
 import time
 
 import pytest
 
 from ftwt_jax.parallel.preemption import PREEMPTED
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 from ftwt_jax.workdir.lock import PATTERN
+from ftwt_jax.workdir.metrics import rewind
 from tests.commands.test_train import reached
-from tests.conftest import TINY, TINY_STEPS
-from tests.helpers.processes import STAGES, assert_ends_like, being_written, figures, newest, wait_until, went_on
+from tests.conftest import TINY, TINY_STEPS, TINY_SUBNETS
+from tests.helpers.processes import (
+    STAGES,
+    assert_ends_like,
+    assert_same_subnets,
+    being_written,
+    completed,
+    figures,
+    newest,
+    wait_until,
+    went_on,
+)
 
 pytestmark = pytest.mark.long
 
@@ -105,3 +117,31 @@ def test_a_run_killed_many_times_never_loses_progress_and_ends_the_same(program,
     assert_ends_like(workdir, undisturbed)
     assert figures(workdir) == figures(undisturbed)
     assert not being_written(workdir)
+
+
+def test_subnets_are_found_and_trained_as_if_no_kill_had_come(program, tiny_subnets, tmp_path):
+    undisturbed, workdir, log = tiny_subnets[0], tmp_path / "run", tmp_path / "log"
+    shutil.copytree(undisturbed, workdir)
+    # As it was when its gates were trained.
+    shutil.rmtree(workdir / "checkpoints" / SUBNETS)
+    for name in ("subnets.safetensors", "evaluation.json"):
+        (workdir / name).unlink()
+    rewind(workdir / "metrics.jsonl", SUBNETS, 0)
+    for moment in (
+        lambda: (workdir / "subnets.safetensors").exists(),
+        lambda: max(completed(workdir, SUBNETS), default=0) >= (4 if being_written(workdir) else 8),
+        lambda: TINY_STEPS in completed(workdir, SUBNETS),
+    ):
+        before = completed(workdir, SUBNETS)
+        with log.open("w") as output:
+            process = program.start("train", *TINY_SUBNETS, f"--workdir={workdir}", stdout=output, stderr=output)
+            wait_until(moment, process)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, log.read_text()
+        if before:
+            assert went_on(log.read_text()) == (SUBNETS, before[-1])
+    assert not (workdir / "evaluation.json").exists()
+    program.run("train", *TINY_SUBNETS, f"--workdir={workdir}")
+    assert_same_subnets(workdir, undisturbed)
+    assert_ends_like(workdir, undisturbed, (*STAGES, SUBNETS))
+    assert figures(workdir) == figures(undisturbed)

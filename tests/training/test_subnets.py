@@ -9,21 +9,13 @@ from safetensors.numpy import load_file
 
 import ftwt_jax as ftwt
 from ftwt_jax.training.run import load_run
-from tests.conftest import TINY, TINY_STEPS, fails, read_metrics
+from tests.conftest import TINY_STEPS, TINY_SUBNETS, fails, read_metrics
 
 pytestmark = pytest.mark.long
-ARGUMENTS = (*TINY, "--config.subnets.count=3", "--config.subnets.multiple=1", "--config.gates.budget=0.3")
 
 
-@pytest.fixture(scope="module")
-def trained(program, tmp_path_factory):
-    """A finished run with three subnets, and what it printed."""
-    workdir = tmp_path_factory.mktemp("subnets") / "run"
-    return workdir, program.run("train", *ARGUMENTS, f"--workdir={workdir}")
-
-
-def test_it_is_trained_after_its_gates(trained):
-    workdir, printed = trained
+def test_it_is_trained_after_its_gates(tiny_subnets):
+    workdir, printed = tiny_subnets
     stages = [row["stage"] for row in read_metrics(workdir)]
     assert sorted(set(stages), key=stages.index) == ["baseline", "gated", "subnets"]
     last = [row for row in read_metrics(workdir) if row["stage"] == "subnets"][-1]
@@ -33,8 +25,8 @@ def test_it_is_trained_after_its_gates(trained):
     assert "a single subnet, not trained" in printed
 
 
-def test_its_figures(trained):
-    workdir, _ = trained
+def test_its_figures(tiny_subnets):
+    workdir, _ = tiny_subnets
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     found = evaluation["subnets"]
     assert abs(found["macs_reduction"] - 0.3) < 0.01
@@ -51,22 +43,22 @@ def test_its_figures(trained):
             assert unit["all"] <= min(unit["kept"]) <= max(unit["kept"]) <= unit["any"] <= unit["filters"]
 
 
-def test_it_resumes_with_the_same_subnets(trained, program, tmp_path):
-    workdir, _ = trained
+def test_it_resumes_with_the_same_subnets(tiny_subnets, program, tmp_path):
+    workdir, _ = tiny_subnets
     shutil.copytree(workdir, tmp_path / "run")
     for step in (tmp_path / "run" / "checkpoints" / "subnets").iterdir():
         if step.name == str(TINY_STEPS):
             shutil.rmtree(step)
     before = (workdir / "subnets.safetensors").read_bytes()
-    printed = program.run("train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}")
+    printed = program.run("train", *TINY_SUBNETS, f"--workdir={tmp_path / 'run'}")
     assert "subnets: resuming from step 20 of 22" in printed
     assert (tmp_path / "run" / "subnets.safetensors").read_bytes() == before
     figures, again = (json.loads((path / "evaluation.json").read_text()) for path in (workdir, tmp_path / "run"))
     assert again["subnets"] == figures["subnets"]
 
 
-def test_compact_is_the_network_of_the_workdir(trained):
-    run = load_run(str(trained[0]))
+def test_compact_is_the_network_of_the_workdir(tiny_subnets):
+    run = load_run(str(tiny_subnets[0]))
     variables, model = run.trained("subnets"), run.models["subnets"]
     images = run.normalize(run.dataset.test.images[:40])
     whole, compact = model.apply(variables, images), ftwt.compact(model, variables)(images)
@@ -75,14 +67,14 @@ def test_compact_is_the_network_of_the_workdir(trained):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
-def test_it_is_exported_as_a_folder(trained, tmp_path, capsys, kind):
+def test_it_is_exported_as_a_folder(tiny_subnets, tmp_path, capsys, kind):
     import jax
     import jax.numpy as jnp
     from jax import export
 
     from ftwt_jax.__main__ import main
 
-    workdir, _ = trained
+    workdir, _ = tiny_subnets
     assert main(["export", str(workdir), f"--out={tmp_path / 'out'}", f"--format={kind}"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert len(manifest["subnets"]) == 3
@@ -105,40 +97,63 @@ def test_it_is_exported_as_a_folder(trained, tmp_path, capsys, kind):
         logits = run_file(manifest["subnets"][subnet]["file"], images[choice == subnet])
         expected = np.asarray(whole.logits)[choice == subnet]
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(whole.logits).max())
+    alone = np.concatenate([run_file(manifest["one_image"], image[None]) for image in images])
+    np.testing.assert_allclose(alone, whole.logits, atol=1e-4 * np.abs(whole.logits).max())
     assert "already exists" in fails(capsys, "export", str(workdir), f"--out={tmp_path / 'out'}", f"--format={kind}")
 
 
-def test_other_commands_take_it(trained, tmp_path, capsys):
+def test_predict_names_the_subnet_of_each_image(tiny_subnets, tmp_path, capsys):
     import cv2
 
     from ftwt_jax.__main__ import main
 
-    workdir, _ = trained
+    workdir, _ = tiny_subnets
     run = load_run(str(workdir))
     for index, image in enumerate(run.dataset.test.images[:5]):
         cv2.imwrite(str(tmp_path / f"{index}.png"), image)
     assert main(["predict", f"--workdir={workdir}", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert all(row["subnet"] in (0, 1, 2) for row in rows)
-    assert main(["report", str(workdir), f"--out={tmp_path / 'report'}"]) == 0
-    assert {path.name for path in (tmp_path / "report").glob("run1_*.png")} >= {"run1_routes.png", "run1_shared.png"}
-    assert "A router sends each image" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_what_cannot_work_is_refused(trained, tiny_run, capsys, tmp_path):
-    workdir, _ = trained
+def test_what_cannot_work_is_refused(tiny_subnets, tiny_run, capsys, tmp_path):
+    workdir, _ = tiny_subnets
     without = fails(capsys, "export", str(tiny_run[0]), f"--out={tmp_path / 'out'}", "--format=onnx")
     assert "no subnets" in without
     assert "--budget" in fails(capsys, "export", str(workdir), "--out=x", "--format=onnx", "--budget=0.3")
     untrained = ("--config.gates.epochs=0", f"--workdir={tmp_path / 'w'}")
-    assert "config.subnets.epochs" in fails(capsys, "train", *ARGUMENTS, *untrained)
+    assert "config.subnets.epochs" in fails(capsys, "train", *TINY_SUBNETS, *untrained)
 
 
-def test_without_gates_they_are_found_by_targets(program, tmp_path):
+@pytest.fixture(scope="module")
+def without_gates(program, tmp_path_factory):
+    """A run that goes from its baseline to subnets, and what it printed."""
+    workdir = tmp_path_factory.mktemp("without_gates") / "run"
     settings = ("--config.gates.epochs=0", "--config.subnets.epochs=1")
-    printed = program.run("train", *ARGUMENTS, *settings, f"--workdir={tmp_path / 'run'}")
+    return workdir, program.run("train", *TINY_SUBNETS, *settings, f"--workdir={workdir}")
+
+
+def test_without_gates_they_are_found_by_targets(without_gates):
+    workdir, printed = without_gates
     assert "subnets: 3 found by targets" in printed
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = json.loads((workdir / "evaluation.json").read_text())
     assert found["gate_accuracy"] is None
     # One filter of the first layer's eight is a twentieth of the work.
     assert abs(found["subnets"]["macs_reduction"] - 0.3) < 0.03
+
+
+def test_without_gates_the_tables_are_of_subnets_alone(without_gates, program):
+    workdir, _ = without_gates
+    printed = program.run("evaluate", str(workdir), "--budgets=0.3,0.5")
+    rows = json.loads((workdir / "budgets.json").read_text())["rows"]
+    assert [set(row) for row in rows] == [{"budget", "subnets_accuracy", "subnets_macs_reduction"}] * 2
+    assert "fixed masks" not in printed
+    printed = program.run("evaluate", str(workdir), "--corruptions")
+    for row in json.loads((workdir / "corruptions.json").read_text())["rows"]:
+        assert row["density"] is None
+        assert {"subnets_accuracy", "subnets_macs_reduction"} <= set(row)
+    assert "subnets" in printed[printed.rindex("┏") :]
+    program.run("report", str(workdir))
+    page = (workdir / "report" / "index.html").read_text()
+    assert "--budgets=0.3,0.5" in page
+    assert "Some of the images in subnet 0" in page

@@ -22,9 +22,11 @@ from ftwt_jax.files import AnyPath
 from ftwt_jax.printing import say, shorten_data
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run
-from ftwt_jax.training.settings import BASELINE, GATED
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
 
 FIGURES = ("dense_accuracy", "accuracy", "density", "macs_reduction", "macs_reduction_published")
+# Only where there are subnets.
+SUBNETS_FIGURES = ("subnets_accuracy", "subnets_macs_reduction")
 
 Row = dict[str, Any]
 
@@ -93,18 +95,19 @@ def sweep(
     best: bool = False,
     out: AnyPath | None = None,
 ) -> dict[str, Any]:
-    """Evaluates the dense and the gated network on clean images and in every setting.
+    """Evaluates the dense and the gated network, and subnets, on clean images and in every setting.
 
     Prints a table and writes `corruptions.json`, or `out`. Without a gated network, `accuracy` is the baseline's and
-    `density` null, as in `evaluation.json`. In a mean, every corruption counts the same.
+    `density` null, as in `evaluation.json`; without subnets, their figures are left out. In a mean, every corruption
+    counts the same.
     """
     r = known_estimate(run)["r"]
-    gated = run.trained(GATED, best) if run.has(GATED) else None
+    gated, subnets = (run.trained(stage, best) if run.has(stage) else None for stage in (GATED, SUBNETS))
     baseline = run.trained(BASELINE, best)
     in_memory = source != APPLIED or isinstance(run.dataset.test, ArraySource)
 
     def row(setting: Setting) -> Row:
-        # Both networks are given the same images, which are corrupted only once where they are few and small.
+        # All networks are given the same images, which are corrupted only once where they are few and small.
         kept = list(setting.batches()) if in_memory else None
 
         def evaluation(stage: str, variables: Any) -> Evaluation:
@@ -112,7 +115,8 @@ def sweep(
 
         dense = evaluation(BASELINE, baseline)
         found = dense if gated is None else evaluation(GATED, gated)
-        return {"corruption": setting.corruption, "severity": setting.severity, **figures(dense, found)}
+        routed = None if subnets is None else evaluation(SUBNETS, subnets)
+        return {"corruption": setting.corruption, "severity": setting.severity, **figures(dense, found, routed)}
 
     clean = row(Setting(CLEAN, 0, run.test_batches))
     rows = []
@@ -133,14 +137,19 @@ def sweep(
     return result
 
 
-def figures(dense: Evaluation, found: Evaluation) -> Row:
-    """What is said of one setting; `density` is the share of filters on, over all filters."""
+def figures(dense: Evaluation, found: Evaluation, routed: Evaluation | None = None) -> Row:
+    """What is said of one setting; `density` is the share of filters on, over all filters.
+
+    Args:
+      found: of the gated network, or of the dense one.
+      routed: of the network with subnets, each image in the one that its router chooses.
+    """
     density = None
     if found.gates is not None:
         channels = {work.layer.name: work.layer.out_features for work in found.layers}
         weights = [channels[name] for name in found.gate_names]
         density = float(np.average(found.gates.density, weights=weights))
-    return {
+    row = {
         "samples": found.samples,
         "dense_accuracy": dense.accuracy,
         "accuracy": found.accuracy,
@@ -148,15 +157,20 @@ def figures(dense: Evaluation, found: Evaluation) -> Row:
         "macs_reduction": found.macs_reduction,
         "macs_reduction_published": found.macs_reduction_published,
     }
+    if routed is not None:
+        row |= {"subnets_accuracy": routed.accuracy, "subnets_macs_reduction": routed.macs_reduction}
+    return row
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    return {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in FIGURES}
+    keys = [key for key in (*FIGURES, *SUBNETS_FIGURES) if key in rows[0]]
+    return {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in keys}
 
 
 def _told(row: Row) -> str:
     gated = "" if row["density"] is None else f", {row['accuracy']:.4f} gated"
-    return f"{row['corruption']}, severity {row['severity']}: accuracy {row['dense_accuracy']:.4f} dense{gated}"
+    routed = f", {row['subnets_accuracy']:.4f} subnets" if "subnets_accuracy" in row else ""
+    return f"{row['corruption']}, severity {row['severity']}: accuracy {row['dense_accuracy']:.4f} dense{gated}{routed}"
 
 
 def table(result: dict[str, Any], run: Run) -> Table:
@@ -165,16 +179,19 @@ def table(result: dict[str, Any], run: Run) -> Table:
     best = ", best checkpoint" if result["checkpoint"] == "best" else ""
     title = f"{run.config.model.name} on corrupted images, {what}, {result['samples']} held-out images{best}"
     found = Table(title=escape(title))
-    is_gated = result["rows"][0]["density"] is not None
+    is_gated, has_subnets = result["rows"][0]["density"] is not None, "subnets_accuracy" in result["rows"][0]
     gates = ("accuracy\ngated", "density", "MACs\nreduction") if is_gated else ()
+    subnets = ("accuracy\nsubnets", "MACs\nreduction") if has_subnets else ()
     found.add_column("corruption", overflow="fold")
-    for heading in ("severity", "accuracy\ndense", *gates):
+    for heading in ("severity", "accuracy\ndense", *gates, *subnets):
         found.add_column(heading, justify="right")
 
     def add(name: str, severity: str, row: Row) -> None:
         shown = [f"{row['dense_accuracy']:.4f}"]
         if is_gated:
             shown += [f"{row['accuracy']:.4f}", f"{row['density']:.3f}", f"{row['macs_reduction']:.3f}"]
+        if has_subnets:
+            shown += [f"{row['subnets_accuracy']:.4f}", f"{row['subnets_macs_reduction']:.3f}"]
         found.add_row(escape(name), severity, *shown)
 
     for name, rows in itertools.groupby(result["rows"], lambda one: one["corruption"]):
