@@ -36,7 +36,7 @@ ALLOWED = {
     "data": BASE | {"parallel"},
     "workdir": BASE | {"config", "parallel"},
     "training": BASE | METHOD | {"config", "parallel", "data", "workdir"},
-    "budget": BASE | METHOD | {"config", "parallel", "data", "workdir", "training"},
+    "budget": BASE | METHOD | {"engines", "config", "parallel", "data", "workdir", "training"},
     **dict.fromkeys(
         ("plan", "report", "benchmark"),
         BASE | METHOD | {"engines", "config", "parallel", "data", "workdir", "training", "budget"},

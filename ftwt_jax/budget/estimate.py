@@ -7,7 +7,7 @@ they learn; so trained gates are calibrated to the prediction (`calibrate`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -115,10 +115,16 @@ def _least(layer: LayerRecord, filters: int) -> LayerRecord:
     return layer.replace(active_in=inputs, active_out=mask, gate=GateOutput(None, mask, None))
 
 
-def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[str, float]:
+def choose_r(
+    calibration: Calibration, baseline: Any, console: Console, solve: Callable[[], float] | None = None
+) -> dict[str, float]:
     """The r to train gates for: the config's, or the one that its budget asks for; printed with its prediction.
 
     The choice is kept in `estimate.json`, so that a resumed run trains for the same r.
+
+    Args:
+      baseline: variables of the dense network.
+      solve: finds the budget, if it is not the config's.
     """
     run, started = calibration.run, time.perf_counter()
     path, gates = run.workdir / ESTIMATE, run.config.gates
@@ -126,8 +132,8 @@ def choose_r(calibration: Calibration, baseline: Any, console: Console) -> dict[
         entry = read_estimate(run.workdir)
     else:
         say_compiling(console, f"the prediction for {run.config.model.name}")
-        estimator = Estimator.of(calibration, baseline)
-        found = (gates.r, estimator.predict(gates.r)) if gates.budget is None else estimator.solve(gates.budget)
+        estimator, budget = Estimator.of(calibration, baseline), solve() if solve else gates.budget
+        found = (gates.r, estimator.predict(gates.r)) if budget is None else estimator.solve(budget)
         entry = estimate_entry(*found)
         workdir.write_json(path, entry)
         barrier("estimate written")

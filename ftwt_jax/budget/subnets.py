@@ -1,8 +1,9 @@
 """The subnets of a run: found in its trained network, and looked at on held-out images."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,11 @@ from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, replicated, split
 from ftwt_jax.printing import say, say_compiling
-from ftwt_jax.subnets.find import Subnets, cut, nearest, wanted_groups
+from ftwt_jax.subnets.find import Subnets, cut, cut_again, nearest, wanted_groups
+from ftwt_jax.subnets.masks import reduction_range
 from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, make_router, router_macs, split_variables
 from ftwt_jax.subnets.ties import Ties, find_ties
-from ftwt_jax.training.evaluator import Evaluator
+from ftwt_jax.training.evaluator import Evaluation, Evaluator
 from ftwt_jax.training.loop import Hook
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import GATED, SUBNETS
@@ -41,7 +43,7 @@ class SubnetFinder:
     """
 
     def __init__(self, run: Run, variables: Any, r: float, source: str):
-        self.run, self._variables, self.r, self.source = run, variables, r, source
+        self.run, self.variables, self.r, self.source = run, variables, r, source
         self._model = run.models[GATED]
         self.ties: Ties = find_ties(self._model, variables, run.example_images)
         whole = replicated(run.mesh)
@@ -61,26 +63,52 @@ class SubnetFinder:
         run, r = self.run, self.run.replicated(np.float32(self.r))
 
         def step(batch: dict[str, Any]) -> Any:
-            return program(self._variables, put_batch(batch["image"], run.mesh), r, *more)
+            return program(self.variables, put_batch(batch["image"], run.mesh), r, *more)
 
         found = each_batch(run.mesh, step, run.preemption.between(batches))
         return np.concatenate([np.asarray(part) for part in jax.device_get(found)])
 
-    def find(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
-        """Cuts the network at a budget, and assigns every training image to a subnet."""
+    @functools.cached_property
+    def _grouped(self) -> np.ndarray:
+        """What the images that are grouped want, [S, G]."""
+        run, train, size = self.run, self.run.dataset.train, self.run.eval_batch_size
+        grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
+        return self._each(self._look, eval_batches(run.dataset, grouped, size))[: len(grouped)]
+
+    def router_macs(self, count: int | None = None) -> float:
+        """What the router of so many subnets costs an image; of as many as the config says."""
+        shape, count = self.run.dataset.image_shape, self.run.config.subnets.count if count is None else count
+        return router_macs(make_router(count, shape, self.ties.dense_macs), shape)
+
+    def reductions(self) -> tuple[float, float]:
+        """The least and the most MACs reduction of the subnets that the config asks for, the router included."""
+        extra, ties = self.router_macs(), self.ties
+        multiple = self.run.config.subnets.multiple
+        return reduction_range(ties.blocks(), lambda kept: ties.macs(kept) + extra, ties.dense_macs, multiple)
+
+    def group(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
+        """Cuts the network at a budget; only the images that are grouped are assigned to a subnet."""
         run, settings = self.run, self.run.config.subnets
         count = settings.count if count is None else count
         multiple = settings.multiple if multiple is None else multiple
-        train, size = run.dataset.train, run.eval_batch_size
-        grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
-        wanted = self._each(self._look, eval_batches(run.dataset, grouped, size))[: len(grouped)]
-        shape, seed = run.dataset.image_shape, run.config.seed
-        extra = router_macs(make_router(count, shape, self.ties.dense_macs), shape)
-        subnets = cut(wanted, self.ties, count, budget, self.source, multiple=multiple, seed=seed, extra_macs=extra)
-        if count == 1:
+        return cut(
+            self._grouped,
+            self.ties,
+            count,
+            budget,
+            self.source,
+            multiple=multiple,
+            seed=run.config.seed,
+            extra_macs=self.router_macs(count),
+        )
+
+    def find(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
+        """Cuts the network at a budget, and assigns every training image to a subnet."""
+        subnets, train = self.group(budget, count, multiple), self.run.dataset.train
+        if subnets.count == 1:
             labels = np.zeros(len(train), np.int32)
         else:
-            labels = self.labels(subnets, eval_batches(run.dataset, train, size))[: len(train)]
+            labels = self.labels(subnets, eval_batches(self.run.dataset, train, self.run.eval_batch_size))[: len(train)]
         return dataclasses.replace(subnets, assignment=labels)
 
     def labels(self, subnets: Subnets, batches: Iterable[Any]) -> np.ndarray:
@@ -96,14 +124,22 @@ def subnet_network(run: Run) -> SubnetNetwork:
     return model
 
 
-def choose_subnets(run: Run, variables: Any, r: float, budget: float, console: Console) -> None:
-    """Gives a run its subnets: those that its workdir holds, or new ones, which are written there."""
+def choose_subnets(
+    run: Run, variables: Any, r: float, budget: Callable[[SubnetFinder], float], console: Console
+) -> None:
+    """Gives a run its subnets: those that its workdir holds, or new ones, which are written there.
+
+    Args:
+      variables: of the network that is cut.
+      r: mass threshold of its targets.
+      budget: the exact MACs reduction, asked for if there are none yet.
+    """
     if SUBNETS in run.models:
         return
     say_compiling(console, f"the search for subnets of {run.config.model.name}")
     source = "heads" if run.config.gates.epochs > 0 else "targets"
     started, finder = time.perf_counter(), SubnetFinder(run, variables, r, source)
-    subnets = finder.find(budget)
+    subnets = finder.find(budget(finder))
     write_subnets(run.workdir, subnets)
     run.add_subnets(subnets)
     extra = router_macs(subnet_network(run).router, run.dataset.image_shape)
@@ -138,12 +174,45 @@ class SubnetKeeper(Hook):
         """The state to go on with after `step`."""
         if step != self._last:
             return state
-        renewed = self._statistics.renewed(state.variables, self._calibration.batches)
+        renewed = _renewed(self._statistics, state.variables, self._calibration)
+        return state.replace(batch_stats=renewed["batch_stats"])
+
+
+def _renewed(statistics: BatchStatistics, variables: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """The variables of a network with subnets with the batch statistics of its masks, measured again."""
+    found = dict(statistics.renewed(variables, calibration.batches)["batch_stats"])
+    if ROUTER_NAME in found:
         # The router keeps the statistics that it was trained with: those of augmented images.
-        statistics = dict(renewed["batch_stats"])
-        if ROUTER_NAME in statistics:
-            statistics[ROUTER_NAME] = state.batch_stats[ROUTER_NAME]
-        return state.replace(batch_stats=statistics)
+        found[ROUTER_NAME] = variables["batch_stats"][ROUTER_NAME]
+    return {**variables, "batch_stats": found}
+
+
+def cut_to_budgets(run: Run, variables: Any, budgets: Sequence[float]) -> list[SubnetNetwork]:
+    """The network with subnets of a run with masks for other budgets; groups of images and router are the same.
+
+    Args:
+      variables: of the network with subnets.
+      budgets: MACs reductions, the router's MACs included.
+
+    Raises:
+      UserError: no subnets have one of these reductions.
+    """
+    model, whole = subnet_network(run), run.models[GATED]
+    ties = find_ties(whole, split_variables(variables)[0], run.example_images)
+    extra, multiple = router_macs(model.router, run.dataset.image_shape), run.config.subnets.multiple
+    found = (cut_again(model.subnets, ties, budget, multiple=multiple, extra_macs=extra) for budget in budgets)
+    return [SubnetNetwork(whole, subnets, model.router) for subnets in found]
+
+
+def evaluate_cut(model: SubnetNetwork, variables: Any, calibration: Calibration, r: float) -> Evaluation:
+    """The figures on the held-out split under masks that the variables were not trained with.
+
+    Batch statistics are measured again under them, on the calibration images.
+    """
+    run = calibration.run
+    statistics = BatchStatistics(model, run.normalize, run.mesh, run.preemption)
+    evaluator = Evaluator(model, run.normalize, run.mesh, preemption=run.preemption)
+    return evaluator.run(_renewed(statistics, variables, calibration), run.test_batches(), r)
 
 
 def look_at_subnets(finder: SubnetFinder, variables: Any) -> dict[str, float]:
@@ -185,10 +254,6 @@ def one_subnet(finder: SubnetFinder, variables: Any, budget: float) -> dict[str,
     """
     run = finder.run
     model = SubnetNetwork(run.models[GATED], finder.find(budget, count=1))
-    calibration = Calibration(run)
     network, _ = split_variables(variables)
-    renewed = BatchStatistics(model, run.normalize, run.mesh, run.preemption).renewed(network, calibration.batches)
-    found = Evaluator(model, run.normalize, run.mesh, preemption=run.preemption).run(
-        renewed, run.test_batches(), finder.r
-    )
+    found = evaluate_cut(model, network, Calibration(run), finder.r)
     return {"accuracy": found.accuracy, "macs_reduction": found.macs_reduction}

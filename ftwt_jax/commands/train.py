@@ -12,7 +12,8 @@ from ftwt_jax import workdir
 from ftwt_jax.budget.calibrate import Calibration
 from ftwt_jax.budget.estimate import check_budgets, choose_r
 from ftwt_jax.budget.keeper import BudgetKeeper
-from ftwt_jax.budget.subnets import SubnetKeeper, choose_subnets, subnet_network
+from ftwt_jax.budget.latency import check_latency, solve_budget, wants_latency
+from ftwt_jax.budget.subnets import SubnetFinder, SubnetKeeper, choose_subnets, subnet_network
 from ftwt_jax.commands.command import Arguments, Command, define_distributed, define_workdir, join_processes
 from ftwt_jax.commands.evaluate.held_out import count_skipped, evaluate_run
 from ftwt_jax.errors import UserError
@@ -81,13 +82,22 @@ def _train_stages(run: Run, console: Console) -> None:
     gated, subnets = run.config.gates.epochs > 0, run.config.subnets.count > 0
     if gated or subnets:
         calibration, baseline = Calibration.of_training(run), network
-        estimate = choose_r(calibration, baseline, console)
+        timed = wants_latency(run.config)
+
+        def solve(finder: SubnetFinder | None = None) -> float:
+            near = None if finder is None else estimate["macs_reduction"]
+            finder = finder or SubnetFinder(run, baseline, run.config.gates.r, "targets")
+            return solve_budget(finder, baseline, console, near)
+
+        estimate = choose_r(calibration, baseline, console, solve if timed else None)
         if gated:
             stage = make_stage(run, GATED)
             keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
             network = train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)
         if subnets:
-            _train_subnets(run, network, estimate, calibration, console)
+            budget = solve if timed else lambda finder: estimate["macs_reduction"]
+            choose_subnets(run, network, estimate["r"], budget, console)
+            _train_subnets(run, network, estimate["r"], calibration, console)
         evaluate_run(run, console)
         return
     count_skipped(run)
@@ -95,13 +105,10 @@ def _train_stages(run: Run, console: Console) -> None:
         say(console, run.dataset.skipped.summary())
 
 
-def _train_subnets(
-    run: Run, network: Variables, estimate: dict[str, float], calibration: Calibration, console: Console
-) -> None:
-    """Cuts a trained network into subnets of the MACs that were predicted, and trains these and their router."""
-    choose_subnets(run, network, estimate["r"], estimate["macs_reduction"], console)
+def _train_subnets(run: Run, network: Variables, r: float, calibration: Calibration, console: Console) -> None:
+    """Trains the subnets of a network, and their router."""
     stage = make_stage(run, SUBNETS)
-    keeper = SubnetKeeper(calibration, stage.total, estimate["r"])
+    keeper = SubnetKeeper(calibration, stage.total, r)
     train_stage(run, stage, lambda: _init_subnets(run, network), keeper, console)
 
 
@@ -113,6 +120,7 @@ def _check_start(run: Run) -> None:
             f"config.batch_size={batch} is more than the {images} images to train on: a batch would hold some of them "
             "several times; choose a smaller one"
         )
+    check_latency(run.config)
     if run.config.gates.epochs > 0:
         check_budgets(run)
 

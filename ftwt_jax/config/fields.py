@@ -106,6 +106,10 @@ FIELDS: dict[str, Field] = {
     **_stage("baseline", 0.1, ""),
     "gates.r": Field(GateConfig.r, "mass threshold of the targets; smaller keeps fewer filters", " in (0, 1]"),
     "gates.budget": Field(float, "wanted MACs reduction, for which r is solved", " between 0 and 1"),
+    "gates.latency": Field(
+        float, "wanted share of the dense network's time, for which the budget is solved", " between 0 and 1"
+    ),
+    "gates.latency_ms": Field(float, "the same as a time in milliseconds", " above 0"),
     "gates.budgets": Field(tuple, "lowest and highest MACs reduction that one network is trained for, (0.3,0.8)"),
     "gates.mode": Field(GateConfig.mode, "decoupled: the gate loss is kept from the backbone; joint: it moves it"),
     "gates.pool": Field(GateConfig.pool, "how a head sums up a map: max (the paper) or mean (the authors' code)"),
@@ -127,6 +131,8 @@ FIELDS: dict[str, Field] = {
     "subnets.count": Field(0, "dense subnets to cut the trained network into; 0: none", ", at least 0"),
     "subnets.epochs": Field(float, "length of their training, which follows gates.*; unset: gates.epochs", " above 0"),
     "subnets.multiple": Field(8, "each layer of a subnet keeps a multiple of this many filters", ", at least 1"),
+    "subnets.engine": Field("onnxruntime", "what gates.latency is measured in: onnxruntime, openvino, torch or xla"),
+    "subnets.batch_size": Field(1, "images at once when gates.latency is measured", ", at least 1"),
 }
 
 

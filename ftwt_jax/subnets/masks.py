@@ -40,10 +40,8 @@ def choose_groups(
       UserError: no choice of filters has this reduction; the message gives the range.
     """
     order = [np.argsort(-rates[:, block], axis=1, kind="stable") for block in blocks]
-    sizes = np.array([len(block) for block in blocks])
+    sizes, multiples = _steps(blocks, multiple)
     wanted = np.stack([rates[:, block].sum(axis=1) for block in blocks], axis=1)
-
-    multiples = np.clip(sizes // 2, 1, multiple)
 
     def rounded(counts: np.ndarray) -> np.ndarray:
         steps = np.maximum(np.rint(counts / multiples), 1).astype(int) * multiples
@@ -61,7 +59,7 @@ def choose_groups(
     def reduction(counts: np.ndarray, subnets: np.ndarray = every) -> np.ndarray:
         return 1 - count_macs(kept(counts, subnets)) / dense_macs
 
-    least, most = (reduction(rounded(bound))[0] for bound in (np.zeros_like(wanted) + sizes, np.zeros_like(wanted)))
+    least, most = reduction_range(blocks, count_macs, dense_macs, multiple)
     if not least - CLOSE <= budget <= most + CLOSE:
         raise UserError(
             f"no subnets have a MACs reduction of {budget:g}: those of this network can have {least:.3f} to {most:.3f}"
@@ -75,6 +73,23 @@ def choose_groups(
     for subnet in range(len(rates)):
         counts[subnet] = _closer(counts[subnet], subnet, sizes, multiples, budget, reduction)
     return kept(counts, every)
+
+
+def reduction_range(
+    blocks: list[Int[np.ndarray, " B"]], count_macs: CountMacs, dense_macs: float, multiple: int = 1
+) -> tuple[float, float]:
+    """The least and the most MACs reduction that a subnet can have; arguments as of `choose_groups`."""
+    kept = np.ones((2, sum(map(len, blocks))), bool)
+    for block, step in zip(blocks, _steps(blocks, multiple)[1], strict=True):
+        kept[1, block[step:]] = False
+    least, most = 1 - count_macs(kept) / dense_macs
+    return float(least), float(most)
+
+
+def _steps(blocks: list[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """The number of groups of each block, and of what it keeps a multiple."""
+    sizes = np.array([len(block) for block in blocks])
+    return sizes, np.clip(sizes // 2, 1, multiple)
 
 
 def _closer(

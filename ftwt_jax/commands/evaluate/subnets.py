@@ -7,6 +7,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from ftwt_jax.budget.latency import Stopwatch, check_latency, wants_latency
 from ftwt_jax.budget.subnets import SubnetFinder, look_at_subnets, one_subnet, subnet_network
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run
@@ -70,9 +71,19 @@ def evaluate_subnets(run: Run, r: float, best: bool = False) -> dict[str, Any] |
             for name, mask in _in_order(found, subnets.masks)
         },
         "subnets": rows,
+        "latency": _latency(run, variables, best),
         "class_accuracy": found.class_accuracy,
         "confusion": found.confusion,
     }
+
+
+def _latency(run: Run, variables: Any, best: bool) -> dict[str, Any] | None:
+    """What a run's subnets take of the time that they were asked to take; None if that is not what was asked for."""
+    if not wants_latency(run.config):
+        return None
+    check_latency(run.config)
+    gates, found = run.config.gates, Stopwatch(run, run.trained(BASELINE, best)).measure(subnet_network(run), variables)
+    return {**found.entry(), "wanted": gates.latency, "wanted_ms": gates.latency_ms}
 
 
 def _in_order(found: Evaluation, masks: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
@@ -99,6 +110,10 @@ def subnet_table(result: dict[str, Any], class_names: list[str]) -> Table:
     one = f"{result['one_accuracy']:.4f}", f"{result['one_macs_reduction']:.3f}"
     table.add_row("a single subnet, not trained", "", *one, "")
     table.add_row("router", "", f"{result['router_accuracy']:.4f}", "", "")
+    latency = result["latency"]
+    if latency is not None:
+        text = f"{latency['ms']:.3g} of {latency['dense_ms']:.3g} ms ({latency['share']:.1%})"
+        table.caption = f"{text} of the dense network in {latency['engine']}, batch {latency['batch_size']}"
     return table
 
 
