@@ -58,3 +58,12 @@ def test_a_run_is_kept_with_its_config_and_names_no_folder_of_a_machine(path):
     assert name.endswith(f"_seed{config['seed']}")
     for file in path.parent.glob("*.json"):
         assert not re.search(r'"/\w', file.read_text()), file
+
+
+def test_the_table_of_subnets_is_that_of_their_figures():
+    script, folder = RESULTS / "subnet_table.py", RESULTS / "subnets"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (folder / "README.md").read_text()
+    assert len(done.stdout.splitlines()) == 2 + len(list(folder.glob("*/evaluation.json")))
+    for file in folder.glob("*/*.json"):
+        assert not re.search(r'"/\w', file.read_text()), file

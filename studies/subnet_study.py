@@ -1,0 +1,165 @@
+"""What subnets are made of, compared: features of the clustering, width of the router, whose batch statistics.
+
+python -m studies.subnet_study --features=plain --router_share=0.005 train --config=… --workdir=DIR …
+python -m studies.subnet_study look --workdir=DIR
+
+After the flags of the study comes a command of `python -m ftwt_jax`. `look` measures, on a trained workdir and without
+changing it: the accuracy with batch statistics of each subnet's own images in place of shared ones, and the accuracy of
+a router that reads the first unit's output in place of the image, trained beside one that reads the image.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ftwt_jax.__main__ import main
+from ftwt_jax.budget.batch_statistics import BatchStatistics
+from ftwt_jax.budget.subnets import SubnetFinder, subnet_network
+from ftwt_jax.data.pipeline import eval_batches
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.subnets import network as networks
+from ftwt_jax.subnets.network import Router, SubnetNetwork
+from ftwt_jax.subnets.ties import Ties
+from ftwt_jax.training.run import Run, load_run
+from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
+
+# Of the routers that `look` trains.
+EPOCHS, BATCH = 10, 64
+
+
+def patch(features: str, router_share: float | None) -> None:
+    """Changes how subnets are found from here on."""
+    if features == "plain":
+        # Every group of filters counts for the same.
+        mock.patch.object(Ties, "costs", lambda ties: np.full(ties.count, 1 / ties.count, np.float32)).start()
+    if router_share is not None:
+        networks.make_router.__defaults__ = (router_share,)
+
+
+class Chosen(nn.Module):
+    """A network with subnets that runs all images in one of them."""
+
+    network: SubnetNetwork
+    index: int
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.network)
+
+    def __call__(self, images: Any, train: bool = False, control: Any = None) -> Any:
+        choice = jnp.full(images.shape[0], self.index)
+        return self.network(images, train, (control or GateControl()).replace(choice=choice))
+
+
+def own_statistics(run: Run, variables: Any) -> float:
+    """Accuracy with each image in the subnet of its router's choice, under statistics of that subnet's images."""
+    model, size = subnet_network(run), run.eval_batch_size
+    images, labels = run.dataset.train.images, run.dataset.test.labels
+    choice = np.concatenate(
+        [np.argmax(_routes(run, model, variables, batch["image"]), axis=-1) for batch in run.test_batches()]
+    )[: len(labels)]
+    right = np.zeros(len(labels), bool)
+    for index in range(model.subnets.count):
+        chosen = Chosen(model, index)
+        own = images[model.subnets.assignment == index]
+        batches = [
+            {"image": own[at : at + size], "weight": np.ones(size)} for at in range(0, len(own) // size * size, size)
+        ] or [{"image": np.resize(own, (size, *own.shape[1:])), "weight": np.ones(size)}]
+        renewed = BatchStatistics(chosen, run.normalize, run.mesh).renewed(variables, batches)
+        apply = jax.jit(lambda variables, images, chosen=chosen: chosen.apply(variables, run.normalize(images)).logits)
+        logits = np.concatenate([apply(renewed, batch["image"]) for batch in run.test_batches()])[: len(labels)]
+        right |= (choice == index) & (np.argmax(logits, axis=-1) == labels)
+    return float(right.mean())
+
+
+def _routes(run: Run, model: SubnetNetwork, variables: Any, images: Any) -> Any:
+    assert model.router is not None
+    routed = {kind: tree["router"] for kind, tree in variables.items()}
+    return jax.jit(lambda images: model.router.apply(routed, run.normalize(images)).logits)(images)
+
+
+def router_designs(run: Run, finder: SubnetFinder) -> dict[str, float]:
+    """Held-out accuracy of routers of equal width that read the image, and the dense network's first unit."""
+    model = subnet_network(run)
+    assert isinstance(model.router, Router)
+    dense = run.trained(BASELINE)
+    own = finder.labels(model.subnets, run.test_batches())[: len(run.dataset.test.labels)]
+
+    @jax.jit
+    def stem(images: Any) -> Any:
+        first = []
+
+        def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            out = call(*args, **kwargs)
+            if type(context.module).__name__ == "GatedUnit" and not first:
+                first.append(out.values)
+            return out
+
+        with nn.intercept_methods(keep):
+            run.models[BASELINE].apply(dense, run.normalize(images))
+        return first[0]
+
+    found = {}
+    for name, prepare in (("image", jax.jit(run.normalize)), ("first unit", stem)):
+        batches = [prepare(batch["image"]) for batch in eval_batches(run.dataset, run.dataset.train, BATCH)]
+        train = np.concatenate(batches)[: len(run.dataset.train)]
+        test = np.concatenate([prepare(batch["image"]) for batch in run.test_batches()])[: len(own)]
+        found[name] = _train(model.router, train, model.subnets.assignment, test, own)
+    return found
+
+
+def _train(router: Router, images: Any, labels: Any, test: Any, own: Any) -> float:
+    steps = EPOCHS * len(images) // BATCH
+    optimizer = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
+    variables = jax.jit(router.init)(jax.random.key(0), images[:1])
+
+    @jax.jit
+    def step(variables: Any, state: Any, images: Any, labels: Any) -> Any:
+        def loss(params: Any) -> Any:
+            given = {**variables, "params": params}
+            out, changed = router.apply(given, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(out.logits, labels).mean(), changed
+
+        gradients, changed = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, state = optimizer.update(gradients, state)
+        return {**changed, "params": optax.apply_updates(variables["params"], updates)}, state
+
+    state, rng = optimizer.init(variables["params"]), np.random.default_rng(0)
+    for _ in range(steps):
+        rows = rng.integers(0, len(images), BATCH)
+        variables, state = step(variables, state, images[rows], labels[rows])
+    logits = np.concatenate([router.apply(variables, test[at : at + 500]).logits for at in range(0, len(test), 500)])
+    return float(np.mean(np.argmax(logits, axis=-1) == own))
+
+
+def look(folder: str) -> dict[str, Any]:
+    """What `look` measures, as JSON data; also written to `look.json` in the workdir."""
+    run = load_run(folder)
+    variables = run.trained(SUBNETS)
+    source = subnet_network(run).subnets.source
+    finder = SubnetFinder(run, run.trained(GATED if source == "heads" else BASELINE), run.config.gates.r, source)
+    found = {
+        "own_statistics_accuracy": own_statistics(run, variables),
+        "router_accuracy_by_input": router_designs(run, finder),
+    }
+    (run.workdir / "look.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--features", choices=("weighted", "plain"), default="weighted")
+    parser.add_argument("--router_share", type=float, help="of the dense network's MACs")
+    known, rest = parser.parse_known_args()
+    patch(known.features, known.router_share)
+    if rest[:1] == ["look"]:
+        print(json.dumps(look(rest[1].removeprefix("--workdir=")), indent=1))
+    else:
+        sys.exit(main(rest))
