@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from configs.digits import get_config
 from ftwt_jax.commands.parse import parse
 from ftwt_jax.workdir import as_dict, differing_fields
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SLOW_FIXTURE
 
 pytestmark = pytest.mark.long
 
@@ -64,7 +64,7 @@ class Executed:
         return [output.data[kind] for output in self.outputs(name) if kind in output.get("data", {})]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=SLOW_FIXTURE)
 def executed(program, tmp_path_factory):
     """Runs every cell, with this interpreter, in a folder with nothing else in it; a cell that fails ends it."""
     kernels, folder = tmp_path_factory.mktemp("kernels"), tmp_path_factory.mktemp("colab")

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SLOW_FIXTURE
 from tests.helpers.packages import python_with, requirements, wheel_of, with_needs
 from tests.launch.test_bundle import bundle
 
@@ -86,7 +86,7 @@ def call(machine, *command: str, status: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=SLOW_FIXTURE)
 def figures(machine) -> pathlib.Path:
     """The folder of figures that the whole script has written."""
     call(machine, "ftwt_jax/results/gpu.sh", "--offline=bundle", "--tiny")

@@ -190,6 +190,7 @@ def stub(tmp_path):
     return str(tmp_path / "stub")
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_job_that_slurm_requeues_continues_and_finishes(slurm, tmp_path):
     more = ("--config.baseline.epochs=12", "--config.checkpoint_every=10")
