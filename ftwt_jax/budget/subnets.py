@@ -27,7 +27,7 @@ from ftwt_jax.training.loop import Hook
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import GATED, SUBNETS
 from ftwt_jax.training.step import TrainState
-from ftwt_jax.training.subnets_file import write_subnets
+from ftwt_jax.training.subnets_file import read_subnets, write_subnets
 
 # Training images that are grouped; all others join the group that they are nearest to.
 GROUPED_IMAGES = 4096
@@ -141,7 +141,8 @@ def choose_subnets(
     started, finder = time.perf_counter(), SubnetFinder(run, variables, r, source)
     subnets = finder.find(budget(finder))
     write_subnets(run.workdir, subnets)
-    run.add_subnets(subnets)
+    # Those of the first process: k-means may round otherwise in another one.
+    run.add_subnets(read_subnets(run.workdir))
     extra = router_macs(subnet_network(run).router, run.dataset.image_shape)
     images = np.bincount(subnets.assignment, minlength=subnets.count)
     say(
