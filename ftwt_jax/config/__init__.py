@@ -31,8 +31,8 @@ BEFORE = {
     "shard_optimizer": False,
     "steps_per_call": None,
     "data": {"on_device": None, "class_order": None, "max_pixels": None},
-    "gates": {"calibrate": False, "static": False, "budgets": None},
-    "subnets": {"count": 0, "epochs": None, "multiple": 8},
+    "gates": {"calibrate": False, "static": False, "budgets": None, "latency": None, "latency_ms": None},
+    "subnets": {"count": 0, "epochs": None, "multiple": 8, "engine": "onnxruntime", "batch_size": 1},
 }
 # Side in pixels from which images are too large for CIFAR's networks, unless these are asked for.
 LARGE_IMAGES = 128
