@@ -20,7 +20,7 @@ from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, replicated
 from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.subnets.find import Subnets, cut, cut_again, nearest, wanted_groups
 from ftwt_jax.subnets.masks import reduction_range
-from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, make_router, router_macs, split_variables
+from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, router_macs, routing_macs, split_variables
 from ftwt_jax.subnets.ties import Ties, find_ties
 from ftwt_jax.training.evaluator import Evaluation, Evaluator
 from ftwt_jax.training.loop import Hook
@@ -77,8 +77,8 @@ class SubnetFinder:
 
     def router_macs(self, count: int | None = None) -> float:
         """What the router of so many subnets costs an image; of as many as the config says."""
-        shape, count = self.run.dataset.image_shape, self.run.config.subnets.count if count is None else count
-        return router_macs(make_router(count, shape, self.ties.dense_macs), shape)
+        count = self.run.config.subnets.count if count is None else count
+        return routing_macs(count, self.run.dataset.image_shape, self.ties.dense_macs)
 
     def reductions(self) -> tuple[float, float]:
         """The least and the most MACs reduction of the subnets that the config asks for, the router included."""

@@ -19,7 +19,7 @@ from ftwt_jax.parallel.sharding import jit_on, replicated, shapes_of, split
 from ftwt_jax.plan.compile import Step, compile_lowered
 from ftwt_jax.plan.roofline import Slice
 from ftwt_jax.subnets.find import Subnets, cut
-from ftwt_jax.subnets.network import SubnetNetwork, make_router, router_macs, split_variables, train_option
+from ftwt_jax.subnets.network import SubnetNetwork, router_macs, routing_macs, split_variables, train_option
 from ftwt_jax.subnets.ties import Ties, find_ties
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
@@ -53,7 +53,7 @@ def add_subnets(run: Run, folder: AnyPath | None = None) -> float | None:
     budget = _BUDGET if run.config.gates.budget is None else run.config.gates.budget
     wanted = np.random.default_rng(seed).integers(0, 2, (_ROWS * count, ties.count)).astype(np.float32)
     shape = run.dataset.image_shape
-    extra = router_macs(make_router(count, shape, ties.dense_macs), shape)
+    extra = routing_macs(count, shape, ties.dense_macs)
     found = cut(wanted, ties, count, budget, "heads", multiple=multiple, seed=seed, extra_macs=extra)
     # Training holds the subnet of every training image on the chips.
     assignment = np.resize(found.assignment, len(run.dataset.train))

@@ -76,6 +76,11 @@ def make_router(
     return Router(count, low)
 
 
+def routing_macs(count: int, image_shape: Sequence[int], dense_macs: float) -> float:
+    """Exact MACs of the router that `make_router` makes for so many subnets; its arguments are these."""
+    return router_macs(make_router(count, image_shape, dense_macs), image_shape)
+
+
 class SubnetNetwork(nn.Module):
     """A network that runs each image in the subnet that its router chooses.
 
