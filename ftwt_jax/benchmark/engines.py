@@ -20,7 +20,6 @@ from ftwt_jax.budget.trained import Subject
 from ftwt_jax.engines import sessions
 from ftwt_jax.engines.graph import onnx_model
 from ftwt_jax.engines.nodes import UnknownOperatorError
-from ftwt_jax.engines.packages import imported
 from ftwt_jax.engines.timing import time_engines_in_turns
 from ftwt_jax.errors import UserError, unknown_name
 from ftwt_jax.gating.macs import dense_macs
@@ -45,8 +44,7 @@ def check_engines(engines: Sequence[str]) -> None:
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ENGINES)
         if engine in sessions.ENGINES:
-            for package, extra in ((engine, sessions.EXTRAS[engine]), ("onnx", "onnx")):
-                imported(package, f"--engines={engine}", extra)
+            sessions.check_engine(engine, f"--engines={engine}")
     if NATIVE in engines and (jax.default_backend() != "cpu" or not native.available()):
         raise UserError(
             "--engines=native is for a CPU, and needs a C++ compiler: install g++ or clang++, or leave it out"

@@ -19,7 +19,6 @@ from ftwt_jax.budget.subnets import SubnetFinder
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.engines import sessions
 from ftwt_jax.engines.graph import onnx_model
-from ftwt_jax.engines.packages import imported
 from ftwt_jax.engines.routed import ONE_IMAGE, open_routed, subnet_functions, subnet_graphs
 from ftwt_jax.engines.timing import time_engines_in_turns
 from ftwt_jax.errors import UserError, unknown_name
@@ -79,18 +78,15 @@ def check_latency(config: ConfigDict) -> None:
     gates, engine = config.gates, config.subnets.engine
     if not wants_latency(config):
         return
-    others = [name for name in ("latency_ms", "budget", "budgets") if gates[name] is not None]
-    if gates.latency is not None and others:
-        raise UserError(f"config.gates.latency and config.gates.{others[0]} both say how much to save: unset one")
-    if gates.latency is None and others[1:]:
-        raise UserError(f"config.gates.latency_ms and config.gates.{others[1]} both say how much to save: unset one")
+    asked = [name for name in ("latency", "latency_ms", "budget", "budgets") if gates[name] is not None]
+    if len(asked) > 1:
+        raise UserError(f"config.gates.{asked[0]} and config.gates.{asked[1]} both say how much to save: unset one")
     if not config.subnets.count:
         raise UserError("config.gates.latency is met by subnets, which engines run: set config.subnets.count too")
     if engine not in ENGINES:
         raise unknown_name("config.subnets.engine", engine, ENGINES)
     if engine != XLA:
-        imported(engine, f"config.subnets.engine={engine}", sessions.EXTRAS[engine])
-        imported("onnx", f"config.subnets.engine={engine}", "onnx")
+        sessions.check_engine(engine, f"config.subnets.engine={engine}")
 
 
 class Stopwatch:
@@ -111,7 +107,7 @@ class Stopwatch:
         self.images = jnp.asarray(images)
         self._batches = [images[start : start + self._batch] for start in starts][:_MOST]
         self._shape = shape
-        network = fold(run.models[BASELINE], {kind: dense.get(kind, {}) for kind in ("params", "batch_stats")})
+        network = fold(run.models[BASELINE], dense)
         if self._engine == XLA:
             self._dense: Run_ = lambda images: network.logits(jnp.asarray(images))
         else:
@@ -184,10 +180,10 @@ def _measure(finder: SubnetFinder, stopwatch: Stopwatch, grouped: Subnets) -> Ca
     routed = {} if router is None else even_router(router, stopwatch.images, jax.random.key(run.config.seed))
     variables = with_router(finder.variables, routed)
 
+    multiple, extra = run.config.subnets.multiple, finder.router_macs()
+
     def measure(budget: float) -> Latency:
-        subnets = cut_again(
-            grouped, finder.ties, budget, multiple=run.config.subnets.multiple, extra_macs=finder.router_macs()
-        )
+        subnets = cut_again(grouped, finder.ties, budget, multiple=multiple, extra_macs=extra)
         return stopwatch.measure(SubnetNetwork(run.models[GATED], subnets, router), variables)
 
     return measure

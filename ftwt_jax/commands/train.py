@@ -84,18 +84,20 @@ def _train_stages(run: Run, console: Console) -> None:
         calibration, baseline = Calibration.of_training(run), network
         timed = wants_latency(run.config)
 
-        def solve(finder: SubnetFinder | None = None) -> float:
-            near = None if finder is None else estimate["macs_reduction"]
-            finder = finder or SubnetFinder(run, baseline, run.config.gates.r, "targets")
-            return solve_budget(finder, baseline, console, near)
+        def first_budget() -> float:
+            return solve_budget(SubnetFinder(run, baseline, run.config.gates.r, "targets"), baseline, console)
 
-        estimate = choose_r(calibration, baseline, console, solve if timed else None)
+        estimate = choose_r(calibration, baseline, console, first_budget if timed else None)
         if gated:
             stage = make_stage(run, GATED)
             keeper = BudgetKeeper(calibration, stage, estimate["r"], estimate["macs_reduction"], console)
             network = train_stage(run, stage, lambda: _init_gated(run, baseline), keeper, console)
         if subnets:
-            budget = solve if timed else lambda finder: estimate["macs_reduction"]
+
+            def budget(finder: SubnetFinder) -> float:
+                predicted = estimate["macs_reduction"]
+                return solve_budget(finder, baseline, console, predicted) if timed else predicted
+
             choose_subnets(run, network, estimate["r"], budget, console)
             _train_subnets(run, network, estimate["r"], calibration, console)
         evaluate_run(run, console)

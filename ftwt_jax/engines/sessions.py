@@ -17,6 +17,16 @@ EXTRAS = {"onnxruntime": "bench", "openvino": "bench", "torch": "convert"}
 Session = Callable[[np.ndarray], np.ndarray]
 
 
+def check_engine(engine: str, what: str) -> None:
+    """Raises `UserError` if what an engine needs for our graphs is not installed.
+
+    Args:
+      what: what asks for the engine, for the message.
+    """
+    for package, extra in ((engine, EXTRAS[engine]), ("onnx", "onnx")):
+        imported(package, what, extra)
+
+
 def open_session(engine: str, model: Any, threads: int, dtype: str = "float32", alone: bool = True) -> Session:
     """An ONNX network, made ready on the CPU.
 
