@@ -22,7 +22,7 @@ from ftwt_jax.report.co_activation import measure_co_activation
 from ftwt_jax.report.images import find_extremes, find_routed, measure_images
 from ftwt_jax.report.page import Section, Seen, render, write
 from ftwt_jax.report.reproduce import evaluate_commands, report_command, train_command
-from ftwt_jax.report.runs import RecordedRun, check_unit, read_runs
+from ftwt_jax.report.runs import NO_GATES, RecordedRun, check_unit, read_runs
 from ftwt_jax.report.subnets import subnet_plots
 from ftwt_jax.training.run import Run, load_run
 from ftwt_jax.training.settings import GATED, SUBNETS
@@ -36,7 +36,6 @@ PROBE = ".writable"
 MOST_SEEN = 6
 # Images shown of each kind, and of each subnet.
 SHOWN, SHOWN_ROUTED = 6, 8
-NO_GATES = "there is no gated network yet; these are the figures of the baseline"
 # How far what is measured may lie from `evaluation.json`: gates within rounding of zero fall on either side.
 CLOSE = 0.005
 

@@ -36,7 +36,7 @@ def operator(kind: str, attributes: Mapping[str, Any], inputs: Sequence[np.ndarr
       inputs: those that are constants; None for one that depends on the images.
 
     Raises:
-      UnknownOperatorError: there is no such function here.
+      UnknownOperatorError: the operator is not supported here.
     """
     constants = [None if one is None else torch.tensor(one) for one in inputs]
     if kind in _ELEMENTWISE:

@@ -14,7 +14,7 @@ from ftwt_jax.commands.evaluate.subnets import evaluate_subnets, subnet_table
 from ftwt_jax.files import AnyPath
 from ftwt_jax.parallel.processes import all_gather
 from ftwt_jax.printing import say, say_compiling, shorten_data
-from ftwt_jax.report.runs import is_number, read_metrics
+from ftwt_jax.report.runs import NO_GATES, is_number, read_metrics
 from ftwt_jax.training.evaluator import Evaluation
 from ftwt_jax.training.run import Run, is_gated_backbone
 from ftwt_jax.training.settings import BASELINE, GATED, STAGES
@@ -74,7 +74,7 @@ def evaluate_run(
     }
     # The figures first: what took long to compute must not be lost to a disk that is full.
     if gated is None:
-        say(console, "there is no gated network yet; these are the figures of the baseline")
+        say(console, NO_GATES)
     console.print(unit_table(found))
     console.print(summary_table(result, run))
     if subnets is not None:
