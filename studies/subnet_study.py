@@ -62,9 +62,8 @@ def own_statistics(run: Run, variables: Any) -> float:
     """Accuracy with each image in the subnet of its router's choice, under statistics of that subnet's images."""
     model, size = subnet_network(run), run.eval_batch_size
     images, labels = run.dataset.train.images, run.dataset.test.labels
-    choice = np.concatenate(
-        [np.argmax(_routes(run, model, variables, batch["image"]), axis=-1) for batch in run.test_batches()]
-    )[: len(labels)]
+    route = jax.jit(lambda images: model.apply(variables, run.normalize(images)).routes.choice)
+    choice = np.concatenate([route(batch["image"]) for batch in run.test_batches()])[: len(labels)]
     right = np.zeros(len(labels), bool)
     for index in range(model.subnets.count):
         chosen = Chosen(model, index)
@@ -77,12 +76,6 @@ def own_statistics(run: Run, variables: Any) -> float:
         logits = np.concatenate([apply(renewed, batch["image"]) for batch in run.test_batches()])[: len(labels)]
         right |= (choice == index) & (np.argmax(logits, axis=-1) == labels)
     return float(right.mean())
-
-
-def _routes(run: Run, model: SubnetNetwork, variables: Any, images: Any) -> Any:
-    assert model.router is not None
-    routed = {kind: tree["router"] for kind, tree in variables.items()}
-    return jax.jit(lambda images: model.router.apply(routed, run.normalize(images)).logits)(images)
 
 
 def router_designs(run: Run, finder: SubnetFinder) -> dict[str, float]:
