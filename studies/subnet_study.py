@@ -9,6 +9,7 @@ a router that reads the first unit's output in place of the image, trained besid
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -25,6 +26,7 @@ from ftwt_jax.budget.batch_statistics import BatchStatistics
 from ftwt_jax.budget.subnets import SubnetFinder, subnet_network
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.units import GatedUnit
 from ftwt_jax.subnets import network as networks
 from ftwt_jax.subnets.network import Router, SubnetNetwork
 from ftwt_jax.subnets.ties import Ties
@@ -44,18 +46,18 @@ def patch(features: str, router_share: float | None) -> None:
         networks.make_router.__defaults__ = (router_share,)
 
 
-class Chosen(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class Chosen:
     """A network with subnets that runs all images in one of them."""
 
     network: SubnetNetwork
     index: int
 
-    def setup(self) -> None:
-        nn.share_scope(self, self.network)
-
-    def __call__(self, images: Any, train: bool = False, control: Any = None) -> Any:
+    def apply(self, variables: Any, images: Any, control: GateControl | None = None, **options: Any) -> Any:
+        """As of the network."""
         choice = jnp.full(images.shape[0], self.index)
-        return self.network(images, train, (control or GateControl()).replace(choice=choice))
+        control = (control or GateControl()).replace(choice=choice)
+        return self.network.apply(variables, images, control=control, **options)
 
 
 def own_statistics(run: Run, variables: Any) -> float:
@@ -66,7 +68,7 @@ def own_statistics(run: Run, variables: Any) -> float:
     choice = np.concatenate([route(batch["image"]) for batch in run.test_batches()])[: len(labels)]
     right = np.zeros(len(labels), bool)
     for index in range(model.subnets.count):
-        chosen = Chosen(model, index)
+        chosen: Any = Chosen(model, index)
         own = images[model.subnets.assignment == index]
         batches = [
             {"image": own[at : at + size], "weight": np.ones(size)} for at in range(0, len(own) // size * size, size)
@@ -91,7 +93,8 @@ def router_designs(run: Run, finder: SubnetFinder) -> dict[str, float]:
 
         def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             out = call(*args, **kwargs)
-            if type(context.module).__name__ == "GatedUnit" and not first:
+            called = isinstance(context.module, GatedUnit) and context.method_name == "__call__"
+            if called and not first:
                 first.append(out.values)
             return out
 
