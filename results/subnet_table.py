@@ -6,7 +6,7 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "subnets"
 NETWORKS = {"vgg16_bn": "VGG-16-BN", "resnet20": "ResNet-20", "resnet56": "ResNet-56"}
-DATA = {"digits": "digits, 32x32", "fashion_mnist": "Fashion-MNIST, 20,000 images"}
+DATA = {"digits": "digits, 32x32", "fashion_mnist": "Fashion-MNIST"}
 # What an arm of `subnets.sh` changes.
 ARMS = {
     "plain": "every filter counts for the same",

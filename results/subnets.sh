@@ -11,8 +11,7 @@ case ${1:-} in
         ;;
     fashion)
         config=configs/fashion_mnist.py:resnet20
-        length=(--config.data.train_split='train[:20000]' --config.baseline.epochs=5 --config.gates.epochs=4
-            --config.subnets.epochs=2)
+        length=(--config.baseline.epochs=2 --config.gates.epochs=2 --config.subnets.epochs=1)
         ;;
     *)
         echo "usage: $0 digits|fashion [NAME…]" >&2

@@ -1,15 +1,14 @@
-"""What subnets are made of, compared: features of the clustering, width of the router, whose batch statistics.
+"""What subnets are made of, compared: features of the clustering, width and input of the router.
 
 python -m studies.subnet_study --features=plain --router_share=0.005 train --config=… --workdir=DIR …
 python -m studies.subnet_study look --workdir=DIR
 
 After the flags of the study comes a command of `python -m ftwt_jax`. `look` measures, on a trained workdir and without
-changing it: the accuracy with batch statistics of each subnet's own images in place of shared ones, and the accuracy of
-a router that reads the first unit's output in place of the image, trained beside one that reads the image.
+changing it, the accuracy of a router that reads the first unit's output in place of the image, trained beside one that
+reads the image.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -17,21 +16,18 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ftwt_jax.__main__ import main
-from ftwt_jax.budget.batch_statistics import BatchStatistics
 from ftwt_jax.budget.subnets import SubnetFinder, subnet_network
 from ftwt_jax.data.pipeline import eval_batches
-from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.units import GatedUnit
 from ftwt_jax.subnets import network as networks
-from ftwt_jax.subnets.network import Router, SubnetNetwork
+from ftwt_jax.subnets.network import Router
 from ftwt_jax.subnets.ties import Ties
 from ftwt_jax.training.run import Run, load_run
-from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
+from ftwt_jax.training.settings import BASELINE, GATED
 
 # Of the routers that `look` trains.
 EPOCHS, BATCH = 10, 64
@@ -44,40 +40,6 @@ def patch(features: str, router_share: float | None) -> None:
         mock.patch.object(Ties, "costs", lambda ties: np.full(ties.count, 1 / ties.count, np.float32)).start()
     if router_share is not None:
         networks.make_router.__defaults__ = (router_share,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A network with subnets that runs all images in one of them."""
-
-    network: SubnetNetwork
-    index: int
-
-    def apply(self, variables: Any, images: Any, control: GateControl | None = None, **options: Any) -> Any:
-        """As of the network."""
-        choice = jnp.full(images.shape[0], self.index)
-        control = (control or GateControl()).replace(choice=choice)
-        return self.network.apply(variables, images, control=control, **options)
-
-
-def own_statistics(run: Run, variables: Any) -> float:
-    """Accuracy with each image in the subnet of its router's choice, under statistics of that subnet's images."""
-    model, size = subnet_network(run), run.eval_batch_size
-    images, labels = run.dataset.train.images, run.dataset.test.labels
-    route = jax.jit(lambda images: model.apply(variables, run.normalize(images)).routes.choice)
-    choice = np.concatenate([route(batch["image"]) for batch in run.test_batches()])[: len(labels)]
-    right = np.zeros(len(labels), bool)
-    for index in range(model.subnets.count):
-        chosen: Any = Chosen(model, index)
-        own = images[model.subnets.assignment == index]
-        batches = [
-            {"image": own[at : at + size], "weight": np.ones(size)} for at in range(0, len(own) // size * size, size)
-        ] or [{"image": np.resize(own, (size, *own.shape[1:])), "weight": np.ones(size)}]
-        renewed = BatchStatistics(chosen, run.normalize, run.mesh).renewed(variables, batches)
-        apply = jax.jit(lambda variables, images, chosen=chosen: chosen.apply(variables, run.normalize(images)).logits)
-        logits = np.concatenate([apply(renewed, batch["image"]) for batch in run.test_batches()])[: len(labels)]
-        right |= (choice == index) & (np.argmax(logits, axis=-1) == labels)
-    return float(right.mean())
 
 
 def router_designs(run: Run, finder: SubnetFinder) -> dict[str, float]:
@@ -138,13 +100,9 @@ def _train(router: Router, images: Any, labels: Any, test: Any, own: Any) -> flo
 def look(folder: str) -> dict[str, Any]:
     """What `look` measures, as JSON data; also written to `look.json` in the workdir."""
     run = load_run(folder)
-    variables = run.trained(SUBNETS)
     source = subnet_network(run).subnets.source
     finder = SubnetFinder(run, run.trained(GATED if source == "heads" else BASELINE), run.config.gates.r, source)
-    found = {
-        "own_statistics_accuracy": own_statistics(run, variables),
-        "router_accuracy_by_input": router_designs(run, finder),
-    }
+    found = {"router_accuracy_by_input": router_designs(run, finder)}
     (run.workdir / "look.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

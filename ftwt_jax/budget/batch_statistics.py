@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.ops.batch_norm import of_batch_alone
@@ -28,8 +28,10 @@ class BatchStatistics:
         def step(variables: Any, images: Array) -> Any:
             control = GateControl(targets=False)
             images = normalize(images)
-            _, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
-            return of_batch_alone(variables.get("batch_stats", {}), updates.get("batch_stats", {}))
+            outputs, updates = model.apply(variables, images, train=True, control=control, mutable=["batch_stats"])
+            routes = getattr(outputs, "routes", None)
+            counts = None if routes is None else jax.nn.one_hot(routes.choice, routes.logits.shape[-1]).sum(axis=0)
+            return of_batch_alone(variables.get("batch_stats", {}), updates.get("batch_stats", {})), counts
 
         whole = replicated(mesh)
         self._mesh, self._preemption = mesh, preemption or Preemption()
@@ -56,5 +58,16 @@ class BatchStatistics:
             return self._step(variables, put_batch({"image": batch["image"]}, self._mesh)["image"])
 
         found = each_batch(self._mesh, step, self._preemption.between(full))
-        mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *jax.device_get(found))
+        parts, counts = zip(*jax.device_get(found), strict=True)
+        mean = jax.tree.map(lambda *leaves: _mean(np.stack(leaves), counts), *parts)
         return {**variables, "batch_stats": put_whole(mean, replicated(self._mesh))}
+
+
+def _mean(statistics: Float[np.ndarray, "B ..."], counts: Sequence[Float[np.ndarray, " K"] | None]) -> np.ndarray:
+    """The mean over batches; of statistics [B, K, C] of subnets, weighted by the images that each has in a batch."""
+    if statistics.ndim < 3:
+        return np.mean(statistics, axis=0)
+    images = np.stack(counts)[..., None]
+    # One without any images has kept its statistics in every batch.
+    weights = np.where(images.sum(axis=0) > 0, images, 1)
+    return np.sum(statistics * weights, axis=0) / np.sum(weights, axis=0)

@@ -156,7 +156,8 @@ def solve_budget(finder: SubnetFinder, dense: Any, console: Console, near: float
     found = 0.0
     if is_first():
         in_ms = gates.latency is None
-        wanted = gates.latency_ms if in_ms else gates.latency
+        name = "latency_ms" if in_ms else "latency"
+        wanted = gates[name]
         if near is None and not in_ms:
             near = 1 - wanted  # Where time would follow MACs.
         measure = _measure(finder, Stopwatch(run, dense), grouped)
@@ -164,7 +165,7 @@ def solve_budget(finder: SubnetFinder, dense: Any, console: Console, near: float
         def value(one: Latency) -> float:
             return one.ms if in_ms else one.share
 
-        budget, latency = search(measure, value, wanted, max(least, 0.0), most, near)
+        budget, latency = search(measure, value, wanted, max(least, 0.0), most, near, f"config.gates.{name}")
         say(
             console,
             f"latency: {latency.ms:.3g} ms, {latency.share:.3f} of the dense network's {latency.dense_ms:.3g}, in "
@@ -196,6 +197,7 @@ def search(
     least: float,
     most: float,
     near: float | None = None,
+    asked_by: str = "config.gates.latency",
 ) -> tuple[float, Latency]:
     """The MACs reduction between two whose time is nearest to the wanted one, and what was measured there.
 
@@ -203,6 +205,7 @@ def search(
       measure: the latency at a reduction; it falls as that grows, in steps and with noise.
       value: what is wanted of it.
       near: a reduction that is tried first; None: the middle.
+      asked_by: what says which one is wanted, for the message.
 
     Raises:
       UserError: none is within a tenth; the message gives the range.
@@ -233,7 +236,7 @@ def search(
     assert best is not None
     if abs(value(best[1]) / wanted - 1) > _ACCEPTED:
         raise UserError(
-            f"no subnets take what config.gates.latency asks for, {wanted:g}: the nearest, with a MACs reduction of "
+            f"no subnets take what {asked_by} asks for, {wanted:g}: the nearest, with a MACs reduction of "
             f"{best[0]:.3f}, take {value(best[1]):.3g} in {best[1].engine}, where the dense network takes "
             f"{best[1].dense_ms:.3g} ms; let nothing else run meanwhile (the same command goes on from here), "
             "or ask for another time, batch size or engine"

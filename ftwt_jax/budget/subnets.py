@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 from rich.console import Console
 
@@ -16,11 +17,19 @@ from ftwt_jax.budget.batch_statistics import BatchStatistics
 from ftwt_jax.budget.calibrate import Calibration, spread
 from ftwt_jax.data.pipeline import eval_batches
 from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.gating.norms import BATCH_NORM
 from ftwt_jax.parallel.sharding import each_batch, jit_on, put_batch, replicated, split
 from ftwt_jax.printing import say, say_compiling
 from ftwt_jax.subnets.find import Subnets, cut, cut_again, nearest, wanted_groups
 from ftwt_jax.subnets.masks import reduction_range
-from ftwt_jax.subnets.network import ROUTER_NAME, SubnetNetwork, router_macs, routing_macs, split_variables
+from ftwt_jax.subnets.network import (
+    ROUTER_NAME,
+    SubnetNetwork,
+    router_macs,
+    routing_macs,
+    split_variables,
+    subnet_variables,
+)
 from ftwt_jax.subnets.ties import Ties, find_ties
 from ftwt_jax.training.evaluator import Evaluation, Evaluator
 from ftwt_jax.training.loop import Hook
@@ -45,6 +54,8 @@ class SubnetFinder:
     def __init__(self, run: Run, variables: Any, r: float, source: str):
         self.run, self.variables, self.r, self.source = run, variables, r, source
         self._model = run.models[GATED]
+        # The same images fall into the same groups at every budget.
+        self._cut: dict[int, Subnets] = {}
         self.ties: Ties = find_ties(self._model, variables, run.example_images)
         whole = replicated(run.mesh)
         self._look = jit_on(run.mesh, self._wanted, in_shardings=(whole, split(run.mesh), whole), out_shardings=whole)
@@ -69,7 +80,7 @@ class SubnetFinder:
         return np.concatenate([np.asarray(part) for part in jax.device_get(found)])
 
     @functools.cached_property
-    def _grouped(self) -> np.ndarray:
+    def _wanted_by(self) -> np.ndarray:
         """What the images that are grouped want, [S, G]."""
         run, train, size = self.run, self.run.dataset.train, self.run.eval_batch_size
         grouped = spread(train, min(GROUPED_IMAGES, len(train)), size)
@@ -88,19 +99,15 @@ class SubnetFinder:
 
     def group(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
         """Cuts the network at a budget; only the images that are grouped are assigned to a subnet."""
-        run, settings = self.run, self.run.config.subnets
+        settings, seed = self.run.config.subnets, self.run.config.seed
         count = settings.count if count is None else count
-        multiple = settings.multiple if multiple is None else multiple
-        return cut(
-            self._grouped,
-            self.ties,
-            count,
-            budget,
-            self.source,
-            multiple=multiple,
-            seed=run.config.seed,
-            extra_macs=self.router_macs(count),
-        )
+        options: Any = {
+            "multiple": settings.multiple if multiple is None else multiple,
+            "extra_macs": self.router_macs(count),
+        }
+        if count not in self._cut:
+            self._cut[count] = cut(self._wanted_by, self.ties, count, budget, self.source, seed=seed, **options)
+        return cut_again(self._cut[count], self.ties, budget, **options)
 
     def find(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
         """Cuts the network at a budget, and assigns every training image to a subnet."""
@@ -199,7 +206,7 @@ def cut_to_budgets(run: Run, variables: Any, budgets: Sequence[float]) -> list[S
       UserError: no subnets have one of these reductions.
     """
     model, whole = subnet_network(run), run.models[GATED]
-    ties = find_ties(whole, split_variables(variables)[0], run.example_images)
+    ties = find_ties(whole, subnet_variables(split_variables(variables)[0], 0), run.example_images)
     extra, multiple = router_macs(model.router, run.dataset.image_shape), run.config.subnets.multiple
     found = (cut_again(model.subnets, ties, budget, multiple=multiple, extra_macs=extra) for budget in budgets)
     return [SubnetNetwork(whole, subnets, model.router) for subnets in found]
@@ -250,11 +257,26 @@ def look_at_subnets(finder: SubnetFinder, variables: Any) -> dict[str, float]:
 def one_subnet(finder: SubnetFinder, variables: Any, budget: float) -> dict[str, Any]:
     """The accuracy of a single subnet for all images, with statistics of its own and without further training.
 
+    Its weights are those of the subnets, its batch norms the mean of theirs, each counted as often as it has images.
+
     Args:
       finder, variables: as of `look_at_subnets`.
     """
     run = finder.run
     model = SubnetNetwork(run.models[GATED], finder.find(budget, count=1))
-    network, _ = split_variables(variables)
+    network = _of_one(split_variables(variables)[0], subnet_network(run).subnets)
     found = evaluate_cut(model, network, Calibration(run), finder.r)
     return {"accuracy": found.accuracy, "macs_reduction": found.macs_reduction}
+
+
+def _of_one(variables: dict[str, Any], subnets: Subnets) -> dict[str, Any]:
+    """The variables of a network whose batch norms [1, C] are the mean of those of its subnets."""
+    images = np.bincount(subnets.assignment, minlength=subnets.count)
+    found = flatten_dict(jax.device_get(variables))
+    for path, leaf in found.items():
+        if path[-2:-1] == (BATCH_NORM,):
+            mask = subnets.masks.get("/".join(path[1:-2]), np.ones(leaf.shape, bool))
+            # Of a filter that no subnet keeps, there is nothing to know.
+            shares = images[:, None] * (mask | ~mask.any(axis=0))
+            found[path] = np.average(leaf, axis=0, weights=shares)[None]
+    return unflatten_dict(found)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from ftwt_jax.engines.graph import onnx_model
 from ftwt_jax.engines.sessions import Session, open_session
-from ftwt_jax.inference.subnets import CompactSubnets, cut_by_choice, merged, part_sizes
+from ftwt_jax.inference.subnets import CompactSubnets, cut_by_choice, merged
 
 Function = Callable[[Array], Array]
 ROUTER, ONE_IMAGE = "router", "one_image"
@@ -60,7 +60,7 @@ def open_routed(engine: str, graphs: Mapping[str, Any], threads: int, dtype: str
     # So small a network gains nothing from a second thread.
     router = open_session(engine, graphs[ROUTER], 1, dtype, alone=False)
     subnets = [
-        open_session(engine, graph, threads, dtype, alone=False)
+        open_session(engine, graph, threads, dtype, alone=False, any_number=True)
         for name, graph in graphs.items()
         if name not in (ROUTER, ONE_IMAGE)
     ]
@@ -69,8 +69,7 @@ def open_routed(engine: str, graphs: Mapping[str, Any], threads: int, dtype: str
         choice = router(images).argmax(axis=-1)
         if len(images) == 1:
             return subnets[choice[0]](images)
-        # OpenVINO compiles a network for each number of images; the others take a group as it is.
-        parts = cut_by_choice(choice, part_sizes(len(choice)) if engine == "openvino" else None)
-        return merged(parts, [subnets[subnet](images[padded]) for subnet, _, padded in parts])
+        parts = cut_by_choice(choice)
+        return merged(parts, [subnets[subnet](images[rows]) for subnet, rows, _ in parts])
 
     return run

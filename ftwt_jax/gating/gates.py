@@ -151,10 +151,18 @@ class GateControl:
         """
         if self.masks != "subnets":
             return None
+        mask = self._subnets()[0].get(layer)
+        return None if mask is None else jnp.asarray(mask)[self.choice]
+
+    def own_subnets(self) -> tuple[int, Int[Array, " N"]]:
+        """How many subnets there are, and that of each image, where masks come from subnets; errors as above."""
+        subnets, choice = self._subnets()
+        return len(next(iter(subnets.values()), [None])), choice
+
+    def _subnets(self) -> tuple[Mapping[str, Bool[Array, "K C"]], Int[Array, " N"]]:
         if self.subnets is None or self.choice is None:
             raise UserError("masks='subnets' needs subnets= and choice=: ftwt.SubnetNetwork gives both")
-        mask = self.subnets.get(layer)
-        return None if mask is None else jnp.asarray(mask)[self.choice]
+        return self.subnets, self.choice
 
 
 @struct.dataclass

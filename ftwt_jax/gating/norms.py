@@ -9,10 +9,12 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from ftwt_jax.errors import UserError, unknown_name
-from ftwt_jax.ops.batch_norm import BatchNorm
+from ftwt_jax.gating.gates import GateControl
+from ftwt_jax.ops.batch_norm import BatchNorm, BatchNormBySubnet
 
 NORMS = ("batch", "layer", "group")
-# Name of what a function makes.
+# Names of our batch norm, and of what a function makes.
+BATCH_NORM = "bn"
 OWN_NORM = "own_norm"
 # Group norm has as many groups as the paper of it, or the largest divisor of that which divides the filters.
 _GROUPS = 32
@@ -20,12 +22,15 @@ Act = Callable[[Array], Array]
 Norm = str | Callable[..., Any] | None
 
 
-def normalized_maps(norm: Norm, y: Array, train: bool, dtype: Any) -> Array:
+def normalized_maps(norm: Norm, y: Array, train: bool, dtype: Any, control: GateControl) -> Array:
     """Maps after the norm of a unit; call it inside a method with `nn.compact`."""
     if norm is None:
         return y
     if norm == "batch":
-        return BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(y)
+        if control.masks == "subnets":
+            count, choice = control.own_subnets()
+            return BatchNormBySubnet(count, not train, dtype, name=BATCH_NORM)(y, choice)
+        return BatchNorm(use_running_average=not train, dtype=dtype, name=BATCH_NORM)(y)
     if norm == "layer":
         return nn.LayerNorm(dtype=dtype, name="layer_norm")(y)
     if norm == "group":

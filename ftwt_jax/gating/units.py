@@ -103,7 +103,7 @@ class _Convolved:
             raise UserError(
                 f"a kernel of {convolution.window} does not fit into maps of shape {x.shape}: pad them, or shrink it"
             )
-        return normalized_maps(self.norm, y, train, self.dtype)
+        return normalized_maps(self.norm, y, train, self.dtype, x.control)
 
     def _record(self: Any, x: Activations, y: Array, *others: Activations, **more: Any) -> LayerRecord:
         """The record of a call that turned `x`, with others, into maps like `y`."""

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ftwt_jax.errors import UserError
 from ftwt_jax.gating.convolutions import Convolution
 from ftwt_jax.gating.gates import HEAD_NAME
-from ftwt_jax.gating.norms import OWN_NORM, batch_norm_of
+from ftwt_jax.gating.norms import BATCH_NORM, OWN_NORM, batch_norm_of
 from ftwt_jax.gating.units import GatedUnit, PlainConv
 from ftwt_jax.inference.native import kernels
 from ftwt_jax.inference.packed import Channels
@@ -64,7 +64,7 @@ class Folded:
         if norm is not None:
             flaxs = batch_norm_of(norm)
             # A module may belong to the network that made it.
-            place = _path(name, OWN_NORM if flaxs else "bn")
+            place = _path(name, OWN_NORM if flaxs else BATCH_NORM)
             if isinstance(norm, nn.Module):
                 place = "/".join(norm.path)
             mean, var = (self._array(place, leaf, "batch_stats") for leaf in ("mean", "var"))

@@ -1,6 +1,5 @@
 """A network run in packed form, layer by layer: what all ways of compact execution stand on."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -54,21 +53,25 @@ def copied(variables: Any) -> dict[str, Any]:
 
 
 class Forward:
-    """A network run layer by layer in packed form."""
+    """A network run layer by layer in packed form.
 
-    def __init__(self, model: nn.Module, variables: Any, options: Mapping[str, Any]):
+    Args:
+      masks: for layers by name, the filters bool [C] that are there; None: all of all layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        options: Mapping[str, Any],
+        masks: Mapping[str, np.ndarray] | None = None,
+    ):
         if options.get("control") is not None:
             raise UserError("compact execution runs the masks of the gate heads: leave control out")
         self._model = model
         self._variables = copied(variables)
         self._options = options
-        self._masks: Mapping[str, np.ndarray] | None = None
-
-    def in_subnet(self, masks: Mapping[str, np.ndarray]) -> "Forward":
-        """The same network, of whose layers only these filters bool [C] are there; by name."""
-        other = copy.copy(self)
-        other._masks = masks
-        return other
+        self._masks = masks
 
     def pack(self, execution: Execution, images: Array) -> PackedLayers:
         """The weights for these filters; nothing is run."""

@@ -16,7 +16,7 @@ from ftwt_jax.gating.units import Outputs, Routes
 from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward, copied
 from ftwt_jax.inference.packing import Weights
 from ftwt_jax.ops.compiling import compiler_options
-from ftwt_jax.subnets.network import SubnetNetwork, split_variables, train_option
+from ftwt_jax.subnets.network import SubnetNetwork, split_variables, subnet_variables, train_option
 
 # A subnet, the places of images in a batch, and these again, repeated up to the size of the part.
 Part = tuple[int, np.ndarray, np.ndarray]
@@ -41,12 +41,13 @@ class CompactSubnets:
         if model.router is not None and "params" not in router:
             raise UserError("these variables hold no router: make them by ftwt.init_subnets, or train them")
         self._model, self.count, self.macs = model, model.subnets.count, model.subnets.macs
-        whole = Forward(model.network, network, train_option(model.network, False))
+        options = train_option(model.network, False)
         self._forwards, self._executions = [], []
         for subnet in range(self.count):
             masks = {name: np.asarray(mask[subnet]) for name, mask in model.subnets.masks.items()}
             kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
-            self._forwards.append(whole.in_subnet(masks))
+            own = subnet_variables(network, subnet)
+            self._forwards.append(Forward(model.network, own, options, masks))
             self._executions.append(Execution(kept, fixed=True))
         self._router = Forward(model.router, router, {}) if model.router is not None else None
         self._weights: dict[str, Any] = {}
@@ -170,7 +171,7 @@ def part_sizes(images: int) -> list[int]:
     return sorted({max(images // part, 1) for part in _PARTS}, reverse=True)
 
 
-def cut_by_choice(choice: Int[np.ndarray, " N"], sizes: Sequence[int] | None) -> list[Part]:
+def cut_by_choice(choice: Int[np.ndarray, " N"], sizes: Sequence[int] | None = None) -> list[Part]:
     """The images of a batch in parts, by the subnets that they are to run in.
 
     Args:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ftwt_jax.ops import native
 from ftwt_jax.ops.reductions import as_maps, channel_sum, over_channels, shared_batch
@@ -50,6 +50,49 @@ class BatchNorm(nn.Module):
         if not self.is_initializing():
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
+        return y.astype(dtype).reshape(maps.shape)
+
+
+class BatchNormBySubnet(nn.Module):
+    """Batch norm with statistics, scale and bias for each subnet (after Yu et al. 2019, arXiv 1812.08928).
+
+    What a layer sums up depends on which of its inputs are there, so the images of each subnet have statistics of their
+    own. Folded into a subnet's convolutions they cost nothing.
+
+    Attributes:
+      count: number of subnets, K; all arrays are [K, C].
+      Others as of `BatchNorm`. A subnet without images in a batch keeps its running statistics.
+    """
+
+    count: int
+    use_running_average: bool
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, maps: Float[Array, "N ... C"], choice: Int[Array, " N"]) -> Float[Array, "N ... C"]:
+        x = as_maps(maps)
+        shape = (self.count, x.shape[-1])
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        dtype = self.dtype or jnp.result_type(x, scale, bias)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean, var = running_mean.value, running_var.value
+        if not self.use_running_average:
+            own = jax.nn.one_hot(choice, self.count, dtype=jnp.float32)
+            images = jnp.sum(own, axis=0)[:, None]
+            numbers = jnp.maximum(images, 1) * (x.shape[1] * x.shape[2])
+            mean = own.T @ jnp.sum(x, axis=(1, 2)) / numbers
+            # Rounding can make the difference negative.
+            var = jnp.maximum(own.T @ jnp.sum(jnp.square(x), axis=(1, 2)) / numbers - jnp.square(mean), 0)
+            if not self.is_initializing():
+                momentum = jnp.where(images > 0, MOMENTUM, 1.0)
+                running_mean.value = momentum * running_mean.value + (1 - momentum) * mean
+                running_var.value = momentum * running_var.value + (1 - momentum) * var
+        factor = scale * lax.rsqrt(var + EPSILON)
+        shift = bias - mean * factor
+        y = x * factor[choice][:, None, None] + shift[choice][:, None, None]
         return y.astype(dtype).reshape(maps.shape)
 
 

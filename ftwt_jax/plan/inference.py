@@ -19,7 +19,14 @@ from ftwt_jax.parallel.sharding import jit_on, replicated, shapes_of, split
 from ftwt_jax.plan.compile import Step, compile_lowered
 from ftwt_jax.plan.roofline import Slice
 from ftwt_jax.subnets.find import Subnets, cut
-from ftwt_jax.subnets.network import SubnetNetwork, router_macs, routing_macs, split_variables, train_option
+from ftwt_jax.subnets.network import (
+    SubnetNetwork,
+    router_macs,
+    routing_macs,
+    split_variables,
+    subnet_variables,
+    train_option,
+)
 from ftwt_jax.subnets.ties import Ties, find_ties
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED, SUBNETS
@@ -88,14 +95,15 @@ def compile_inference(run: Run, tpu_slice: Slice) -> dict[str, Step]:
     assert isinstance(model, SubnetNetwork)
     blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.abstract_variables(SUBNETS))
     network, router = split_variables(blank)
-    masks = {name: mask[np.argmax(model.subnets.macs)] for name, mask in model.subnets.masks.items()}
+    largest = int(np.argmax(model.subnets.macs))
+    network = subnet_variables(network, largest)
+    masks = {name: mask[largest] for name, mask in model.subnets.masks.items()}
     kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
     options = train_option(model.network, False)
     forwards = {"dense": (Forward(run.models[BASELINE], network, options), EVERYTHING)}
     if model.router is not None:
         forwards["router"] = Forward(model.router, router, {}), EVERYTHING
-    subnet = Forward(model.network, network, options).in_subnet(masks)
-    forwards["subnet"] = subnet, Execution(kept, fixed=True)
+    forwards["subnet"] = Forward(model.network, network, options, masks), Execution(kept, fixed=True)
     return {name: _compile(run, name, *how, tpu_slice) for name, how in forwards.items()}
 
 

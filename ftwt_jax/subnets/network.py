@@ -15,6 +15,7 @@ from ftwt_jax.gating.activations import Activations, Layers, as_activations
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.gating.macs import macs
 from ftwt_jax.gating.naming import COLLECTIONS, LISTED
+from ftwt_jax.gating.norms import BATCH_NORM
 from ftwt_jax.gating.units import Classifier, GatedUnit, Outputs, Routes
 from ftwt_jax.subnets.find import Subnets
 
@@ -84,8 +85,9 @@ def routing_macs(count: int, image_shape: Sequence[int], dense_macs: float) -> f
 class SubnetNetwork(nn.Module):
     """A network that runs each image in the subnet that its router chooses.
 
-    Its variables are those of the network, without gate heads, and `router`. Here, where it is trained, every filter is
-    computed and those of other subnets are set to zero; `ftwt.compact` makes K narrower networks of it.
+    Its variables are those of the network, without gate heads, and `router`; each subnet has batch norms of its own,
+    [K, C]. Here, where it is trained, every filter is computed and those of other subnets are set to zero;
+    `ftwt.compact` makes K narrower networks of it.
 
     Attributes:
       network: a network of `GatedUnit`s with gates.
@@ -140,6 +142,10 @@ def init_subnets(
     shapes = flatten_dict(jax.eval_shape(model.init, rng, images), sep="/")
     known = flatten_dict({kind: dict(variables.get(kind, {})) for kind in COLLECTIONS}, sep="/")
     found = {name: known.get(name) for name in shapes if f"/{ROUTER_NAME}/" not in name}
+    for name, value in found.items():
+        # The batch norms of all subnets begin as that of the network.
+        if value is not None and shapes[name].shape == (model.subnets.count, *jnp.shape(value)):
+            found[name] = jnp.broadcast_to(value, shapes[name].shape)
     wrong = [name for name, value in found.items() if value is None or jnp.shape(value) != shapes[name].shape]
     if wrong:
         raise UserError(f"the variables are of another network than the subnets: {listed(wrong, LISTED)}")
@@ -169,6 +175,12 @@ def with_router(variables: Mapping[str, Any], router: Mapping[str, Any]) -> dict
         kind: {**variables.get(kind, {}), **({ROUTER_NAME: router[kind]} if kind in router else {})}
         for kind in {**variables, **router}
     }
+
+
+def subnet_variables(variables: Mapping[str, Any], subnet: int) -> dict[str, Any]:
+    """The variables of a `SubnetNetwork`'s network for one of its subnets alone, whose batch norms they keep."""
+    flat = flatten_dict(dict(variables))
+    return unflatten_dict({path: leaf[subnet] if path[-2:-1] == (BATCH_NORM,) else leaf for path, leaf in flat.items()})
 
 
 def split_variables(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -118,3 +118,39 @@ def test_any_number_of_batches_and_any_variables_are_measured_with_one_compilati
     other = jax.tree.map(lambda x: x * 1.5, variables)
     statistics.renewed(other, [batch(seed) for seed in range(4)])
     assert statistics._step._cache_size() == before
+
+
+def test_the_statistics_of_subnets_are_those_of_their_own_images(quick_compilation):
+    """The first layer's, of images that are in several batches, in one, and in none."""
+    model = ftwt.create_model("vgg_bn", 4, gates=ftwt.GateConfig(), plan=PLAN)
+    batches, shape = [batch(seed) for seed in range(3)], (8, 8, 3)
+    images = np.concatenate([one["image"] for one in batches])
+    dense = random_like(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape))))
+    subnets = ftwt.find_subnets(model, dense, normalize(images), 3, 0.3, source="targets", multiple=1)
+    network = ftwt.SubnetNetwork(model, subnets, Brightness(3))
+    variables = ftwt.init_subnets(network, dense, normalize(images[:1]), jax.random.key(1))
+    # Only the second batch has images for subnet 1, none has any for subnet 2.
+    batches[0]["image"][:] //= 2
+    batches[1]["image"][:5] //= 2
+    batches[2]["image"][:] //= 2
+    found = BatchStatistics(network, normalize, data_mesh()).renewed(variables, batches)["batch_stats"]
+    dark = np.concatenate([batches[0]["image"], batches[1]["image"][:5], batches[2]["image"]])
+    unit = variables["params"]["unit0"]
+    before = variables["batch_stats"]["unit0"]["bn"]
+    for subnet, own in enumerate((dark, batches[1]["image"][5:])):
+        y = nn.Conv(PLAN[0], (3, 3), padding=1).apply({"params": unit["conv"]}, normalize(own))
+        np.testing.assert_allclose(found["unit0"]["bn"]["mean"][subnet], y.mean((0, 1, 2)), rtol=1e-4, atol=1e-4)
+    for leaf in ("mean", "var"):
+        np.testing.assert_allclose(found["unit0"]["bn"][leaf][2], before[leaf][2], rtol=1e-4, atol=1e-5)
+
+
+class Brightness(nn.Module):
+    """A router without variables: dark images to subnet 0, bright ones to subnet 1."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        # Half of what is drawn evenly from 0 to 255 has a mean of 64, -0.5 when it is prepared.
+        bright = jnp.mean(images, axis=(1, 2, 3)) > -0.25
+        return ftwt.Outputs(jax.nn.one_hot(bright.astype(jnp.int32), self.count), ())

@@ -145,3 +145,21 @@ def test_an_engine_is_known_and_there(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=r"needs openvino: pip install -e '\.\[bench\]'"):
         open_session("openvino", file, 1)
+
+
+def test_openvino_compiles_one_network_for_groups_of_any_size(monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    compiled, compile_model = [], openvino.Core.compile_model
+
+    def counting(self, model, *arguments):
+        compiled.append(model.input().get_partial_shape())
+        return compile_model(self, model, *arguments)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", counting)
+    function = subnet(1)
+    run = open_session("openvino", onnx_model(function, IMAGES, "subnet"), 1, any_number=True)
+    images = np.random.default_rng(0).integers(0, 256, (9, 12, 12, 3), np.uint8)
+    for count in (1, 4, 9, 2, 4, 1):
+        expected = np.asarray(function(jnp.asarray(images[:count])))
+        np.testing.assert_allclose(run(images[:count]), expected, atol=1e-4 * np.abs(expected).max())
+    assert [str(shape[0]) for shape in compiled] == ["1", "?"]

@@ -1,5 +1,7 @@
 """Batch norm against Flax's, and the reductions that it uses against jax.numpy's."""
 
+import dataclasses
+
 import flax
 import flax.linen as nn
 import jax
@@ -9,7 +11,7 @@ import pytest
 from jax import export
 
 from ftwt_jax.ops import native
-from ftwt_jax.ops.batch_norm import BatchNorm
+from ftwt_jax.ops.batch_norm import BatchNorm, BatchNormBySubnet
 from ftwt_jax.ops.reductions import channel_sum, max_pool_all, mean_pool_all, over_channels
 from tests.conftest import random_like
 
@@ -219,3 +221,38 @@ def test_reductions_export_for_every_platform_with_any_batch(ours, theirs):
 def test_gpu_and_tpu_get_no_barrier(ours, theirs, platform):
     exported = export.export(jax.jit(ours), platforms=[platform])(distinct((2, 3, 4, 5)))
     assert "optimization_barrier" not in exported.mlir_module()
+
+
+@either_use
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_each_subnet_has_a_batch_norm_of_its_own_images(evaluate, dtype):
+    """Against one batch norm for each subnet's images; subnet 1 has none."""
+    x, choice = normals((7, 3, 5, 6), dtype=dtype) * 2 + 1, np.array([2, 0, 2, 2, 0, 3, 2])
+    weights = normals(x.shape, seed=1)
+    layer = BatchNormBySubnet(4, use_running_average=evaluate, dtype=dtype)
+    variables = random_like(jax.eval_shape(layer.init, KEY, x, choice))
+    found = with_gradients(Routed(layer, choice), variables, x, weights)
+    for subnet in range(4):
+        own = choice == subnet
+        mine = jax.tree.map(lambda leaf, subnet=subnet: leaf[subnet], variables)
+        here = jax.tree.map(lambda leaf, subnet=subnet: leaf[subnet], (found["new"], found["gradients"][0]))
+        if not own.any():
+            assert_close(here, ({"batch_stats": mine["batch_stats"]}, jax.tree.map(jnp.zeros_like, here[1])), 0)
+            continue
+        one = BatchNorm(use_running_average=evaluate, dtype=dtype)
+        wanted = with_gradients(one, mine, x[own], weights[own])
+        tolerance = TOLERANCES[dtype]
+        assert_close(found["out"][own], wanted["out"], tolerance)
+        assert_close(here, (wanted["new"], wanted["gradients"][0]), tolerance)
+        assert_close(found["gradients"][1][own], wanted["gradients"][1], tolerance)
+
+
+@dataclasses.dataclass
+class Routed:
+    """A batch norm by subnets as a function of maps alone."""
+
+    layer: nn.Module
+    choice: np.ndarray
+
+    def apply(self, variables, maps, **options):
+        return self.layer.apply(variables, maps, jnp.asarray(self.choice), **options)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import ftwt_jax as ftwt
 from ftwt_jax.inference.subnets import cut_by_choice, cut_rows, merged, part_sizes
@@ -12,6 +13,16 @@ from tests.helpers.compact import KEY, assert_close, random_images
 from tests.subnets.test_find import make
 
 IMAGES = random_images(32, side=16)
+
+
+def other_norms(variables):
+    """The variables with a batch norm of its own in each subnet."""
+    rng = np.random.default_rng(5)
+
+    def other(path, leaf):
+        return leaf if leaf.ndim != 2 or "bn" not in str(path) else leaf * rng.uniform(0.6, 1.6, leaf.shape) + 0.05
+
+    return jax.tree_util.tree_map_with_path(other, variables)
 
 
 @pytest.fixture(scope="module", params=["resnet", "own"])
@@ -24,7 +35,7 @@ def routed(request, quick_compilation):
     router = random_like(jax.eval_shape(lambda: {kind: made[kind]["router"] for kind in made}), seed=3)
     logits = jax.jit(network.router.apply)(router, IMAGES).logits
     router["params"]["classifier"]["dense"]["bias"] -= np.asarray(logits.mean(axis=0))
-    made = {kind: {**tree, "router": router[kind]} for kind, tree in made.items()}
+    made = other_norms({kind: {**tree, "router": router[kind]} for kind, tree in made.items()})
     return network, made, jax.jit(network.apply)(made, IMAGES)
 
 
@@ -90,6 +101,39 @@ def test_a_choice_overrules_the_router(routed):
     found = network.apply(variables, IMAGES[:4], control=control)
     wanted = np.array([2, outputs.routes.choice[1], 0, outputs.routes.choice[3]])
     np.testing.assert_array_equal(found.routes.choice, wanted)
+
+
+def test_the_batch_norms_of_subnets_begin_as_that_of_the_network(quick_compilation):
+    model, variables = make("resnet")
+    subnets = ftwt.find_subnets(model, variables, IMAGES, 2, 0.3)
+    network = ftwt.SubnetNetwork(model, subnets, ftwt.make_router(2, (16, 16, 3), subnets.dense_macs))
+    made = flatten_dict(ftwt.init_subnets(network, variables, IMAGES[:1], KEY), sep="/")
+    norms = {name: leaf for name, leaf in made.items() if "/bn/" in name and "/router/" not in name}
+    before = flatten_dict(variables, sep="/")
+    assert norms
+    for name, leaf in norms.items():
+        np.testing.assert_array_equal(leaf, np.stack([before[name]] * 2))
+
+
+def test_only_its_own_images_train_the_batch_norm_of_a_subnet(routed):
+    network, variables, _ = routed
+    control = ftwt.GateControl(choice=jnp.array([0, 2, 2, 0]))
+
+    def loss(params):
+        given = {**variables, "params": params}
+        outputs, changed = network.apply(given, IMAGES[:4], train=True, control=control, mutable=["batch_stats"])
+        return jnp.sum(outputs.logits**2), changed["batch_stats"]
+
+    grads, statistics = jax.grad(loss, has_aux=True)(variables["params"])
+    before = flatten_dict(variables["batch_stats"])
+    assert not any("router" in path for path in flatten_dict(grads) if flatten_dict(grads)[path].any())
+    for path, leaf in flatten_dict(statistics).items():
+        if leaf.ndim == 2:
+            np.testing.assert_array_equal(leaf[1], before[path][1])
+            assert not np.array_equal(leaf[0], before[path][0])
+    norms = [leaf for path, leaf in flatten_dict(grads).items() if "bn" in path and "router" not in path]
+    assert not any(leaf[1].any() for leaf in norms)
+    assert all(leaf[0].any() and leaf[2].any() for leaf in norms)
 
 
 def test_the_task_does_not_train_the_router(routed):
