@@ -9,6 +9,7 @@ NETWORKS = {"vgg16_bn": "VGG-16-BN", "resnet20": "ResNet-20", "resnet56": "ResNe
 DATA = {"digits": "digits, 32x32", "fashion_mnist": "Fashion-MNIST"}
 # What an arm of `subnets.sh` changes.
 ARMS = {
+    "shared": "batch norms shared by all subnets (an earlier version)",
     "plain": "every filter counts for the same",
     "narrow": "router of at most 0.5 % of the MACs",
     "multiple": "any number of filters",
@@ -32,7 +33,7 @@ def _row(folder: pathlib.Path) -> str:
         gated,
         f"**{subnets['accuracy']:.4f}**",
     ]
-    figures += [f"{subnets['own_accuracy']:.4f}", f"{subnets['one_accuracy']:.4f}", router]
+    figures += [f"{subnets['own_accuracy']:.4f}", f"{subnets['one_accuracy']:.4f}" if router else "", router]
     cells = [what, str(len(subnets["subnets"])), subnets["source"], ARMS.get(arm, "")]
     return f"| {' | '.join([*cells, *figures])} |"
 

@@ -7,7 +7,7 @@ set -euo pipefail
 case ${1:-} in
     digits)
         config=configs/digits.py:resnet20
-        length=()
+        length=(--config.subnets.epochs=30)
         ;;
     fashion)
         config=configs/fashion_mnist.py:resnet20

@@ -67,7 +67,7 @@ def _mean(statistics: Float[np.ndarray, "B ..."], counts: Sequence[Float[np.ndar
     """The mean over batches; of statistics [B, K, C] of subnets, weighted by the images that each has in a batch."""
     if statistics.ndim < 3:
         return np.mean(statistics, axis=0)
-    images = np.stack(counts)[..., None]
+    images = np.stack([one for one in counts if one is not None])[..., None]
     # One without any images has kept its statistics in every batch.
     weights = np.where(images.sum(axis=0) > 0, images, 1)
     return np.sum(statistics * weights, axis=0) / np.sum(weights, axis=0)

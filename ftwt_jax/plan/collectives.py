@@ -56,7 +56,8 @@ class Collective:
         forward = "jvp(" in self.op_name and "transpose(" not in self.op_name
         if array.size == 1:
             return METRICS
-        if "/bn/" in self.op_name and vector:
+        # Those of subnets are [K, C]; so may be a gradient that XLA merged with them, but not in the forward pass.
+        if "/bn/" in self.op_name and (vector or (forward and len(array.shape) == 2)):
             return STATISTICS
         if forward:
             return OTHER
