@@ -7,11 +7,11 @@ set -euo pipefail
 case ${1:-} in
     digits)
         config=configs/digits.py:resnet20
-        length=(--config.subnets.epochs=30)
+        length=() epochs=30
         ;;
     fashion)
         config=configs/fashion_mnist.py:resnet20
-        length=(--config.baseline.epochs=2 --config.gates.epochs=2 --config.subnets.epochs=1)
+        length=(--config.baseline.epochs=2 --config.gates.epochs=2) epochs=1
         ;;
     *)
         echo "usage: $0 digits|fashion [NAME…]" >&2
@@ -38,7 +38,8 @@ arm() { # NAME [FLAG of studies/subnet_study.py…] -- [FLAG of train…]
         for one in "${kept[@]}"; do cp -r "$base/$one" "$runs/$run"; done
         if [ "$name" = targets ]; then rm -r "$runs/$run/checkpoints/gated"; fi
     fi
-    "$python" -m studies.subnet_study "${design[@]}" train --config=$config --workdir="$runs/$run" "${length[@]}" "$@"
+    "$python" -m studies.subnet_study "${design[@]}" train --config=$config --workdir="$runs/$run" "${length[@]}" \
+        --config.subnets.epochs=$epochs "$@"
     if [[ $name = k4 ]]; then "$python" -m studies.subnet_study look --workdir="$runs/$run"; fi
     keep "$run"
     if [ -f "$runs/$run/look.json" ]; then cp "$runs/$run/look.json" "results/$run"; fi

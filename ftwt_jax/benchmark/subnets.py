@@ -17,7 +17,14 @@ from ftwt_jax.engines.routed import ONE_IMAGE, open_routed, subnet_functions, su
 from ftwt_jax.errors import UserError
 from ftwt_jax.inference.subnets import CompactSubnets
 from ftwt_jax.subnets.find import find_subnets
-from ftwt_jax.subnets.network import SubnetNetwork, even_router, make_router, with_router
+from ftwt_jax.subnets.network import (
+    SubnetNetwork,
+    even_router,
+    init_subnets,
+    make_router,
+    split_variables,
+    with_router,
+)
 
 # Subnets of networks that nobody trained.
 COUNT = 4
@@ -30,8 +37,9 @@ def synthetic_subnets(subject: Subject, budget: float) -> tuple[SubnetNetwork, A
     first = find_subnets(subject.gated, subject.gated_variables, images, COUNT, budget)
     router = make_router(COUNT, shape, first.dense_macs)
     assert router is not None
-    variables = with_router(subject.gated_variables, even_router(router, images, jax.random.key(0)))
-    return SubnetNetwork(subject.gated, first, router), variables
+    network, key = SubnetNetwork(subject.gated, first, router), jax.random.key(0)
+    variables = init_subnets(network, subject.gated_variables, images[:1], key)
+    return network, with_router(split_variables(variables)[0], even_router(router, images, key))
 
 
 def subnet_rows(

@@ -206,7 +206,8 @@ def cut_to_budgets(run: Run, variables: Any, budgets: Sequence[float]) -> list[S
       UserError: no subnets have one of these reductions.
     """
     model, whole = subnet_network(run), run.models[GATED]
-    ties = find_ties(whole, subnet_variables(split_variables(variables)[0], 0), run.example_images)
+    first = subnet_variables(split_variables(variables)[0], 0, model.subnets.count)
+    ties = find_ties(whole, first, run.example_images)
     extra, multiple = router_macs(model.router, run.dataset.image_shape), run.config.subnets.multiple
     found = (cut_again(model.subnets, ties, budget, multiple=multiple, extra_macs=extra) for budget in budgets)
     return [SubnetNetwork(whole, subnets, model.router) for subnets in found]
@@ -274,7 +275,7 @@ def _of_one(variables: dict[str, Any], subnets: Subnets) -> dict[str, Any]:
     images = np.bincount(subnets.assignment, minlength=subnets.count)
     found = flatten_dict(jax.device_get(variables))
     for path, leaf in found.items():
-        if path[-2:-1] == (BATCH_NORM,):
+        if path[-2:-1] == (BATCH_NORM,) and leaf.ndim == 2:
             mask = subnets.masks.get("/".join(path[1:-2]), np.ones(leaf.shape, bool))
             # Of a filter that no subnet keeps, there is nothing to know.
             shares = images[:, None] * (mask | ~mask.any(axis=0))

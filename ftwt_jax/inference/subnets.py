@@ -46,7 +46,7 @@ class CompactSubnets:
         for subnet in range(self.count):
             masks = {name: np.asarray(mask[subnet]) for name, mask in model.subnets.masks.items()}
             kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
-            own = subnet_variables(network, subnet)
+            own = subnet_variables(network, subnet, self.count)
             self._forwards.append(Forward(model.network, own, options, masks))
             self._executions.append(Execution(kept, fixed=True))
         self._router = Forward(model.router, router, {}) if model.router is not None else None

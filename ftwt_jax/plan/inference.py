@@ -96,7 +96,7 @@ def compile_inference(run: Run, tpu_slice: Slice) -> dict[str, Step]:
     blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.abstract_variables(SUBNETS))
     network, router = split_variables(blank)
     largest = int(np.argmax(model.subnets.macs))
-    network = subnet_variables(network, largest)
+    network = subnet_variables(network, largest, model.subnets.count)
     masks = {name: mask[largest] for name, mask in model.subnets.masks.items()}
     kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
     options = train_option(model.network, False)

@@ -177,10 +177,26 @@ def with_router(variables: Mapping[str, Any], router: Mapping[str, Any]) -> dict
     }
 
 
-def subnet_variables(variables: Mapping[str, Any], subnet: int) -> dict[str, Any]:
-    """The variables of a `SubnetNetwork`'s network for one of its subnets alone, whose batch norms they keep."""
-    flat = flatten_dict(dict(variables))
-    return unflatten_dict({path: leaf[subnet] if path[-2:-1] == (BATCH_NORM,) else leaf for path, leaf in flat.items()})
+def subnet_variables(variables: Mapping[str, Any], subnet: int, count: int) -> dict[str, Any]:
+    """The variables of a `SubnetNetwork`'s network for one of its K subnets alone: its own batch norms.
+
+    A batch norm [C] is one for all, as are those outside of units.
+
+    Raises:
+      UserError: they are of another number of subnets.
+    """
+
+    def own(path: tuple[str, ...], leaf: Any) -> Any:
+        if path[-2:-1] != (BATCH_NORM,) or leaf.ndim != 2:
+            return leaf
+        if len(leaf) != count:
+            raise UserError(
+                f"{'/'.join(path)} of shape {leaf.shape} is not that of {count} subnets: make variables by "
+                "ftwt.init_subnets, or train them"
+            )
+        return leaf[subnet]
+
+    return unflatten_dict({path: own(path, leaf) for path, leaf in flatten_dict(dict(variables)).items()})
 
 
 def split_variables(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,11 +18,7 @@ IMAGES = random_images(32, side=16)
 def other_norms(variables):
     """The variables with a batch norm of its own in each subnet."""
     rng = np.random.default_rng(5)
-
-    def other(path, leaf):
-        return leaf if leaf.ndim != 2 or "bn" not in str(path) else leaf * rng.uniform(0.6, 1.6, leaf.shape) + 0.05
-
-    return jax.tree_util.tree_map_with_path(other, variables)
+    return with_norms(variables, lambda leaf: leaf * rng.uniform(0.6, 1.6, leaf.shape) + 0.05)
 
 
 @pytest.fixture(scope="module", params=["resnet", "own"])
@@ -152,6 +148,27 @@ def test_variables_of_another_network_are_refused(routed):
     network, _, _ = routed
     with pytest.raises(ftwt.UserError, match="another network"):
         ftwt.init_subnets(network, {"params": {}}, IMAGES[:1], KEY)
+
+
+def test_compact_execution_takes_one_batch_norm_for_all_subnets_too(routed):
+    network, variables, _ = routed
+    one = with_norms(variables, lambda leaf: leaf[1])
+    alike = with_norms(variables, lambda leaf: jnp.stack([leaf[1]] * 3))
+    found = ftwt.compact(network, one).logits(IMAGES[:6])
+    assert_close(found, jax.jit(network.apply)(alike, IMAGES[:6]).logits)
+
+
+def test_batch_norms_of_another_number_of_subnets_are_refused(routed):
+    network, variables, _ = routed
+    with pytest.raises(ftwt.UserError, match=r"bn/.* is not that of 3 subnets: make variables by ftwt\.init_subnets"):
+        ftwt.compact(network, with_norms(variables, lambda leaf: leaf[:2]))
+
+
+def with_norms(variables, change):
+    """The variables with other batch norms of subnets."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: change(leaf) if "'bn'" in str(path) and leaf.ndim == 2 else leaf, variables
+    )
 
 
 def test_masks_of_subnets_need_a_choice():
