@@ -48,7 +48,8 @@ def tables() -> str:
 
 def _order(folder: pathlib.Path) -> tuple[Any, ...]:
     config = json.loads((folder / "config.json").read_text())
-    return config["data"]["name"], config["model"]["name"], folder.name.rpartition("_")[2] in ARMS, len(folder.name)
+    arm = folder.name.rpartition("_")[2]
+    return config["data"]["name"], config["model"]["name"], arm if arm in ARMS else "", config["subnets"]["count"]
 
 
 if __name__ == "__main__":
