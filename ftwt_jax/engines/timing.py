@@ -11,7 +11,7 @@ import jax
 _BLOCK, _ROUNDS = 16, 3
 # An engine's turns. Threads that it leaves spinning would take cores from the next one.
 _TURNS, _PAUSE_S = 3, 0.3
-# A turn of slow batches ends sooner: 32 images of 224x224 take a second.
+# Slow batches get a shorter turn: 32 images at 224x224 take about a second.
 _TURN_MS = 3e3
 
 

@@ -23,7 +23,7 @@ GATE_FIGURES = ("gate_accuracy", "static_gate_accuracy", "dynamic_filters")
 CURVE_FIGURES = ("accuracy", "macs_reduction"), ("budget", "subnets_accuracy", "subnets_macs_reduction")
 CORRUPTION_FIGURES = (("severity", "dense_accuracy"),)
 # Said where figures of gates are missing.
-NO_GATES = "there is no gated network yet, so these figures are the baseline's"
+NO_GATES = "there is no gated network yet, so these figures are for the baseline"
 TIMES = ("batch", "macs_reduction", "dense_ms", "masked_ms", "compact_ms")
 
 
