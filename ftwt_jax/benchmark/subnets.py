@@ -17,14 +17,7 @@ from ftwt_jax.engines.routed import ONE_IMAGE, open_routed, subnet_functions, su
 from ftwt_jax.errors import UserError
 from ftwt_jax.inference.subnets import CompactSubnets
 from ftwt_jax.subnets.find import find_subnets
-from ftwt_jax.subnets.network import (
-    SubnetNetwork,
-    even_router,
-    init_subnets,
-    make_router,
-    split_variables,
-    with_router,
-)
+from ftwt_jax.subnets.network import SubnetNetwork, init_evenly, make_router
 
 # Subnets of networks that nobody trained.
 COUNT = 4
@@ -36,10 +29,8 @@ def synthetic_subnets(subject: Subject, budget: float) -> tuple[SubnetNetwork, A
     shape = image_of(subject)
     first = find_subnets(subject.gated, subject.gated_variables, images, COUNT, budget)
     router = make_router(COUNT, shape, first.dense_macs)
-    assert router is not None
-    network, key = SubnetNetwork(subject.gated, first, router), jax.random.key(0)
-    variables = init_subnets(network, subject.gated_variables, images[:1], key)
-    return network, with_router(split_variables(variables)[0], even_router(router, images, key))
+    network = SubnetNetwork(subject.gated, first, router)
+    return network, init_evenly(network, subject.gated_variables, images, jax.random.key(0))
 
 
 def subnet_rows(

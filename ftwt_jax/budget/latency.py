@@ -27,14 +27,7 @@ from ftwt_jax.inference.subnets import CompactSubnets
 from ftwt_jax.parallel.processes import broadcast, cpu_count, is_first
 from ftwt_jax.printing import say
 from ftwt_jax.subnets.find import Subnets, cut_again
-from ftwt_jax.subnets.network import (
-    SubnetNetwork,
-    even_router,
-    init_subnets,
-    make_router,
-    split_variables,
-    with_router,
-)
+from ftwt_jax.subnets.network import SubnetNetwork, init_evenly, make_router
 from ftwt_jax.training.run import Run
 from ftwt_jax.training.settings import BASELINE, GATED
 
@@ -185,11 +178,10 @@ def solve_budget(finder: SubnetFinder, dense: Any, console: Console, near: float
 def _measure(finder: SubnetFinder, stopwatch: Stopwatch, grouped: Subnets) -> Callable[[float], Latency]:
     """The latency as a function of the MACs reduction, for the same groups of images."""
     run, router = finder.run, make_router(grouped.count, finder.run.dataset.image_shape, grouped.dense_macs)
-    network, key = SubnetNetwork(run.models[GATED], grouped, router), jax.random.key(run.config.seed)
+    network = SubnetNetwork(run.models[GATED], grouped, router)
     # The variables of the run are spread over its processes, and this one measures alone.
-    variables = init_subnets(network, jax.device_get(finder.variables), stopwatch.images[:1], key)
-    if router is not None:
-        variables = with_router(split_variables(variables)[0], even_router(router, stopwatch.images, key))
+    variables = jax.device_get(finder.variables)
+    variables = init_evenly(network, variables, stopwatch.images, jax.random.key(run.config.seed))
     multiple, extra = run.config.subnets.multiple, finder.router_macs()
 
     def measure(budget: float) -> Latency:

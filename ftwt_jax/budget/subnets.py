@@ -105,9 +105,10 @@ class SubnetFinder:
             "multiple": settings.multiple if multiple is None else multiple,
             "extra_macs": self.router_macs(count),
         }
-        if count not in self._cut:
-            self._cut[count] = cut(self._wanted_by, self.ties, count, budget, self.source, seed=seed, **options)
-        return cut_again(self._cut[count], self.ties, budget, **options)
+        if count in self._cut:
+            return cut_again(self._cut[count], self.ties, budget, **options)
+        self._cut[count] = cut(self._wanted_by, self.ties, count, budget, self.source, seed=seed, **options)
+        return self._cut[count]
 
     def find(self, budget: float, count: int | None = None, multiple: int | None = None) -> Subnets:
         """Cuts the network at a budget, and assigns every training image to a subnet."""

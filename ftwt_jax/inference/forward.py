@@ -1,5 +1,6 @@
 """A network run in packed form, layer by layer: what all ways of compact execution stand on."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from ftwt_jax.gating.activations import Activations
 from ftwt_jax.gating.gates import GateControl
 from ftwt_jax.inference.packed import Channels, PackedActivations, plain
 from ftwt_jax.inference.packing import SEEN, PackedLayers, Weights
+from ftwt_jax.subnets.network import subnet_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +55,24 @@ def copied(variables: Any) -> dict[str, Any]:
 
 
 class Forward:
-    """A network run layer by layer in packed form.
+    """A network run layer by layer in packed form."""
 
-    Args:
-      masks: for layers by name, the filters bool [C] that are there; None: all of all layers.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        variables: Any,
-        options: Mapping[str, Any],
-        masks: Mapping[str, np.ndarray] | None = None,
-    ):
+    def __init__(self, model: nn.Module, variables: Any, options: Mapping[str, Any]):
         if options.get("control") is not None:
             raise UserError("compact execution runs the masks of the gate heads: leave control out")
         self._model = model
         self._variables = copied(variables)
         self._options = options
-        self._masks = masks
+        self._masks: Mapping[str, np.ndarray] | None = None
+
+    def in_subnet(self, masks: Mapping[str, np.ndarray], subnet: int, count: int) -> "Forward":
+        """One of K subnets of the same network: its batch norms, and of the layers by name these filters, bool [C].
+
+        The other variables are shared, not copied.
+        """
+        other = copy.copy(self)
+        other._masks, other._variables = masks, subnet_variables(self._variables, subnet, count)
+        return other
 
     def pack(self, execution: Execution, images: Array) -> PackedLayers:
         """The weights for these filters; nothing is run."""

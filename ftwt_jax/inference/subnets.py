@@ -16,7 +16,7 @@ from ftwt_jax.gating.units import Outputs, Routes
 from ftwt_jax.inference.forward import EVERYTHING, Execution, Forward, copied
 from ftwt_jax.inference.packing import Weights
 from ftwt_jax.ops.compiling import compiler_options
-from ftwt_jax.subnets.network import SubnetNetwork, split_variables, subnet_variables, train_option
+from ftwt_jax.subnets.network import SubnetNetwork, split_variables, train_option
 
 # A subnet, the places of images in a batch, and these again, repeated up to the size of the part.
 Part = tuple[int, np.ndarray, np.ndarray]
@@ -41,13 +41,12 @@ class CompactSubnets:
         if model.router is not None and "params" not in router:
             raise UserError("these variables hold no router: make them by ftwt.init_subnets, or train them")
         self._model, self.count, self.macs = model, model.subnets.count, model.subnets.macs
-        options = train_option(model.network, False)
+        whole = Forward(model.network, network, train_option(model.network, False))
         self._forwards, self._executions = [], []
         for subnet in range(self.count):
             masks = {name: np.asarray(mask[subnet]) for name, mask in model.subnets.masks.items()}
             kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
-            own = subnet_variables(network, subnet, self.count)
-            self._forwards.append(Forward(model.network, own, options, masks))
+            self._forwards.append(whole.in_subnet(masks, subnet, self.count))
             self._executions.append(Execution(kept, fixed=True))
         self._router = Forward(model.router, router, {}) if model.router is not None else None
         self._weights: dict[str, Any] = {}

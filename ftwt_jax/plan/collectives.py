@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection
 
+from ftwt_jax.gating.norms import BATCH_NORM
 from ftwt_jax.plan.hlo import Array, Instruction, Program
 
 KINDS = (
@@ -57,7 +58,7 @@ class Collective:
         if array.size == 1:
             return METRICS
         # Those of subnets are [K, C]; so may be a gradient that XLA merged with them, but not in the forward pass.
-        if "/bn/" in self.op_name and (vector or (forward and len(array.shape) == 2)):
+        if f"/{BATCH_NORM}/" in self.op_name and (vector or (forward and len(array.shape) == 2)):
             return STATISTICS
         if forward:
             return OTHER

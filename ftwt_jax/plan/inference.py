@@ -96,14 +96,15 @@ def compile_inference(run: Run, tpu_slice: Slice) -> dict[str, Step]:
     blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), run.abstract_variables(SUBNETS))
     network, router = split_variables(blank)
     largest = int(np.argmax(model.subnets.macs))
-    network = subnet_variables(network, largest, model.subnets.count)
     masks = {name: mask[largest] for name, mask in model.subnets.masks.items()}
     kept = {name: tuple(map(int, np.flatnonzero(mask))) for name, mask in masks.items()}
     options = train_option(model.network, False)
-    forwards = {"dense": (Forward(run.models[BASELINE], network, options), EVERYTHING)}
+    dense = subnet_variables(network, largest, model.subnets.count)
+    forwards = {"dense": (Forward(run.models[BASELINE], dense, options), EVERYTHING)}
     if model.router is not None:
         forwards["router"] = Forward(model.router, router, {}), EVERYTHING
-    forwards["subnet"] = Forward(model.network, network, options, masks), Execution(kept, fixed=True)
+    subnet = Forward(model.network, network, options).in_subnet(masks, largest, model.subnets.count)
+    forwards["subnet"] = subnet, Execution(kept, fixed=True)
     return {name: _compile(run, name, *how, tpu_slice) for name, how in forwards.items()}
 
 

@@ -149,19 +149,21 @@ def init_subnets(
     wrong = [name for name, value in found.items() if value is None or jnp.shape(value) != shapes[name].shape]
     if wrong:
         raise UserError(f"the variables are of another network than the subnets: {listed(wrong, LISTED)}")
-    return with_router(unflatten_dict(found, sep="/"), {} if model.router is None else _init(model.router, images, rng))
+    router = {} if model.router is None else jax.jit(model.router.init)(rng, images)
+    return _with_router(unflatten_dict(found, sep="/"), router)
 
 
-def even_router(router: nn.Module, images: Float[Array, "N H W channels"], rng: Array) -> dict[str, Any]:
-    """Variables of a router that nobody trained and that sends images to all subnets, for timings."""
-    variables = _init(router, images, rng)
-    head = variables["params"]["classifier"]["dense"]
-    head["bias"] = head["bias"] - jnp.mean(jax.jit(router.apply)(variables, images).logits, axis=0)
-    return variables
-
-
-def _init(router: nn.Module, images: Array, rng: Array) -> dict[str, Any]:
-    return dict(jax.jit(router.init)(rng, images))
+def init_evenly(
+    model: SubnetNetwork, variables: Mapping[str, Any], images: Float[Array, "N H W channels"], rng: Array
+) -> dict[str, Any]:
+    """As `init_subnets`, with a router that nobody trained and that sends these images to all subnets, for timings."""
+    made = init_subnets(model, variables, images[:1], rng)
+    if model.router is None:
+        return made
+    router = split_variables(made)[1]
+    head = router["params"]["classifier"]["dense"]
+    head["bias"] = head["bias"] - jnp.mean(jax.jit(model.router.apply)(router, images).logits, axis=0)
+    return made
 
 
 def train_option(network: nn.Module, train: bool) -> dict[str, bool]:
@@ -169,7 +171,7 @@ def train_option(network: nn.Module, train: bool) -> dict[str, bool]:
     return {"train": train} if "train" in inspect.signature(type(network).__call__).parameters else {}
 
 
-def with_router(variables: Mapping[str, Any], router: Mapping[str, Any]) -> dict[str, Any]:
+def _with_router(variables: Mapping[str, Any], router: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a network and those of a router as those of a `SubnetNetwork`."""
     return {
         kind: {**variables.get(kind, {}), **({ROUTER_NAME: router[kind]} if kind in router else {})}
